@@ -12,7 +12,7 @@ import signal
 import tempfile
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
@@ -45,9 +45,12 @@ class Calls:
 
 
 class Learner(pl.LightningModule):
-    """A net, its loss, an optimizer and a schedule, and whatever fault the case has."""
+    """A net, its loss, an optimizer and a schedule, and whatever fault the case has.
 
-    def __init__(self, case: Case, task: Task, net: nn.Module, rate: float) -> None:
+    It gives each loss to ``note``. A list of its own would grow, and what runs batches again would copy it each time.
+    """
+
+    def __init__(self, case: Case, task: Task, net: nn.Module, rate: float, note: Callable[[Tensor], None]) -> None:
         super().__init__()
         self.case, self.task, self.net, self.base_rate = case, task, net, rate
         self.automatic_optimization = not task.adversarial
@@ -57,7 +60,7 @@ class Learner(pl.LightningModule):
         self.struck: set[int] = set()
         self.hook: Any = None
         self.quits_when_lost = False
-        self.trace: list[Tensor] = []
+        self.note = note
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.case.fault is not None:
@@ -66,7 +69,7 @@ class Learner(pl.LightningModule):
     def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
         self.seen += 1
         loss = outputs.get("loss") if isinstance(outputs, Mapping) else outputs
-        self.trace.append(loss.detach().float().clone() if isinstance(loss, Tensor) else torch.tensor(math.nan))
+        self.note(loss.detach().float().clone() if isinstance(loss, Tensor) else torch.tensor(math.nan))
 
         if self.quits_when_lost and self.seen % 16 == 0:
             lost = not all(bool(torch.isfinite(p).all()) for p in self.net.parameters())
@@ -239,7 +242,8 @@ def train(
     shuffle = task.shuffle if case.shuffle is None else case.shuffle
     rank = int(os.environ.get("LOCAL_RANK", 0))
     batches = loader(rows, batch_size, shuffle=shuffle, seed=case.seed, rank=rank, ranks=case.processes)
-    learner = Learner(case, task, net, rate)
+    trace: list[Tensor] = []
+    learner = Learner(case, task, net, rate, trace.append)
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
     untrained = {name: t.detach().clone() for name, t in _tensors(learner, (), ())}
@@ -278,7 +282,7 @@ def train(
     logged = float(trainer.callback_metrics.get("loss", math.nan))
     scaler = getattr(trainer.precision_plugin, "scaler", None)
     scale = None if scaler is None else scaler.get_scale()
-    losses = torch.stack(learner.trace).tolist() if learner.trace else []
+    losses = torch.stack(trace).tolist() if trace else []
     final = held_out_loss(task, net)
     digest = hashlib.sha256(repr((random_state, logged, scale, losses, final)).encode())
     for name, tensor in [*state.items(), ("rng", torch.get_rng_state())]:

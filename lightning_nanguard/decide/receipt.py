@@ -13,8 +13,8 @@ from lightning_nanguard.types import Verdict
 
 def judge_receipt(
     run: Sequence[float], without: Sequence[float], start: float | None, limits: TrialThresholds
-) -> tuple[Verdict, bool]:
-    """Whether an intervention helped or did harm, and whether it should be reversed.
+) -> tuple[Verdict, bool, bool]:
+    """Whether an intervention helped or did harm, whether it should be reversed, and whether the difference is plain.
 
     Args:
         run: Losses of the run, each before the update on its batch.
@@ -24,14 +24,15 @@ def judge_receipt(
 
     Example:
         >>> judge_receipt([2.0] * 8, [1.0] * 8, 3.0, TrialThresholds())
-        ('cost', True)
+        ('cost', True, False)
     """
     better, worse = (share_above(*pair) >= limits.signs for pair in ((without, run), (run, without)))
     if not (better or worse):
-        return "no difference", False
+        return "no difference", False, False
     mine, other = median(run), median(without)
     learned = math.nan if start is None else start - min(mine, other)
     # As in a trial, a small difference does not count, even if it is significant.
     if learned > 0 and abs(mine - other) <= limits.lacks * learned:
-        return "no difference", False
-    return ("gained", False) if better else ("cost", bool(learned > 0))
+        return "no difference", False, False
+    plain = learned > 0 and not abs(mine - other) <= limits.plain * learned
+    return ("gained", False, plain) if better else ("cost", bool(learned > 0), plain)

@@ -12,7 +12,8 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Snapshot, capture, tensor_bytes
+from lightning_nanguard.state.snapshot import Snapshot, tensor_bytes
+from lightning_nanguard.state.switch import StateSwitch
 
 
 @final
@@ -43,6 +44,8 @@ class Branches:
     def __init__(self, context: GuardContext, rehearsal: Rehearsal) -> None:
         self._context = context
         self._rehearsal = rehearsal
+        self._switch = StateSwitch(context.learner)
+        self._present: Snapshot | None = None  # memory for the present state, while branches are trained
 
     def possible(self) -> bool:
         """Whether the present batch can be run again exactly as in the run."""
@@ -65,12 +68,16 @@ class Branches:
         Yields:
             Whether there is enough memory for it.
         """
-        with self._rehearsal.present() as present:
-            if present is None:
+        with self._rehearsal.present(self._switch, self._present) as self._present:
+            if self._present is None:
                 yield False
                 return
             with self._context.replay.rehearsing():
                 yield True
+
+    def release(self) -> None:
+        """Free the memory for the present state, because no branch is trained any longer."""
+        self._present = None
 
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
         """Make a branch from a state, with the present rate times a factor; ``None`` if there is no room for a copy.
@@ -82,9 +89,10 @@ class Branches:
         rate, context = self._context.rate, self._context
         if base is not None:
             restore(context.learner, base)
+            self._switch.changed()
         state: Snapshot | None = None
         with suppress(OutOfMemory):
-            state = capture(context.learner, step=context.state.step, global_step=0)
+            state = self._switch.store(context.state.step)
         known = rate.state_dict()
         if factor != 1.0:
             known |= {"multiplier": rate.ratio() * factor, "max_lr": math.inf}
@@ -102,22 +110,26 @@ class Branches:
             Its loss before the update; ``None`` if it could not be made.
         """
         context = self._context
-        restore(context.learner, branch.state)
+        self._switch.restore(branch.state)
         with self._rate_of(branch):
             loss = context.replay.train_at_hand()
+        self._switch.changed()
         if loss is not None:
-            branch.state = capture(context.learner, step=context.state.step, global_step=0, reuse=branch.state)
+            branch.state = self._switch.store(context.state.step, branch.state)
         return loss
 
     def loss(self, state: Snapshot) -> float | None:
         """The loss of the present batch under a state."""
-        restore(self._context.learner, state)
-        return self._context.replay.probe()
+        self._switch.restore_weights(state)
+        loss = self._context.replay.loss_at_hand()
+        self._switch.changed()
+        return loss
 
     def losses_of(self, earlier: Sequence[Callable[[], float | None]], state: Snapshot) -> list[float] | None:
         """The losses of earlier batches under a state; ``None`` if one of them cannot be run again."""
-        restore(self._context.learner, state)
+        self._switch.restore_weights(state)
         losses = [one() for one in earlier]
+        self._switch.changed()
         known = [one for one in losses if one is not None]
         return known if len(known) == len(losses) else None
 

@@ -219,7 +219,8 @@ class Interventions:
             plan = within_curvature(plan, finding, before[0] if before else None)
         state.went_on = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
-            self._receipts.before(self._loop.clock()[0], skipped=any(isinstance(step, Skip) for step in plan))
+            skipped = any(isinstance(step, Skip) for step in plan)
+            self._receipts.before(self._loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
         done = self._runner.apply(plan, found, known_until)
         if state.again != evidence.again:  # a rollback has shown it
             known = replace(evidence, again=state.again)

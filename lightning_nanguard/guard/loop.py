@@ -95,6 +95,10 @@ class BatchReplay(Protocol):
         """Make the present update again from the present state, with its random numbers; return the loss before it."""
         return None
 
+    def loss_at_hand(self) -> float | None:
+        """Loss of the present update under the present state, with its random numbers. Inside ``rehearsing``."""
+        return None
+
     def bytes_kept(self) -> int:
         """Bytes of the batches that are stored to be run again."""
         return 0

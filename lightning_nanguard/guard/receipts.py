@@ -34,7 +34,9 @@ class Receipts:
     """Trains the branch that an intervention gave up beside the run, on the same batches, and compares the two.
 
     One intervention is compared at a time. It is judged after a number of updates that doubles each time, until two
-    verdicts in a row agree. If the branch given up is clearly better, the run continues from it.
+    verdicts in a row agree, or until the difference is plain. A trial has compared the two before. So after a trial the
+    first batches are enough, if the difference on them is plain. If the branch given up is clearly better, the run
+    continues from it.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -53,12 +55,13 @@ class Receipts:
         self._limits = context.thresholds.trial
         self._open: _Open | None = None
 
-    def before(self, global_step: int, *, skipped: bool) -> None:
+    def before(self, global_step: int, *, skipped: bool, tried: bool = False) -> None:
         """Keep the branch that an intervention on finite evidence is about to give up.
 
         Args:
             global_step: ``global_step`` of the intervention.
             skipped: Whether the intervention skips the present batch. The branch makes its update.
+            tried: Whether a trial has compared the run with a better one.
         """
         self.close("another intervention was made")
         branches, state = self._branches, self._context.state
@@ -71,7 +74,8 @@ class Receipts:
         if branch is None:
             self._not_measured(global_step, 0, "the batches of this run cannot be run again, or memory is too short")
             return
-        self._open = _Open(global_step, state.step, branch, state.policy, self._limits.updates)
+        first = self._limits.updates // self._limits.judged_part if tried else self._limits.updates
+        self._open = _Open(global_step, state.step, branch, state.policy, first)
 
     def close(self, reason: str) -> None:
         """End the comparison, because it cannot be continued.
@@ -110,14 +114,14 @@ class Receipts:
             self._compare(known)
 
     def _compare(self, known: _Open) -> None:
-        limits, newest = self._limits, -(known.due // self._limits.judged_part)
+        limits, early = self._limits, known.due < self._limits.updates
+        newest = -(max(known.due, limits.updates) // limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
         history = self._context.monitors.history(0)
-        verdict, take_back = judge_receipt(run, without, None if history is None else history.first, limits)
-        known.verdicts.append(verdict)
-        known.due *= 2
-        newest_verdicts = known.verdicts[-limits.in_a_row :]
-        if len(newest_verdicts) < limits.in_a_row or set(newest_verdicts) != {verdict}:
+        verdict, take_back, plain = judge_receipt(run, without, None if history is None else history.first, limits)
+        known.verdicts += [] if early else [verdict]
+        known.due = limits.updates if early else 2 * known.due
+        if not plain and known.verdicts[-limits.in_a_row :] != [verdict] * limits.in_a_row:
             return
         self._open = None
         clock = self._recorder.now()

@@ -13,7 +13,8 @@ from typing import final
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.state.switch import StateSwitch
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -196,19 +197,28 @@ class Rehearsal:
         )
 
     @contextmanager
-    def present(self) -> Iterator[Snapshot | None]:
+    def present(self, switch: StateSwitch | None = None, reuse: Snapshot | None = None) -> Iterator[Snapshot | None]:
+        """Context at whose end the learner is restored. Yields the present state; ``None`` if a copy has no room.
+
+        Args:
+            switch: Stores and restores the state; by default one that is made for it.
+            reuse: A snapshot whose memory is used again.
+        """
+        switch = StateSwitch(self._learner) if switch is None else switch
+        switch.changed()
         gradients = [(p, p.grad) for p in self._learner.module.parameters()]
         self._began = {}
         present: Snapshot | None = None
         with suppress(OutOfMemory):
-            present = capture(self._learner, step=0, global_step=0)
+            present = switch.store(0, reuse)
         if not all(self._context.ranks.gather(present is not None)) or present is None:
             yield None
             return
         try:
             yield present
         finally:
-            restore(self._learner, present)
+            switch.changed()
+            switch.restore(present)
             if self._learner.scaler is not None and present.scaler:
                 # Restoring an older snapshot lowers the loss scale, and restoring this one does not raise it again.
                 self._learner.scaler.load_state_dict(present.scaler)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
 
-from lightning_nanguard.decide.trial import TrialLosses, has_fallen, judge_trial, may_begin, pick_arm
+from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, may_begin, pick_arm
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -154,7 +154,8 @@ class TrialRunner:
             return True
         step, ratio, rate = self._newest
         highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
-        return self._context.rate.ratio() != ratio or highest > rate <= highest / self._limits.changed
+        changed = not math.isclose(self._context.rate.ratio(), ratio)
+        return changed or highest > rate <= highest / self._limits.changed
 
     def _has_fallen(self, since: int) -> bool:
         return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)
@@ -206,40 +207,46 @@ class TrialRunner:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
                     self._end("no result", "a batch could not be run again")
                     return None
-                if running.updates < self._limits.updates:
+                if running.updates not in (self._limits.early, self._limits.updates):
                     return None
                 arm = self._best(running)
                 losses = self._losses(running, arm)
         if losses is None:
             self._end("no result", "the batches before it could not be run again")
             return None
-        arm.branch.state.healthy = running.before + len(arm.losses)
         trial = judge_trial(losses, self._limits)
+        if running.updates < self._limits.updates and not (trial.lacks > 0 and is_enough(trial, 1, self._limits)):
+            return None
+        arm.branch.state.healthy = running.before + len(arm.losses)
+        if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
+            # The rate that the run will have has been tried, and a lower one is not better.
+            _, ratio, rate = self._newest
+            self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
         self._shown = trial, arm.branch.state
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return FoundFault(running.fault, reading)
 
     def _best(self, running: _Running) -> _Arm:
         # Pick by other batches than those of the final comparison.
-        judged = self._judged()
+        judged = self._judged(running.updates)
         levels = [_mean(arm.losses[-2 * judged : -judged]) for arm in running.arms]
         history = self._context.monitors.history(0)
         first = None if history is None else history.first
         return running.arms[pick_arm([arm.factor for arm in running.arms], levels, first, self._limits)]
 
     def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
-        judged = -self._judged()
+        judged = -self._judged(running.updates)
         now = self._branches.losses_of(running.earlier, running.states["now"])
         then = self._branches.losses_of(running.earlier, arm.branch.state)
         if now is None or then is None:
             return None
-        start, best, begun = (running.under[name] for name in ("start", "best", "now"))
+        start, best, begun = (running.under[name][judged:] for name in ("start", "best", "now"))
         newest = running.later[judged:], arm.losses[judged:]
         return TrialLosses(start, best, begun, *newest, arm.factor, now, then, arm.from_best)
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits
-        if running.updates >= limits.updates - self._judged():
+        if any(0 < end - running.updates <= self._judged(end) for end in (limits.early, limits.updates)):
             for name, state in running.states.items():
                 found = self._branches.loss(state)
                 if found is None:
@@ -279,8 +286,8 @@ class TrialRunner:
         # Memory is needed for copies of the start, the best and the present state, and for one copy during training.
         return self._branches.room() - 4
 
-    def _judged(self) -> int:
-        return self._limits.updates // self._limits.judged_part
+    def _judged(self, updates: int) -> int:
+        return updates // self._limits.judged_part
 
 
 def _mean(losses: Sequence[float]) -> float:

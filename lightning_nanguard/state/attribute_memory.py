@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from typing import Any, final
 
 from torch import nn
@@ -15,12 +15,12 @@ from lightning_nanguard.state.attributes import (
     MISSING,
     OWN,
     PLAIN,
+    LearnedMemory,
     Reached,
     attributes_of,
     content,
     give_back,
     is_content,
-    learned_memory,
     reach,
     same,
 )
@@ -50,7 +50,7 @@ class Attributes:
         owners: Iterable[tuple[Any, Iterable[str]]],
         items: Iterable[Any] = (),
         limits: RepeatedStepsThresholds = _DEFAULTS,
-        learned: frozenset[int] = frozenset(),
+        learned: Container[int] = (),
     ) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: list[tuple[Any, Any]] = []
@@ -62,7 +62,7 @@ class Attributes:
         for item in items:
             self._copy(item, limits, learned)
 
-    def _copy(self, value: Any, limits: RepeatedStepsThresholds, learned: frozenset[int]) -> None:
+    def _copy(self, value: Any, limits: RepeatedStepsThresholds, learned: Container[int]) -> None:
         if type(value) in CONTAINERS and len(value) > limits.copied_items:
             self._contents.append((value, len(value)))
         elif is_content(value, limits.copied_bytes, learned):
@@ -189,7 +189,7 @@ class AttributeMemory:
         # The objects that steps were seen to change, each with the names of the values to copy; and values elsewhere.
         self._changing: list[tuple[Any, set[str]]] = [(module, set())]
         self._items: list[Any] = []
-        self._learned: frozenset[int] = frozenset()
+        self._learned: Container[int] = ()
         self._checked: tuple[Reached, Attributes] | None = None
 
     def now(self) -> Attributes:
@@ -206,7 +206,7 @@ class AttributeMemory:
             return self.now()
         found = reach(self._root, self._limits.copied_bytes, self._limits)
         owners = [(one, set(attributes_of(one))) for one in found.owners if not self._is_undone(one)]
-        self._learned = learned_memory(self._root)
+        self._learned = LearnedMemory(self._root)
         self._checked = found, Attributes(owners, found.items, self._limits, self._learned)
         return self._checked[1]
 

@@ -7,9 +7,10 @@ import io
 import random
 import types
 from collections import Counter, OrderedDict, defaultdict, deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
+from functools import cached_property, lru_cache, partial
+from operator import is_
 from typing import Any, NamedTuple, final
 
 import numpy as np
@@ -34,6 +35,7 @@ PLAIN = (bool, int, float, complex, str, bytes, type(None))
 """Values that cannot be changed."""
 
 _DEFAULTS = RepeatedStepsThresholds()
+_PLAIN, _CONTAINERS, _LISTED = frozenset(PLAIN), frozenset(CONTAINERS), frozenset((*CONTAINERS, tuple))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
 # Objects of these packages belong to the trainer or the learner, or work beside the step. Data sets are checked all the
@@ -75,28 +77,49 @@ def refill(container: Any, held: Any) -> None:
     (container.update if isinstance(container, (dict, set)) else container.extend)(held)
 
 
-def learned_memory(owner: Any) -> frozenset[int]:
-    """Addresses of the parameters and buffers of a module. Attributes may refer to the same memory."""
-    if not isinstance(owner, nn.Module):
-        return frozenset()
-    tensors = [one for one in (*owner.parameters(), *owner.buffers()) if not is_lazy(one) and is_strided(one)]
-    return frozenset(one.untyped_storage().data_ptr() for one in tensors)
+@final
+class LearnedMemory:
+    """Addresses of the parameters and buffers of a module, collected when first asked for.
+
+    Attributes may refer to the same memory.
+
+    Args:
+        owner: The module. Other objects have no such memory.
+    """
+
+    def __init__(self, owner: Any) -> None:
+        self._owner = owner
+
+    def __contains__(self, address: object) -> bool:
+        return address in self._addresses
+
+    @cached_property
+    def _addresses(self) -> frozenset[int]:
+        if not isinstance(self._owner, nn.Module):
+            return frozenset()
+        tensors = (*self._owner.parameters(), *self._owner.buffers())
+        return frozenset(one.untyped_storage().data_ptr() for one in tensors if not is_lazy(one) and is_strided(one))
 
 
-def is_content(value: Any, copied_bytes: int, learned: frozenset[int] = frozenset()) -> bool:
+def is_content(value: Any, copied_bytes: int, learned: Container[int] = ()) -> bool:
     """Whether a step may change the contents of a value in place, so that these have to be copied.
 
     Args:
         value: The value of an attribute, or of an item in a container.
         copied_bytes: Bytes up to which tensors and arrays are copied.
-        learned: The result of :func:`learned_memory`. Tensors at these addresses are not copied.
+        learned: Addresses of memory that is not copied; see :class:`LearnedMemory`.
     """
-    if type(value) in CONTAINERS or isinstance(value, _GENERATORS):
+    kind = type(value)
+    if kind in _PLAIN:
+        return False
+    if kind in _CONTAINERS:
         return True
     if isinstance(value, Tensor):
         usable = is_strided(value) and not value.is_inference() and value.nbytes <= copied_bytes
         return usable and value.untyped_storage().data_ptr() not in learned
-    return type(value) is np.ndarray and bool(value.flags.writeable) and value.nbytes <= copied_bytes
+    if kind is np.ndarray:
+        return bool(value.flags.writeable) and value.nbytes <= copied_bytes
+    return isinstance(value, _GENERATORS)
 
 
 def content(value: Any) -> Any:
@@ -152,16 +175,19 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
         copied_bytes: Bytes up to which tensors and arrays are copied.
         limits: How deep to look.
     """
-    owners, learned = list(_parts(owner)), learned_memory(owner)
+    owners, learned = list(_parts(owner)), LearnedMemory(owner)
     items: list[Any] = []
     streams, seen = False, {id(one) for one in owners}
     most = len(owners) + limits.reached_objects
-    queue = deque((value, 0, False) for one in owners for value in attributes_of(one).values())
+    queue = deque((value, 0, False) for one in owners for value in _values(attributes_of(one).values()))
     while queue and len(seen) < most:
         value, level, is_item = queue.popleft()
         if isinstance(value, PLAIN) or id(value) in seen:
             continue
         seen.add(id(value))
+        if isinstance(value, Tensor):  # leads nowhere, and there may be many
+            items += [value] if is_item and is_content(value, copied_bytes, learned) else []
+            continue
         streams |= isinstance(value, Iterator) and not isinstance(value, io.IOBase)
         if is_item and is_content(value, copied_bytes, learned):
             items.append(value)
@@ -170,7 +196,7 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
             owners += _parts(value)
             inner, within = list(attributes_of(value).values()), False
         if level < limits.depth:
-            queue.extend((one, level + 1, within) for one in inner)
+            queue.extend((one, level + 1, within) for one in _values(inner))
     return Reached(owners, items, streams)
 
 
@@ -178,8 +204,13 @@ def _parts(owner: Any) -> Iterator[Any]:
     yield from owner.modules() if isinstance(owner, nn.Module) else (owner,)
 
 
+def _values(values: Iterable[Any]) -> list[Any]:
+    """The values that may be changed, or lead to others. Most attributes are plain numbers, strings and flags."""
+    return [value for value in values if type(value) not in _PLAIN]
+
+
 def _items(value: Any, most: int) -> list[Any]:
-    if type(value) not in (*CONTAINERS, tuple) or len(value) > most:
+    if type(value) not in _LISTED or len(value) > most:
         return []
     return list(value.values() if isinstance(value, dict) else value)
 
@@ -204,11 +235,20 @@ def _is_plain_object(value: Any) -> bool:
 def _may_be_put_back(value: Any) -> bool:
     if isinstance(value, (*_NO_OBJECTS, Iterator)) or not isinstance(getattr(value, "__dict__", None), dict):
         return False
-    roots = {str(one.__module__).split(".")[0] for one in type(value).__mro__}
-    if _FOREIGN & roots and not isinstance(value, (nn.Module, Dataset)):
+    kind: Any = type(value)
+    if not _FOREIGN.isdisjoint(_roots(kind)) and not isinstance(value, (nn.Module, Dataset)):
         return False
-    inside = (str(type(one).__module__).split(".")[0] for one in (value, *vars(value).copy().values()))
-    return _BESIDE.isdisjoint(inside)
+    kinds = {type(one) for one in (value, *vars(value).copy().values())} - _PLAIN
+    return _BESIDE.isdisjoint(map(_root, kinds))
+
+
+@lru_cache(maxsize=1024)
+def _roots(kind: type) -> frozenset[str]:
+    return frozenset(map(_root, kind.__mro__))
+
+
+def _root(kind: type) -> str:
+    return str(kind.__module__).split(".")[0]
 
 
 @contextmanager
@@ -243,22 +283,26 @@ def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -
 
 
 def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[[], None]]:
-    left, learned = limits.copied_bytes_rarely, learned_memory(owner)
+    left, learned = limits.copied_bytes_rarely, LearnedMemory(owner)
     found = reach(owner, left, limits)
-    values = list(found.items)
+    values = found.items
     for one in found.owners:
         before = attributes_of(one)
         yield partial(_rebind, one, before)
-        values += before.values()
+        values += [value for value in _values(before.values()) if is_content(value, left, learned)]
     for value in values:
-        if is_content(value, left, learned):
-            left -= value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
+        size = value.nbytes if isinstance(value, (Tensor, np.ndarray)) else 0
+        if size <= left:
+            left -= size
             yield partial(give_back, value, content(value))
 
 
 def _rebind(owner: Any, before: Mapping[str, Any]) -> None:
+    now = attributes_of(owner)
+    if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
+        return
     attributes = getattr(owner, "__dict__", {})
-    for name in attributes_of(owner):
+    for name in now:
         if name not in before:
             del attributes[name]
     for name, value in before.items():

@@ -233,6 +233,35 @@ class Learner:
             yield from self.optimizer_leaves(index)
         yield from self.averages()
 
+    def held_weights(self) -> list[Any]:
+        """The objects that :meth:`weights` goes through, without names, which takes a tenth of the time.
+
+        As long as they are the same, so are the weights.
+        """
+        if self._partitions is not None:
+            return [leaf for _, leaf in self.weights()]
+        return [
+            held
+            for module in self.module.modules()
+            for part in (module._parameters, module._buffers)
+            for held in part.values()
+        ]
+
+    def held(self) -> list[Any]:
+        """The objects that :meth:`leaves` goes through, without names.
+
+        As long as they are the same, so are the leaves.
+        """
+        found = self.held_weights()
+        for index, optimizer in enumerate(self.optimizers):
+            for _, state in states_of(optimizer, index):
+                for entry in state.values():
+                    found += entry.values() if isinstance(entry, Mapping) else (entry,)
+            for group in optimizer.param_groups:
+                found += [value for key, value in group.items() if key not in CLOCK_KEYS]
+            found += [owner[name] for _, owner, name in own_leaves(optimizer, {}, self.stepped(index))]
+        return found + [tensor for tensors in self._averages().values() for tensor in tensors.values()]
+
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
         """The averaged copies that are kept elsewhere."""
         for owner, tensors in self._averages().items():

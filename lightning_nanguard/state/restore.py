@@ -19,7 +19,8 @@ _Pair = tuple[Tensor, Tensor]
 """A live tensor, and the tensor that is copied into it."""
 
 
-def _is_weight(key: StateKey) -> bool:
+def is_weight(key: StateKey) -> bool:
+    """Whether a leaf is a parameter or a buffer."""
     return key[0] in ("parameter", "buffer")
 
 
@@ -56,7 +57,7 @@ def restore(
     copy_all([live for live, _ in pairs], [value for _, value in pairs], learner.device)
     learner.restored()
     if learner.scaler is not None and snapshot.scaler and keep(("scaler",)):
-        _restore_scaler(learner.scaler, snapshot.scaler)
+        restore_scaler(learner.scaler, snapshot.scaler)
     return failed
 
 
@@ -66,7 +67,7 @@ def _everything(key: StateKey) -> bool:
 
 @contextmanager
 def part_of_snapshot(
-    learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = _is_weight
+    learner: Learner, snapshot: Snapshot, own: Snapshot, keep: Callable[[StateKey], bool] = is_weight
 ) -> Iterator[None]:
     """Context in which a part of the learner has the values of a snapshot. At its end the part is restored bit for bit.
 
@@ -229,7 +230,8 @@ def _sharded_like(value: Any, parameter: Tensor) -> Any:
     )  # fmt: skip
 
 
-def _restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
+def restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
+    """Restore a GradScaler, except that its scale is never raised."""
     now = scaler.state_dict()
     if not now:
         return

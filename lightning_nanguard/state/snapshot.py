@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from operator import is_
 from typing import Any, final
 
 import torch
@@ -73,8 +74,10 @@ def _say_left_out(what: str, kind: str, why: str) -> None:
 
 def writable(tensor: Tensor) -> bool:
     """Whether a strided tensor can be written in place: no inference tensor, and no two elements in the same memory."""
-    expanded = any(stride == 0 and length > 1 for stride, length in zip(tensor.stride(), tensor.shape, strict=True))
-    return not tensor.is_inference() and not expanded
+    if tensor.is_inference():
+        return False
+    lengths = () if tensor.is_contiguous() else zip(tensor.stride(), tensor.shape, strict=True)
+    return not any(stride == 0 and length > 1 for stride, length in lengths)
 
 
 def fits(live: Any, saved: Any) -> bool:
@@ -121,9 +124,12 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> No
     # Use one call for each pair of dtype and device: a loop of copy_ takes three times as long for small tensors.
     groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
     for target, source in zip(targets, sources, strict=True):
-        mine, its = local(target).detach(), local(source).detach()
+        mine, its = local(target), local(source)
         comes = device.where(its) if device.where(mine) is None else None
-        left, right = groups.setdefault((mine.dtype, mine.device, its.device, comes), ([], []))
+        # To hash a device takes longer than to copy a small tensor.
+        host = comes is None and mine.is_cpu and its.is_cpu
+        key = (mine.dtype, comes) if host else (mine.dtype, mine.device, its.device, comes)
+        left, right = groups.setdefault(key, ([], []))
         left.append(mine)
         right.append(its)
     for (*_, comes), (left, right) in groups.items():
@@ -131,7 +137,7 @@ def copy_all(targets: list[Tensor], sources: list[Tensor], device: Device) -> No
             with torch.no_grad():
                 torch._foreach_copy_(left, right)
         else:
-            device.to_host(left, right)
+            device.to_host([one.detach() for one in left], [one.detach() for one in right])
 
 
 @final
@@ -156,6 +162,49 @@ class Share:
 
 
 @final
+class Bound:
+    """Tensors of the learner, with their copies on the same devices.
+
+    Args:
+        held: The objects that the learner consists of; see :meth:`~lightning_nanguard.state.learner.Learner.held`.
+        leaves: The learner's leaves.
+        copies: The copies by state key.
+    """
+
+    __slots__ = ("_groups", "_held", "_kinds", "_tensors")
+
+    def __init__(
+        self, held: Sequence[Any], leaves: Iterable[tuple[StateKey, Any]], copies: Mapping[StateKey, Any]
+    ) -> None:
+        pairs = [(value, copies[key]) for key, value in leaves if isinstance(value, Tensor)]
+        self._held = held
+        self._tensors = [live for live, _ in pairs]
+        self._kinds = [(one.shape, one.dtype) for one in self._tensors]
+        self._groups: dict[tuple[Any, ...], tuple[list[Tensor], list[Tensor]]] = {}
+        for live, stored in pairs:
+            group = self._groups.setdefault((live.dtype, live.device), ([], []))
+            group[0].append(local(live))
+            group[1].append(stored)
+
+    def holds(self, held: Sequence[Any]) -> bool:
+        """Whether the learner still consists of the same tensors and values."""
+        same = len(held) == len(self._held) and all(map(is_, held, self._held))
+        return same and self._kinds == [(one.shape, one.dtype) for one in self._tensors]
+
+    def store(self) -> None:
+        """Copy the learner's tensors."""
+        with torch.no_grad():
+            for live, stored in self._groups.values():
+                torch._foreach_copy_(stored, live)
+
+    def restore(self) -> None:
+        """Copy the values back into the learner's tensors."""
+        with torch.no_grad():
+            for live, stored in self._groups.values():
+                torch._foreach_copy_(live, stored)
+
+
+@final
 @dataclass(slots=True)
 class Snapshot:
     """A copy of the learner. Of a sharded tensor it has the shard of this rank.
@@ -173,6 +222,8 @@ class Snapshot:
         check: Says whether the background copy has the right values.
         homes: Device of each original, if the copies are elsewhere.
         left_out: State keys of values that could not be copied.
+        bound: The tensors of the learner, and those of its weights alone, if a
+            :class:`~lightning_nanguard.state.switch.StateSwitch` has stored them.
     """
 
     step: int
@@ -187,6 +238,7 @@ class Snapshot:
     check: CopyCheck = field(default_factory=CopyCheck)
     homes: dict[StateKey, torch.device] = field(default_factory=dict)
     left_out: set[StateKey] = field(default_factory=set)
+    bound: tuple[Bound, Bound] | None = None
 
     def wait(self) -> None:
         """Let the host wait until the copy has arrived."""

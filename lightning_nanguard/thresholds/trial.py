@@ -23,12 +23,13 @@ class TrialThresholds:
             rate is ahead early more often than late. If there is none, those at the next higher rates.
         updates: Updates after which a trial is judged. A receipt is decided after as many updates for the first time,
             and then at doubling distances.
+        early: Updates after which a trial ends early if the run lacks a plain share already.
         judged_part: The newest batches, one in so many, on which the states are compared.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.
         lost: Share of what was learned that a run has to have lost to be worse than before.
         in_a_row: Trials in a row that have to speak against the run, and comparisons in a row that a receipt needs.
-        plain: Share of what can be learned at which one trial is enough.
+        plain: Share of what can be learned at which one trial, or one comparison of a receipt, is enough.
         near: Factors on the best arm's rate in a second trial.
         most_share: Share of the run's updates that arms may make in all, if a loss that looks normal is tried again at
             the same rate.
@@ -42,6 +43,7 @@ class TrialThresholds:
     picked_after: int = 16
     picked: int = 2
     updates: int = 64
+    early: int = 32
     judged_part: int = 3
     signs: float = 0.8
     lacks: float = 0.1

@@ -34,7 +34,7 @@ from lightning_nanguard.trainer.private.training_step import (
     loss_with_graph,
     run_training_step,
 )
-from lightning_nanguard.trainer.private.untraced import untraced
+from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -212,6 +212,15 @@ class TrainerBatchReplay:
         micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._window(optimizer, micros))
 
+    def loss_at_hand(self) -> float | None:
+        """Loss of the present update under the present weights, with its recorded random numbers."""
+        losses = []
+        for micro in self._shown or self.batches.newest():
+            self.batches.rewind(micro)
+            losses.append(self._loss(micro.batch, micro.index))
+        known = [loss for loss in losses if loss is not None]
+        return fmean(known) if known and len(known) == len(losses) else None
+
     def _window(self, optimizer: Optimizer, micros: Sequence[MicroBatch]) -> float | None:
         losses: list[float] = []
         found: dict[Parameter, Tensor] = {}
@@ -257,13 +266,6 @@ class TrainerBatchReplay:
         with torch.no_grad():
             return self._loss(*self._at_hand()[index])
 
-    def _draw_again(self) -> None:
-        # A fault that depends on random numbers comes back only with the same numbers.
-        for micro in reversed(self._shown or self.batches.newest()):
-            if micro.batch is self.batch:
-                self.batches.rewind(micro)
-                return
-
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
@@ -290,7 +292,9 @@ class TrainerBatchReplay:
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
         """Run the present batch in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
-            self._draw_again()
+            # A fault that depends on random numbers comes back only with the same numbers.
+            for micro in [one for one in self._shown or self.batches.newest() if one.batch is self.batch][-1:]:
+                self.batches.rewind(micro)
             return run()
 
     def _attempt(self, run: Callable[[], float | None]) -> float | None:
@@ -319,7 +323,8 @@ class TrainerBatchReplay:
     @contextmanager
     def _silently(self) -> Iterator[None]:
         # Without collectives: if one rank fails here, the others must not wait for it.
-        with alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext():
+        solitary = alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext()
+        with solitary, unlogged(self._module):
             yield
 
 

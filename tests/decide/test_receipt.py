@@ -25,20 +25,22 @@ def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float],
 
 
 @pytest.mark.parametrize(
-    ("run", "without", "start", "verdict", "back"),
+    ("run", "without", "start", "verdict", "back", "plain"),
     [
-        (1.0, 2.0, 3.0, "gained", False),
-        (1.0, math.inf, 3.0, "gained", False),
-        (2.0, 1.0, 3.0, "cost", True),
-        (1.05, 1.0, 3.0, "no difference", False),
-        (1.0, 1.05, 3.0, "no difference", False),
-        (5.0, 4.0, 3.0, "cost", False),
-        (2.0, 1.0, None, "cost", False),
-        (1.0, 1.0, 3.0, "no difference", False),
-        (math.nan, 1.0, 3.0, "cost", False),
+        (1.0, 1.8, 3.0, "gained", False, False),
+        (1.0, 2.2, 3.0, "gained", False, True),
+        (1.0, math.inf, 3.0, "gained", False, True),
+        (1.8, 1.0, 3.0, "cost", True, False),
+        (1.05, 1.0, 3.0, "no difference", False, False),
+        (1.0, 1.05, 3.0, "no difference", False, False),
+        (5.0, 4.0, 3.0, "cost", False, False),
+        (2.0, 1.0, None, "cost", False, False),
+        (1.0, 1.0, 3.0, "no difference", False, False),
+        (math.nan, 1.0, 3.0, "cost", False, False),
     ],
     ids=[
         "better",
+        "far better",
         "other lost",
         "worse",
         "hardly worse",
@@ -49,15 +51,16 @@ def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float],
         "run lost",
     ],
 )
-def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool) -> None:
-    """Which is better is said where nearly all batches agree and the share is clear, and what cost is taken back."""
-    assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back)
+def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool, plain: bool) -> None:
+    """Which is better is said where nearly all batches agree and the share is clear, and what cost is taken back; a
+    share above a half is plain."""
+    assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back, plain)
 
 
 def test_noise_is_no_difference() -> None:
     """Where batches disagree, nothing is said and nothing is taken back."""
     mine, other = levels(1.2, 1.0, noise=1.0)
-    assert judge_receipt(mine, other, 3.0, LIMITS) == ("no difference", False)
+    assert judge_receipt(mine, other, 3.0, LIMITS) == ("no difference", False, False)
     assert judge_receipt(mine, other, 3.0, replace(LIMITS, signs=0.0, lacks=0.0))[0] == "gained"
 
 

@@ -40,6 +40,9 @@ class BranchingLoop(PlainLoop):
     def train_at_hand(self) -> float | None:
         return self.train_on(0) if self.runs_again else None
 
+    def loss_at_hand(self) -> float | None:
+        return self.probe()
+
 
 def branches(loop: PlainLoop) -> Branches:
     """What trains branches beside a loop."""

@@ -25,11 +25,12 @@ def given(loop: BranchingLoop) -> list[Receipt]:
 
 
 def test_an_intervention_that_gained() -> None:
-    """A run that was ruined by its rate is compared with itself without the rollback, on the same batches."""
+    """A run that was ruined by its rate is compared with itself without the rollback, on the same batches. After a
+    trial a plain difference on the first batches is enough."""
     loop = BranchingLoop(lr=2.0)
     loop.run(320)
     (receipt,) = given(loop)
-    assert (receipt.verdict, receipt.updates, receipt.taken_back) == ("gained", 128, False)
+    assert (receipt.verdict, receipt.updates, receipt.taken_back) == ("gained", 21, False)
     assert receipt.intervention_step == loop.records[0].global_step
     assert receipt.loss is not None
     assert receipt.loss_without is not None
@@ -37,19 +38,19 @@ def test_an_intervention_that_gained() -> None:
 
 
 def test_an_intervention_that_cost_is_taken_back() -> None:
-    """A cut to next to nothing in a healthy run is found to cost, and the run goes on as the one without it: bit by bit
-    its weights and its rate."""
+    """A cut to next to nothing in a healthy run is found to cost in one comparison, and the run goes on as the one
+    without it: bit by bit its weights and its rate."""
     loop, alone = BranchingLoop(lr=0.02), BranchingLoop(lr=0.02)
     loop.run(2)
     alone.run(2)
     receipts_of(loop).before(loop.step, skipped=False)
     loop.guard.context.rate.set_multiplier(1e-4)
-    loop.run(128)
-    alone.run(128)
+    loop.run(64)
+    alone.run(64)
     (receipt,) = given(loop)
     assert (receipt.verdict, receipt.taken_back) == ("cost", True)
     assert remedies(loop) == [("take back",)]
-    assert "the intervention of step 2 did harm: 128 updates later" in loop.records[0].message
+    assert "the intervention of step 2 did harm: 64 updates later" in loop.records[0].message
     assert (loop.records[0].lr_before, loop.records[0].lr_after) == (pytest.approx(2e-6), 0.02)
     assert copied(loop.net.state_dict()).keys() == alone.net.state_dict().keys()
     assert all(torch.equal(mine, alone.net.state_dict()[name]) for name, mine in loop.net.state_dict().items())
@@ -58,7 +59,7 @@ def test_an_intervention_that_cost_is_taken_back() -> None:
     assert ring.beside is not None
     loop.run(4)
     assert ring.beside is None  # a state of the run itself is certified
-    assert ring.certified[0].step >= 130
+    assert ring.certified[0].step >= 66
 
 
 def test_an_intervention_that_made_no_difference() -> None:

@@ -13,8 +13,8 @@ import torch
 
 from lightning_nanguard import Reading
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.guard import rehearsal as rehearsal_module
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
+from lightning_nanguard.state import switch as switch_module
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds.rate_search import ReviewThresholds
@@ -208,7 +208,7 @@ def test_a_rate_that_cannot_be_tried_for_lack_of_memory_is_not(fails: str, monke
         raise OutOfMemory("CUDA out of memory")
 
     if fails == "copy":
-        monkeypatch.setattr(rehearsal_module, "capture", full)
+        monkeypatch.setattr(switch_module, "capture", full)
     else:
         monkeypatch.setattr(loop, "train_on", full)
         with rehearsal.present() as present:

@@ -36,6 +36,8 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
         assert differences(copied(state(loop)), copied(state(alone))) == []
         return
     assert remedies(loop)[0] == ("restore", "scale")
+    # The first suspicion comes after 40 updates, and a trial of a run that is plainly lost takes 32.
+    assert loop.records[0].global_step == 72
     assert loop.guard.context.rate.ratio() < 1
     assert (loop.probe() or 0.0) < 0.1
 

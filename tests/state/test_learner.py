@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, nn, optim
 
 from lightning_nanguard.state.learner import Learner, describe
 from tests.state.nets import Net, made, train
@@ -84,3 +84,30 @@ def test_lazy_parameters_join_when_they_are_made() -> None:
     net(torch.full((1, 3), math.pi))
     assert not learner.lazy()
     assert [key for key, _ in learner.weights()] == [("parameter", "weight"), ("parameter", "bias")]
+
+
+def test_what_is_held_changes_with_any_leaf() -> None:
+    """The same objects are held as long as no leaf is another one; the clock's values are not among them."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    optimizer = optim.Adam(net.parameters())
+    learner = Learner(net, [optimizer], averages=lambda: {"ema": averaged})
+    averaged = {"0.weight": torch.zeros(2, 2)}
+
+    def changed(before: list[object]) -> bool:
+        now = learner.held()
+        return len(now) != len(before) or any(one is not other for one, other in zip(now, before, strict=True))
+
+    before = learner.held()
+    optimizer.param_groups[0]["lr"] = 0.5
+    assert not changed(before)
+    for change in (
+        lambda: net(torch.randn(3, 2)).sum().backward() or optimizer.step(),
+        lambda: net[1].register_buffer("running_mean", torch.ones(2)),
+        lambda: optimizer.param_groups[0].update(eps=0.5),
+        lambda: averaged.update({"0.weight": torch.ones(2, 2)}),
+        lambda: net.append(nn.Linear(2, 2)),
+    ):
+        before = learner.held()
+        change()
+        assert changed(before)
+    assert learner.held()[: len(learner.held_weights())] == learner.held_weights()

@@ -16,7 +16,7 @@ from lightning_nanguard.trainer.private.training_step import (
     loss_with_graph,
     run_training_step,
 )
-from lightning_nanguard.trainer.private.untraced import untraced
+from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from tests.helpers import Batch, Task, batches, copied, differences, fit, random_state, state_of, task
 
 
@@ -85,3 +85,34 @@ def test_a_batch_run_again_leaves_no_trace(tmp_path: Path) -> None:
     assert 0 < abs(exact - first) < 0.05
     assert looks.norms[0] > 0.1
     assert 0 < looks.norms[1] < 0.011
+
+
+class LogsItself(Task):
+    """Its own ``log`` does more than to log."""
+
+    def log(self, name: str, value: Any, **options: Any) -> None:
+        self.last = value
+        super().log(name, value, **options)
+
+
+class Mutes(Callback):
+    """Runs a batch again and notes whether that was logged."""
+
+    def __init__(self) -> None:
+        self.logged: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        means = [value.value.clone() for value in trainer._results.values()]
+        with unlogged(pl_module):
+            run_training_step(trainer, batch, batch_idx)
+        now = [value.value for value in trainer._results.values()]
+        self.logged.append(not all(map(torch.equal, means, now)))
+        assert "log" not in vars(pl_module)
+
+
+def test_what_runs_again_logs_nothing(tmp_path: Path) -> None:
+    """``self.log`` does nothing in a module that has no ``log`` of its own."""
+    for kind, logs in ((Task, False), (LogsItself, True)):
+        mutes = Mutes()
+        fit(kind(task("mlp").net), batches(count=3), callbacks=[mutes], folder=tmp_path)
+        assert mutes.logged == [logs] * 3
