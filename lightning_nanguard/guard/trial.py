@@ -8,7 +8,15 @@ from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
 
-from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, may_begin, pick_arm
+from lightning_nanguard.decide.trial import (
+    TrialLosses,
+    has_fallen,
+    is_enough,
+    judge_trial,
+    may_begin,
+    pick_arm,
+    share_above,
+)
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -215,7 +223,8 @@ class TrialRunner:
             self._end("no result", "the batches before it could not be run again")
             return None
         trial = judge_trial(losses, self._limits)
-        if running.updates < self._limits.updates and not (trial.lacks > 0 and is_enough(trial, 1, self._limits)):
+        shows = trial.lacks > 0 and is_enough(trial, 1, self._limits)
+        if running.updates < self._limits.updates and not (shows and self._is_best(running, arm)):
             return None
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
@@ -233,6 +242,12 @@ class TrialRunner:
         history = self._context.monitors.history(0)
         first = None if history is None else history.first
         return running.arms[pick_arm([arm.factor for arm in running.arms], levels, first, self._limits)]
+
+    def _is_best(self, running: _Running, arm: _Arm) -> bool:
+        """Whether an arm is better than all others, so that its rate is clearly the right one of those tried."""
+        judged, signs = -self._judged(running.updates), self._limits.signs
+        others = (one for one in running.arms if one is not arm)
+        return all(share_above(other.losses[judged:], arm.losses[judged:]) >= signs for other in others)
 
     def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
         judged = -self._judged(running.updates)
