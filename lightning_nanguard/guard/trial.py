@@ -157,13 +157,14 @@ class TrialRunner:
         return True
 
     def _asks_anew(self) -> bool:
-        """Whether the rate has changed since the newest trial: the guard has changed it, or it has risen."""
+        """Whether the rate has changed since the newest trial: the guard has cut it, or it has risen far."""
         if self._newest is None:
             return True
         step, ratio, rate = self._newest
         highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
-        changed = not math.isclose(self._context.rate.ratio(), ratio)
-        return changed or highest > rate <= highest / self._limits.changed
+        now = self._context.rate.ratio()
+        cut = now < ratio and not math.isclose(now, ratio)
+        return cut or highest > rate <= highest / self._limits.changed
 
     def _has_fallen(self, since: int) -> bool:
         return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)

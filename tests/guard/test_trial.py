@@ -77,7 +77,7 @@ def test_what_ends_a_trial() -> None:
 
 
 def test_a_plateau_is_tried_once_at_a_rate() -> None:
-    """After a trial of a run that goes well none follows at its rate, but where that has risen or the guard has changed
+    """After a trial of a run that goes well none follows at its rate, but where that has risen or the guard has cut
     it; a resumed run knows of it."""
     plateau = Fault("stuck_loss", "learner", "loss", None, certain=False, doubtful=True)
     for multiplier, rate, begins in ((1.0, 0.05, False), (0.5, 0.05, True), (1.0, 0.2, True), (1.0, 0.01, False)):
