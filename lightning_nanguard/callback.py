@@ -247,8 +247,8 @@ class NaNGuard(DisplayedGuard):
         fit.averages.watch()
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
         first = fit.diagnostics.first_updates
-        if first is not None and first.looks:
-            first.see_batch(batch)
+        if first is not None and (first.looks or first.compares):
+            first.see_batch(batch, batch_idx)
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
@@ -299,7 +299,7 @@ class NaNGuard(DisplayedGuard):
                 replay.to_log = None
             fit.diagnostics.examine_if_due()
             first = fit.diagnostics.first_updates
-            if first is not None and first.end_batch():
+            if first is not None and (first.looks or guard.updates >= first.next_due) and first.end_batch():
                 fit.diagnostics.judge_first_updates()
         finally:
             replay.may_log = False

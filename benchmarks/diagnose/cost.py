@@ -10,11 +10,13 @@ import argparse
 import time
 from collections.abc import Callable
 from dataclasses import astuple, dataclass
+from operator import itemgetter
 from statistics import median
 from tempfile import TemporaryDirectory
 from typing import Any
 
 import pytorch_lightning as pl
+from torch.utils.data import DataLoader
 
 from benchmarks.overhead.models import CPU
 from lightning_nanguard import NaNGuard
@@ -92,7 +94,9 @@ def cost(name: str) -> Cost:
                 accelerator="cpu", default_root_dir=folder, max_epochs=1, logger=False, enable_checkpointing=False,
                 enable_progress_bar=False, enable_model_summary=False, callbacks=[clock, NaNGuard()],
             )  # fmt: skip
-            trainer.fit(workload.make(), workload.loader(2 * UPDATES + 3))
+            # Different batches and a batch size, because only batches that a loader draws are compared.
+            ready = [workload.batch() for _ in range(2 * UPDATES + 3)]
+            trainer.fit(workload.make(), DataLoader(ready, batch_size=1, collate_fn=itemgetter(0)))
     finally:
         for owner, part, call in originals:
             setattr(owner, part, call)

@@ -16,8 +16,11 @@ class MistakeThresholds:
         least_updates: Fewest updates of a shorter run that is judged at its end.
         most_modules: Calls of modules that are observed in one batch.
         batches: Batches that are compared with each other.
-        fields_per_batch: Fields by which a batch is recognised. One field alone may be a mask that is always the same.
+        fields_per_batch: Fields by which a batch is recognised if the first one repeats. That may be a mask, which is
+            always the same.
         numbers_per_batch: Numbers of one field by which a batch is recognised.
+        spread: Share of a field over which these numbers are spread. With the golden ratio they are at different places
+            of the samples. At the same place, such as a corner, all images may be black.
         least_batches: Fewest batches of one epoch with which repetitions are reported.
         repeated: Share of the batches of one epoch that are repetitions, at which they are reported.
         looks_at_gradients: Updates of one optimizer in which its gradients are compared with those before the backward
@@ -44,6 +47,7 @@ class MistakeThresholds:
     batches: int = 8
     fields_per_batch: int = 3
     numbers_per_batch: int = 32
+    spread: float = 0.618
     least_batches: int = 8
     repeated: float = 0.4
     looks_at_gradients: int = 8

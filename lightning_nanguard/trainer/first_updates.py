@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from itertools import islice
 from typing import Any, final
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
 
-from lightning_nanguard.diagnosis.batch import tensor_fields
+from lightning_nanguard.diagnosis.first_batches import FirstBatches
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
 from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
@@ -23,6 +24,7 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 from lightning_nanguard.trainer.run_length import expected_updates
 
+_MODES = (_BatchNorm, _DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
 
 
@@ -46,7 +48,7 @@ class FirstUpdates:
         self._limits = thresholds
         optimizers = context.learner.optimizers
         self._named: Mapping[str, nn.Parameter] = {}
-        self._optimized: set[str] = set()
+        self._unoptimized: set[str] = set()
         self._modes: Mapping[str, nn.Module] = {}
         # Not known to be correct yet: parameters that got no gradient, and modules in evaluation mode.
         self._waiting = self._named
@@ -54,7 +56,7 @@ class FirstUpdates:
         self._trainable: set[str] = set()  # those of them that require a gradient
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batches: list[tuple[int, list[Tensor]]] = []
+        self._batches = FirstBatches(thresholds)
         self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
         self._gradients = [_AddedGradients(optimizer, thresholds.looks_at_gradients) for optimizer in optimizers]
         self._losses = self._updates = 0
@@ -64,20 +66,22 @@ class FirstUpdates:
         # Updates in which rates and modes will be checked, without the present one.
         self._due = sorted({thresholds.least_updates, last, *rates_change} - {0})
         self._closely = True
-        # Number of updates before this fit, and the number after which to decide again what to check.
-        self._begun = self._next = 0
+        # Number of updates before this fit; ``None`` before its first one.
+        self._begun: int | None = None
+        # Number of updates after which to decide again what is checked.
+        self.next_due: float = math.inf
         # Whether the present update is checked: the first ones, a few later ones, and all while parameters have no
         # gradient.
         self.looks = True
+        # Whether the present batch is compared with others.
+        self.compares = _draws(trainer, thresholds)
 
     # ---------------------------------------------------------------------------------------------- while it trains
 
-    def see_batch(self, batch: Any) -> None:
+    def see_batch(self, batch: Any, batch_idx: int) -> None:
         """A batch begins."""
-        if len(self._batches) < self._limits.batches:
-            if not self._batches:
-                self._begin()
-            self._batches.append((self._trainer.current_epoch, _fingerprint(batch, self._limits)))
+        if self.compares:
+            self.compares = self._batches.see(batch, first=batch_idx == 0)
         if self._updates and self._waiting and self._calls is None:
             modules = dict(self._module.named_modules())
             self._calls = ModuleCalls(modules, self._limits.most_modules)
@@ -85,14 +89,14 @@ class FirstUpdates:
                 self._calls.begin(batch)
 
     def _begin(self) -> None:
-        # Done at the first batch, because an earlier hook may have replaced a layer.
+        # Done in the first update, because an earlier hook may have replaced a layer.
         optimizers = self._context.learner.optimizers
         owned = {id(p) for optimizer in optimizers for group in optimizer.param_groups for p in group["params"]}
         self._named = self._waiting = dict(self._module.named_parameters())
-        self._optimized = {name for name, p in self._named.items() if id(p) in owned}
+        self._unoptimized = {name for name, p in self._named.items() if id(p) not in owned}
         self._modes = self._idle = {path: one for path, one in self._module.named_modules() if _has_modes(one)}
         self._begun = self._context.state.step
-        self._next = self._begun + 1
+        self.next_due = self._begun + 1
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
@@ -104,6 +108,8 @@ class FirstUpdates:
 
     def see_step(self, optimizer_index: int) -> None:
         """An optimizer is about to step."""
+        if self._begun is None:
+            self._begin()
         if self._waiting:
             self._note_gradients()
         self._gradients[optimizer_index].before_step()
@@ -125,20 +131,21 @@ class FirstUpdates:
         """
         if self._calls is not None:
             self._calls.end()
-        made = self._context.state.step
-        if made < self._next:
+        if self._begun is None or self._context.state.step < self.next_due:
             return False
-        self._updates = updates = made - self._begun
-        due = [one for one in self._due if one > updates]
-        self._closely, self._due = len(due) < len(self._due), due
+        self._updates = updates = self._context.state.step - self._begun
+        due = self._due
+        self._closely = bool(due) and due[0] <= updates
+        while due and due[0] <= updates:
+            due.pop(0)
         self.looks = (
             self._closely
-            or len(self._batches) < self._limits.batches
             or bool(self._waiting)
             or (self._losses > 0 and not self._graph)
             or any(one.looks for one in self._gradients)
         )
-        self._next = made + 1 if self.looks else self._begun + min(due, default=self._limits.updates)
+        next_due = updates + 1 if self.looks else due[0] if due else self._limits.updates
+        self.next_due = self._begun + next_due
         return updates >= self._limits.updates
 
     def close(self) -> None:
@@ -154,11 +161,12 @@ class FirstUpdates:
 
     def observation(self) -> Observation | None:
         """The observation; ``None`` if there were too few updates, or no mistake is possible."""
-        self._updates = self._context.state.step - self._begun
+        self._updates = 0 if self._begun is None else self._context.state.step - self._begun
         if self._updates < self._limits.least_updates:
             return None
-        self._note_gradients()
-        batches, distinct = self._distinct_batches()
+        if self._waiting:
+            self._note_gradients()
+        batches, distinct = self._batches.count()
         if batches == distinct and self._nothing_stands_out():
             return None
         modes = tuple(self._mode(path) for path in self._modes)
@@ -187,7 +195,7 @@ class FirstUpdates:
         """Whether further checks cannot find a mistake, as in most runs."""
         return (
             not self._waiting
-            and len(self._optimized) == len(self._named)
+            and not self._unoptimized
             and not self._idle
             and (self._graph or not self._losses)
             and not any(one.most for one in self._gradients)
@@ -209,7 +217,7 @@ class FirstUpdates:
         suspects = [
             name
             for name in self._named
-            if name in self._waiting or name not in self._optimized or name.startswith(evaluated)
+            if name in self._waiting or name in self._unoptimized or name.startswith(evaluated)
         ]
         start = self._start(suspects) if suspects else {}
         untrained = self._untrained(suspects, start)
@@ -218,7 +226,7 @@ class FirstUpdates:
             ParameterSeen(
                 name=name,
                 trainable=name in with_gradient or name in self._trainable,
-                optimized=name in self._optimized,
+                optimized=name not in self._unoptimized,
                 gradient=name in with_gradient,
                 ran=seen[name] != "" and seen[name] in ran,
                 graph=seen[name] in graph,
@@ -273,16 +281,6 @@ class FirstUpdates:
         around = (".".join(words[: count + 1]) for count in range(len(words)))
         within = next((name for name in around if not self._module.get_submodule(name).training), path)
         return ModeSeen(path, type(one).__name__, _drops(one), path not in self._idle, within)
-
-    def _distinct_batches(self) -> tuple[int, int]:
-        """Number of compared batches of one epoch, and number of different ones."""
-        loader = self._trainer.train_dataloader
-        # In a list of ready batches, or with overfit_batches, repeated batches are intended.
-        draws = isinstance(loader, DataLoader) and loader.batch_size is not None
-        if not draws or bool(getattr(self._trainer, "overfit_batches", False)) or not self._batches:
-            return 0, 0
-        kept = [fields for epoch, fields in self._batches if epoch == self._batches[0][0] and fields]
-        return len(kept), len({tuple(number for part in fields for number in part.tolist()) for fields in kept})
 
 
 @final
@@ -340,12 +338,21 @@ class _AddedGradients:
             self._version = self._used.grad._version
 
 
+def _draws(trainer: Trainer, limits: MistakeThresholds) -> bool:
+    """Whether batches that repeat within an epoch are a mistake."""
+    loader = trainer.train_dataloader
+    # In a list of ready batches, or with overfit_batches, repeated batches are intended.
+    draws = isinstance(loader, DataLoader) and loader.batch_size is not None
+    whole = trainer.num_training_batches >= limits.least_batches
+    return draws and whole and not getattr(trainer, "overfit_batches", False)
+
+
 def _has_modes(module: nn.Module) -> bool:
-    return _drops(module) or isinstance(module, nn.modules.batchnorm._BatchNorm)
+    return isinstance(module, _MODES) and (isinstance(module, _BatchNorm) or _drops(module))
 
 
 def _drops(module: nn.Module) -> bool:
-    if isinstance(module, nn.modules.dropout._DropoutNd):
+    if isinstance(module, _DropoutNd):
         return module.p > 0
     if isinstance(module, nn.RNNBase):
         return module.dropout > 0 and module.num_layers > 1
@@ -364,16 +371,3 @@ def _part_apart_from(name: str, other: str) -> str:
     while len(words) > 1 and others and words[-1] == others[-1]:
         words, others = words[:-1], others[:-1]
     return ".".join(words)
-
-
-@torch.no_grad()
-def _fingerprint(batch: Any, limits: MistakeThresholds) -> list[Tensor]:
-    """Some numbers of each field, to recognise a repeated batch. They stay on the device."""
-    found, numbers = [], limits.numbers_per_batch
-    for _, tensor in islice(tensor_fields(batch), limits.fields_per_batch):
-        count = tensor.numel()
-        if count and not tensor.is_complex():
-            flat = tensor if tensor.is_contiguous() else tensor.reshape(-1)
-            size, stride = (min(numbers, count),), (max(1, count // numbers),)
-            found.append(torch.as_strided_copy(flat, size, stride, flat.storage_offset()))
-    return found

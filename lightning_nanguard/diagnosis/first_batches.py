@@ -1,0 +1,100 @@
+"""Compares the first batches of an epoch with each other."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from itertools import islice
+from typing import Any, final
+
+from torch import Tensor
+
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.tensors import is_plain
+from lightning_nanguard.thresholds.mistakes import MistakeThresholds
+
+
+@final
+class FirstBatches:
+    """Counts how many of the first batches of an epoch differ. It holds a few numbers of each.
+
+    It first reads one field of each batch. It compares several fields if this one repeats, or cannot be read without
+    waiting for a device.
+
+    Args:
+        thresholds: How many batches are compared, and by how much of each.
+
+    Example:
+        >>> batches = FirstBatches(MistakeThresholds())
+        >>> [batches.see(torch.ones(2, 3), first=index == 0) for index in range(4)]
+        [True, True, True, True]
+        >>> batches.count()
+        (2, 1)
+    """
+
+    def __init__(self, thresholds: MistakeThresholds) -> None:
+        self._limits = thresholds
+        # The numbers of the first field of each batch, as long as all of them differ.
+        self._different: set[Hashable] | None = set()
+        # The numbers of several fields of each batch; they are read at the end.
+        self._kept: list[list[Tensor]] = []
+
+    def see(self, batch: Any, *, first: bool) -> bool:
+        """Look at a batch.
+
+        Args:
+            batch: The batch.
+            first: Whether it is the first one of an epoch. Those of the epoch before are then forgotten.
+
+        Returns:
+            Whether further batches are needed.
+        """
+        limits, different = self._limits, self._different
+        if first:
+            self._kept.clear()
+            if different is not None:
+                different.clear()
+        if different is not None:
+            numbers = _first_numbers(batch, limits)
+            if numbers is not None and numbers not in different:
+                different.add(numbers)
+                return len(different) <= (1 - limits.repeated) * limits.batches
+            self._different = None
+            if numbers is not None:
+                return True  # not the second one of a pair: from the next one on there are as many repetitions
+        plain = islice(filter(is_plain, nested_tensors(batch)), limits.fields_per_batch)
+        kept = [_some_numbers(one, limits) for one in plain if one.numel()]
+        if kept:
+            self._kept.append(kept)
+        return bool(kept) and len(self._kept) < limits.batches
+
+    def count(self) -> tuple[int, int]:
+        """Number of batches that were compared by several fields, and of different ones. Reads from the device."""
+        return len(self._kept), len({tuple([tuple(part.tolist()) for part in parts]) for parts in self._kept})
+
+
+def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:
+    """Some numbers of the first field of a batch; ``None`` if they cannot be read at once."""
+    field = batch
+    if isinstance(batch, dict):
+        field = next(iter(batch.values()), None)
+    elif isinstance(batch, (list, tuple)) and batch:
+        field = batch[0]
+    if type(field) is not Tensor or not field.is_cpu:
+        return None
+    try:
+        array = field.numpy()
+    except (TypeError, RuntimeError):  # NumPy does not have such tensors
+        return None
+    return tuple(map(array.item, _places(array.size, limits))) or None
+
+
+def _some_numbers(tensor: Tensor, limits: MistakeThresholds) -> Tensor:
+    flat = tensor.detach().contiguous()
+    places = _places(flat.numel(), limits)
+    return flat.as_strided((len(places),), (places.step,), flat.storage_offset()).clone()
+
+
+def _places(count: int, limits: MistakeThresholds) -> range:
+    """The places of the numbers that are read of ``count`` numbers."""
+    step = max(1, int(limits.spread * count) // limits.numbers_per_batch)
+    return range(0, count, step)[: limits.numbers_per_batch]
