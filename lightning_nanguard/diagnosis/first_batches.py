@@ -25,7 +25,7 @@ class FirstBatches:
 
     Example:
         >>> batches = FirstBatches(MistakeThresholds())
-        >>> [batches.see(torch.ones(2, 3), first=index == 0) for index in range(4)]
+        >>> [batches.see(Tensor([1.0, 2.0]), first=index == 0) for index in range(4)]
         [True, True, True, True]
         >>> batches.count()
         (2, 1)

@@ -150,3 +150,14 @@ def test_groups_without_a_rate(tmp_path: Path) -> None:
         run = fit(task("mlp", Rateless), batches(count=9), guard, folder=tmp_path)
         ends.append([one.tolist() for one in run.module.parameters()])
     assert ends[0] == ends[1]
+
+
+def test_images_with_a_black_border_do_not_repeat(tmp_path: Path) -> None:
+    """All corners are the same, and so is the target, one number that is expanded."""
+
+    def collate(rows: list[torch.Tensor]) -> Any:
+        return nn.functional.pad(torch.stack(rows), (2, 2, 2, 2)), torch.ones(1, 1).expand(len(rows), 1)
+
+    guard, loader = NaNGuard(dirpath=tmp_path), DataLoader(list(torch.rand(640, 4, 4)), 32, collate_fn=collate)
+    fit(Task(nn.Sequential(nn.Flatten(), nn.Linear(64, 1))), loader, guard, folder=tmp_path)
+    assert named(guard) == set()

@@ -100,7 +100,7 @@ class Observation:
         losses: Number of checked losses, up to the first one that depends on a trained parameter.
         graphless: The same number if none of them depends on a trained parameter; else 0.
         added: Largest number of updates in a row, over all optimizers, whose gradients were added to the ones before.
-        batches: Number of compared batches of one epoch.
+        batches: Number of compared batches of one epoch; 0 if one field showed that they differ.
         distinct: Number of different ones among them.
         unfreezes: Whether a callback unfreezes parts during the run.
     """
