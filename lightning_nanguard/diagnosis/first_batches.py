@@ -60,7 +60,8 @@ class FirstBatches:
                 return len(different) <= (1 - limits.repeated) * limits.batches
             self._different = None
             if numbers is not None:
-                return True  # not the second one of a pair: from the next one on there are as many repetitions
+                # If batches come in pairs, eight that begin with the second of a pair hold one repetition less.
+                return True
         plain = islice(filter(is_plain, nested_tensors(batch)), limits.fields_per_batch)
         kept = [_some_numbers(one, limits) for one in plain if one.numel()]
         if kept:
