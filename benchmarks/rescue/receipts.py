@@ -1,9 +1,9 @@
 """Whether receipts are right: ``python -m benchmarks.rescue.receipts``.
 
-Each intervention is compared twice. The guard's receipt compares 64 updates later, on training batches. The truth is
-the held-out loss at the end of the whole run with the intervention, against that of the whole run without it. Half of
-the interventions are forced on healthy runs: a cut of the rate, with or without a rollback to the start, at a random
-update. The others are the guard's own, in runs whose rate is too high.
+Each intervention is compared twice. The guard's receipt compares 21 to 128 updates later, on training batches. The
+truth is the held-out loss at the end of the whole run with the intervention, against that of the whole run without it.
+Half of the interventions are forced on healthy runs: a cut of the rate, with or without a rollback to the start, at a
+random update. The others are the guard's own, in runs whose rate is too high.
 """
 
 from __future__ import annotations
@@ -78,8 +78,9 @@ class _Force(pl.Callback):
 def _nothing_taken_back() -> Iterator[None]:
     """Inside, receipts are written and the run goes on as it is, so that its end shows what the intervention did."""
 
-    def judge(*arguments: Any) -> tuple[Verdict, bool]:
-        return judge_receipt(*arguments)[0], False
+    def judge(*arguments: Any) -> tuple[Verdict, bool, bool]:
+        verdict, _, plain = judge_receipt(*arguments)
+        return verdict, False, plain
 
     with patch("lightning_nanguard.guard.receipts.judge_receipt", judge):
         yield
