@@ -143,12 +143,13 @@ def test_a_loss_that_jumps_is_advice(tmp_path: Path) -> None:
 
 
 def test_evidence_is_looked_for_where_it_is_asked_for(tmp_path: Path) -> None:
-    """The same run under ``act_on="evidence"`` runs batches again, and gives no such advice."""
+    """The same run under ``act_on="evidence"`` runs batches again. It gives such advice only where no trial fits into
+    the rest of the run."""
     make, data = RUNS["noise"]
     guard = NaNGuard(snapshot_every_n_steps=10, act_on="evidence")
     trained(make, data(), guard, tmp_path, jumps)
     assert len(CALLS) > STEPS
-    assert list(guard.advice) == []
+    assert {one.global_step for one in guard.advice} <= {STEPS - 1}
 
 
 def student(freedom: float, targets: bool, seed: int) -> list[Batch]:
