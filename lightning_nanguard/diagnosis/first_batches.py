@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from itertools import islice
 from typing import Any, final
 
 from torch import Tensor
 
 from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.checksum import checksums
 from lightning_nanguard.measure.tensors import is_plain
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 
@@ -17,8 +17,8 @@ from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 class FirstBatches:
     """Counts how many of the first batches of an epoch differ. It holds a few numbers of each.
 
-    It first reads one field of each batch. It compares several fields if this one repeats, or cannot be read without
-    waiting for a device.
+    It first reads a few numbers of one field of each batch. If these repeat, or cannot be read without waiting for a
+    device, it compares batches by checksums of all numbers, because most numbers of a batch may be zero.
 
     Args:
         thresholds: How many batches are compared, and by how much of each.
@@ -35,7 +35,7 @@ class FirstBatches:
         self._limits = thresholds
         # The numbers of the first field of each batch, as long as all of them differ.
         self._different: set[Hashable] | None = set()
-        # The numbers of several fields of each batch; they are read at the end.
+        # Checksums of each batch; they are read at the end.
         self._kept: list[list[Tensor]] = []
 
     def see(self, batch: Any, *, first: bool) -> bool:
@@ -62,15 +62,14 @@ class FirstBatches:
             if numbers is not None:
                 # If batches come in pairs, eight that begin with the second of a pair hold one repetition less.
                 return True
-        plain = islice(filter(is_plain, nested_tensors(batch)), limits.fields_per_batch)
-        kept = [_some_numbers(one, limits) for one in plain if one.numel()]
+        kept = checksums(one for one in nested_tensors(batch) if is_plain(one) and one.numel())
         if kept:
             self._kept.append(kept)
         return bool(kept) and len(self._kept) < limits.batches
 
     def count(self) -> tuple[int, int]:
-        """Number of batches that were compared by several fields, and of different ones. Reads from the device."""
-        return len(self._kept), len({tuple([tuple(part.tolist()) for part in parts]) for parts in self._kept})
+        """Number of batches that were compared as a whole, and of different ones. Reads from the device."""
+        return len(self._kept), len({tuple(map(int, numbers)) for numbers in self._kept})
 
 
 def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:
@@ -87,12 +86,6 @@ def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:
     except (TypeError, RuntimeError):  # NumPy does not have such tensors
         return None
     return tuple(map(array.item, _places(array.size, limits))) or None
-
-
-def _some_numbers(tensor: Tensor, limits: MistakeThresholds) -> Tensor:
-    flat = tensor.detach().contiguous()
-    places = _places(flat.numel(), limits)
-    return flat.as_strided((len(places),), (places.step,), flat.storage_offset()).clone()
 
 
 def _places(count: int, limits: MistakeThresholds) -> range:

@@ -22,7 +22,26 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         >>> checksum([one]) == checksum([one.clone()]), checksum([one]) == checksum([other])
         (True, False)
     """
-    sums: dict[torch.device, list[Tensor]] = {}
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for number in checksums(tensors):
+        by_device.setdefault(number.device, []).append(number)
+    total = 0
+    for numbers in by_device.values():
+        for value in torch.stack(numbers).tolist():
+            total = (total * 1_000_003 + value) % _PRIME
+    return total
+
+
+def checksums(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """Checksums of tensors, which depend on every bit and its position. They stay on the devices of the tensors.
+
+    Args:
+        tensors: Strided tensors.
+
+    Returns:
+        0-dim tensors, one or two for each tensor.
+    """
+    found: list[Tensor] = []
     weights: dict[torch.device, Tensor] = {}
     for tensor in tensors:
         data = _bytes(tensor)
@@ -31,16 +50,12 @@ def checksum(tensors: Iterable[Tensor]) -> int:
         aligned = len(data) // 8 * 8
         words = data[:aligned].view(torch.int64)
         parts = [words, data[aligned:]] if aligned < len(data) else [words]
-        sums.setdefault(data.device, []).extend(weighted_sum(part, weights[data.device]) for part in parts)
-    total = 0
-    for numbers in sums.values():
-        for number in torch.stack(numbers).tolist():
-            total = (total * 1_000_003 + number) % _PRIME
-    return total
+        found.extend(weighted_sum(part, weights[data.device]) for part in parts)
+    return found
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    data = local(tensor).detach().contiguous().view(-1)
+    data = local(tensor).detach().resolve_conj().resolve_neg().contiguous().view(-1)
     # A view as 64-bit words must begin at a multiple of eight bytes.
     return (data.clone() if data.storage_offset() * data.itemsize % 8 else data).view(torch.uint8)
 

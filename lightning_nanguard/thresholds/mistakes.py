@@ -16,9 +16,7 @@ class MistakeThresholds:
         least_updates: Fewest updates of a shorter run that is judged at its end.
         most_modules: Calls of modules that are observed in one batch.
         batches: Batches that are compared with each other.
-        fields_per_batch: Fields by which a batch is recognised if the first one repeats. That may be a mask, which is
-            always the same.
-        numbers_per_batch: Numbers of one field by which a batch is recognised.
+        numbers_per_batch: Numbers of its first field by which a batch is recognised, unless they repeat.
         spread: Share of a field over which these numbers are spread. With the golden ratio they are at different places
             of the samples. At the same place, such as a corner, all images may be black.
         least_batches: Fewest batches of one epoch with which repetitions are reported.
@@ -45,7 +43,6 @@ class MistakeThresholds:
     least_updates: int = 16
     most_modules: int = 4096
     batches: int = 8
-    fields_per_batch: int = 3
     numbers_per_batch: int = 32
     spread: float = 0.618
     least_batches: int = 8

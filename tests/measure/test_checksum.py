@@ -26,3 +26,10 @@ def test_a_checksum_sees_the_place(one: int, other: int) -> None:
     swapped = tensor.clone()
     swapped[[one, other]] = swapped[[other, one]]
     assert (checksum([swapped]) != before) == (one != other)
+
+
+def test_a_lazy_conjugate_has_the_checksum_of_its_numbers() -> None:
+    """A conjugate or negative view is read by its values."""
+    tensor = torch.randn(5, dtype=torch.complex64)
+    assert checksum([tensor.conj()]) == checksum([tensor.conj().resolve_conj()]) != checksum([tensor])
+    assert checksum([tensor.conj().imag]) == checksum([-tensor.imag])

@@ -116,7 +116,7 @@ def test_a_layer_that_is_replaced_after_the_optimizer_was_made(tmp_path: Path) -
 
 
 def test_batches_that_are_written_over_each_other(tmp_path: Path) -> None:
-    """A few numbers of each batch are copied: a loader that fills the same memory again has not repeated itself."""
+    """Batches are compared when they come: a loader that fills the same memory again has not repeated itself."""
     buffer = torch.zeros(8, 4)
 
     def over(rows: list[Any]) -> Any:
@@ -128,6 +128,18 @@ def test_batches_that_are_written_over_each_other(tmp_path: Path) -> None:
         guard = NaNGuard(dirpath=tmp_path)
         fit(Task(nn.Linear(4, 1)), DataLoader(data, 8, collate_fn=collate), guard, folder=tmp_path)
         assert named(guard) == causes
+
+
+def test_batches_that_differ_in_few_numbers(tmp_path: Path) -> None:
+    """Images with a blank border, or one-hot rows, are different batches as soon as one number differs."""
+    images = torch.zeros(640, 64)
+    images[:, 27:37] = torch.rand(640, 10)
+    once = torch.eye(640)
+    for data in (images, once):
+        guard = NaNGuard(dirpath=tmp_path)
+        net = nn.Linear(data.shape[1], 1)
+        fit(Task(net), DataLoader(TensorDataset(data, torch.ones(640, 1)), 32), guard, folder=tmp_path)
+        assert named(guard) == set()
 
 
 def test_groups_without_a_rate(tmp_path: Path) -> None:
