@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import samples, tensor_fields, true_indices
+from lightning_nanguard.measure.finite import non_finite_fields
 from lightning_nanguard.thresholds.batches import HealthyBatchesThresholds
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 
@@ -38,10 +39,18 @@ Found = dict[int, SampleFault]
 """Faults of samples by their index in the batch."""
 
 
-def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS) -> Found:
-    """Find the samples that hold NaN or Inf, in inputs or in targets."""
+def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS, usual: Container[str] = ()) -> Found:
+    """Find the samples that hold NaN or Inf, in inputs or in targets.
+
+    Args:
+        batch: The batch.
+        thresholds: How many columns are named.
+        usual: Fields in which NaN and Inf are usual.
+    """
     columns: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, tensor in _by_sample(batch).items():
+        if name in usual:
+            continue
         bad = ~torch.isfinite(tensor)
         for index in true_indices(bad.reshape(len(bad), -1).any(1)):
             columns.setdefault(index, {})[name] = _columns(bad[index], thresholds)
@@ -166,9 +175,10 @@ class SampleSearch:
             cause: The cause to give to samples whose values alone show no fault.
         """
         limits = self._limits
-        far, found = far_samples(batch, healthy, limits, self._extreme), non_finite_samples(batch, limits)
+        usual = non_finite_fields(healthy)
+        far, found = far_samples(batch, healthy, limits, self._extreme), non_finite_samples(batch, limits, usual)
         if bad is not None and found:
-            # Some models use NaN for missing values.
+            # Some models leave single missing values out.
             spoiling = search(tuple(found), bad, thresholds=limits)
             found = found if spoiling is None else {index: found[index] for index in spoiling}
         found = {**far, **found}

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
-from typing import final
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
+from lightning_nanguard.measure.finite import non_finite_fields
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -81,6 +82,7 @@ class Diagnostician:
         micros: Sequence[MicroBatch],
         look: Look,
         good: Snapshot | None = None,
+        healthy: Sequence[Any] = (),
     ) -> Finding | None:
         """Find the cause of a fault; ``None`` if none was found.
 
@@ -90,12 +92,13 @@ class Diagnostician:
             micros: The micro-batches of the faulty update, the newest last.
             look: How much may be examined.
             good: The good state to run the batch from. By default it is chosen from the ring.
+            healthy: Healthy batches before this update. NaN and Inf in the same fields as in these are usual.
         """
         case = Case(fault, evidence, earlier=tuple(self._earlier))
         self.looked_at = None
         with errors_logged(_failed(fault)):
             if look != "nothing" and micros:
-                case = self._gather(case, micros, look, good)
+                case = self._gather(case, micros, look, good, healthy)
             if fault.rate_may_cause and case.clues.moved_alone is None:
                 case = self._compare_states(case, good)
             finding, before = self._rules.diagnose(case), self._as_before(case)
@@ -116,22 +119,29 @@ class Diagnostician:
         sure = last.finding.confidence * self._thresholds.replay.fading
         return replace(last.finding, confidence=sure, samples=(), suggestion=text)
 
-    def _gather(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
+    def _gather(
+        self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None, healthy: Sequence[Any]
+    ) -> Case:
         asked = case.evidence.step, case.fault.kind, case.fault.place
         if self._gathered is not None:
             before, micro, clues = self._gathered
             if before == asked and any(one.batch is micro.batch for one in micros):  # asked again about the same update
                 self.looked_at = micro
                 return replace(case, clues=clues)
-        case = self._gather_anew(case, micros, look, good)
+        case = self._gather_anew(case, micros, look, good, healthy)
         if look == "replay" and self.looked_at is not None:
             self._gathered = asked, self.looked_at, case.clues
         return case
 
-    def _gather_anew(self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None) -> Case:
+    def _gather_anew(
+        self, case: Case, micros: Sequence[MicroBatch], look: Look, good: Snapshot | None, healthy: Sequence[Any]
+    ) -> Case:
         fault, evidence = case.fault, case.evidence
         module, data = self._learner.module, self._thresholds.data
         clues = [batch_clues(micro.batch, module, data) for micro in micros]
+        if any(one.bad_fields for one in clues):
+            usual = non_finite_fields(healthy)
+            clues = [replace(one, bad_fields=tuple(f for f in one.bad_fields if f.field not in usual)) for one in clues]
         chosen = next((index for index, one in enumerate(clues) if one.bad_fields), len(micros) - 1)
         case = replace(case, clues=clues[chosen])
         self.looked_at = micros[chosen]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime as dt
 import enum
+import math
 import numbers
 import sys
 import types
@@ -30,9 +31,9 @@ _LEAVES = (
 
 
 def largest_magnitudes(batch: Any) -> list[float]:
-    """Largest absolute value of every floating-point tensor in a batch. Reads from the device."""
+    """Largest absolute value of every floating-point tensor in a batch, without NaN. Reads from the device."""
     dense = [dense_values(tensor) for tensor in floating_tensors(batch)]
-    return [float(values.abs().max()) for values in dense if values.numel() > 0]
+    return [float(values.abs().nan_to_num(0.0, math.inf).max()) for values in dense if values.numel() > 0]
 
 
 def floating_tensors(batch: Any) -> Iterator[Tensor]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.batches import floating_tensors
+from lightning_nanguard.measure.batches import floating_tensors, named_tensors
 from lightning_nanguard.measure.norms import partial_norms, total_norm
 from lightning_nanguard.measure.tensors import WIDER, dense_values
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
@@ -69,3 +69,11 @@ def batch_finite(batch: Any) -> bool | None:
         if not all_finite(tensor):
             return False
     return True if seen else None
+
+
+def non_finite_fields(batches: Iterable[Any]) -> frozenset[str]:
+    """Paths of the fields that hold NaN or Inf in at least one of some batches.
+
+    In a field in which healthy batches hold some, they stand for something, such as a missing label or a mask.
+    """
+    return frozenset(name for batch in batches for name, tensor in named_tensors(batch) if not all_finite(tensor))

@@ -169,6 +169,12 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return list(self._healthy)
 
+    def healthy_before(self) -> list[Any]:
+        """The newest healthy batches before the present update, the newest last."""
+        # Micro-batches of an unfinished window are already among the healthy ones.
+        own = {id(micro.batch) for micro in self.newest()}
+        return [batch for batch, _ in self._healthy if id(batch) not in own]
+
     def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
         """Whether a tensor of ``batch`` has much larger values than in any of the stored healthy batches.
 

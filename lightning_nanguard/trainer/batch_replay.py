@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
-from lightning_nanguard.measure.finite import batch_finite, non_finite_indices
+from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.attributes import reach
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
@@ -135,8 +135,12 @@ class TrainerBatchReplay:
             self.batch, self.batch_idx, self._shown = batch, batch_idx, []
 
     def batch_finite(self) -> bool | None:
-        """Whether the micro-batches of the present update are finite."""
-        return batch_finite([micro.batch for micro in self._shown or self.batches.newest()])
+        """Whether the micro-batches of the present update are finite where the healthy ones before it are."""
+        batches = [micro.batch for micro in self._shown or self.batches.newest()]
+        finite = batch_finite(batches)
+        if finite is not False:
+            return finite
+        return non_finite_fields(batches) <= non_finite_fields(self.batches.healthy_before())
 
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
         """Whether the values of the present batch are far outside the range of the batches before, or far larger."""

@@ -103,12 +103,13 @@ class Diagnostics:
         good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
         if good is not None:
             good = self._ranks.join_snapshot(good)  # all ranks must take part, so not in a branch
-        micros = self._replay.batches.of(update)
+        batches = self._replay.batches
+        micros = batches.of(update)
         if self._replay.suspect is not None:
             micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
-        finding = self._diagnostician.diagnose(fault, evidence, micros, look, good)
+        finding = self._diagnostician.diagnose(fault, evidence, micros, look, good, batches.healthy_before())
         # If a bad update was made, the batches after it were not checked.
-        later = self._replay.batches.since(update) if evidence.undo and look != "nothing" else []
+        later = batches.since(update) if evidence.undo and look != "nothing" else []
         looked = [] if look == "nothing" else [*micros, *later]
         about, run = self._diagnostician.looked_at, look == "replay"
         finding = self._samples.look(fault, evidence, finding, looked, about, good, run=run)

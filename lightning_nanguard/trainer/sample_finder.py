@@ -161,9 +161,7 @@ class SampleFinder:
         usable = evidence.corrupt is None and not evidence.undo
         state = (nullcontext() if usable else self._at(good)) if run else None
         with self._parts(micro, state) as bad:
-            # Micro-batches of an unfinished window are already among the healthy ones.
-            own = {id(one.batch) for one in self._replay.batches.newest()}
-            healthy = [batch for batch, _ in self._replay.batches.healthy if id(batch) not in own]
+            healthy = self._replay.batches.healthy_before()
             found = self._search.judged(micro.batch, healthy, bad, _cause(finding))
         if bad is None and finding is not None and micro is about and self._blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found

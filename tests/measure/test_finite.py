@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from lightning_nanguard.measure.finite import all_finite, batch_finite, non_finite_indices
+from lightning_nanguard.measure.finite import all_finite, batch_finite, non_finite_fields, non_finite_indices
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -31,3 +31,14 @@ def test_large_is_not_infinite(dtype: torch.dtype) -> None:
 def test_nested_batches(batch: object, finite: bool | None) -> None:
     """Floating tensors anywhere in a batch are looked at; a batch without any says nothing."""
     assert batch_finite(batch) is finite
+
+
+def test_fields_that_are_not_finite() -> None:
+    """Fields are named by their paths; one bad batch is enough."""
+    bad = torch.tensor([1.0, math.nan])
+    assert non_finite_fields([{"x": bad, "y": [torch.ones(2), bad]}, {"x": torch.ones(2), "z": -bad}]) == {
+        "x",
+        "y.1",
+        "z",
+    }
+    assert non_finite_fields([]) == non_finite_fields([(torch.ones(2, dtype=torch.int64), "text")]) == frozenset()

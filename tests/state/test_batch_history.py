@@ -99,7 +99,7 @@ def test_healthy_batches_take_bounded_memory() -> None:
 
 
 def test_a_batch_far_beyond_all_others_is_strange() -> None:
-    """It is compared with healthy ones of its structure, of which two are needed, and NaN is strange."""
+    """It is compared with healthy ones of its structure, of which two are needed; Inf is strange, NaN is not."""
     history = BatchHistory(CPU)
     usual = [torch.ones(3), torch.ones(2, dtype=torch.int64), torch.zeros(2)]
     assert history.strange(usual) is None
@@ -108,10 +108,20 @@ def test_a_batch_far_beyond_all_others_is_strange() -> None:
     history.accept([usual[0] * 2, *usual[1:]], 1)
     assert history.strange([usual[0] * 200, *usual[1:]]) is False
     assert history.strange([usual[0] * 201, *usual[1:]]) is True
-    assert history.strange([usual[0] * math.nan, *usual[1:]]) is True
+    assert history.strange([usual[0] * math.inf, *usual[1:]]) is True
+    assert history.strange([usual[0] * math.nan, *usual[1:]]) is False
     assert history.strange([usual[0], usual[1], torch.full((2,), 1e9)]) is False, "where all are zero nothing is far"
     assert history.strange([usual[0]]) is None, "another structure"
     assert history.strange("nothing to measure") is None
+
+
+def test_healthy_batches_of_earlier_updates() -> None:
+    """Micro-batches of the present window are healthy so far, and say nothing about the rest of it."""
+    history = BatchHistory(CPU)
+    for update, batch in enumerate("abb"):
+        history.add(update // 2, update, batch)
+        history.accept(batch, update)
+    assert history.healthy_before() == ["a"]
 
 
 def test_micro_batches_are_capped_in_bytes() -> None:
