@@ -22,7 +22,8 @@ class BlameThresholds:
             weights do no worse on other batches. The run is stopped if no update was healthy yet.
         rate_risen: Ratio of two learning rates above which the larger one has clearly risen.
         sane_loss: Loss units above the first loss. If the loss of a batch under good weights is higher, the batch
-            itself is at fault.
+            itself is at fault. In the beginning also the ratio of what the present weights add to this loss to what it
+            is above the first one, below which the batch is at fault.
         worse_for_batch: Loss units by which the present weights must be worse than the good ones, so that the batch is
             not blamed.
     """

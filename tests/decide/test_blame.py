@@ -45,6 +45,11 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
             {"bad_in_a_row": 64, "comparison": LOST, "holds_elsewhere": True},
             "learner",
         ),
+        # The batch is a little harder than the first one, which is all that is known of how losses differ.
+        ({"scope": "batch"}, {"comparison": Comparison(3e6, 2.4), "healthy_steps": 1, "loss_unit": 1e-12}, "learner"),
+        ({"scope": "batch"}, {"comparison": Comparison(math.inf, 2.4), "healthy_steps": 1, "loss_unit": 0}, "learner"),
+        ({"scope": "batch"}, {"comparison": Comparison(9e6, 8e6), "healthy_steps": 1, "loss_unit": 1e-12}, "batch"),
+        ({"scope": "batch"}, {"comparison": Comparison(math.nan, 99), "climbing": True}, "batch"),
         ({"scope": "batch", "conclusive": True}, {"corrupt": "parameter w"}, "batch"),
         ({"scope": "state"}, {"rate_rose": True}, "state"),
         ({"scope": "state", "rate_may_cause": True}, {"rate_rose": True}, "learner"),
