@@ -169,6 +169,11 @@ def _restore_state(
             del own[key]
         for key, (value, home) in entries.items():
             pairs += _put(own, key, value, home, like=parameter)
+    places = {name: place for place, name in enumerate(wanted)}
+    known = {parameter: places[name] for parameter in state if (name := names.get(id(parameter))) in places}
+    if list(known.values()) != sorted(known.values()):  # the optimizer's state_dict has this order
+        for parameter in sorted(known, key=known.__getitem__):
+            state[parameter] = state.pop(parameter)
     return pairs
 
 

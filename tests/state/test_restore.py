@@ -176,3 +176,22 @@ def test_averaged_copies_are_restored_alone() -> None:
     for key, leaf in learner.leaves():
         assert same_bits(leaf, (taken.leaves if average_of(key) in bad else before)[key]), key
     assert bad_averages(learner.averages(), FiniteCheck().corrupt) == frozenset()
+
+
+def test_the_order_of_the_state_is_restored() -> None:
+    """A parameter that got its first gradient late has its state last, also after another state was tried."""
+    net = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
+    optimizer = torch.optim.Adam(net.parameters())
+    learner = Learner(net, [optimizer])
+    start = capture(learner, step=0, global_step=0)
+    for layers in (net[1], net):
+        layers(torch.ones(1, 2)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    before = optimizer.state_dict()
+    now = capture(learner, step=2, global_step=2)
+    restore(learner, start)
+    net(torch.ones(1, 2)).sum().backward()
+    optimizer.step()
+    restore(learner, now)
+    assert list(optimizer.state_dict()["state"]) == list(before["state"]) == [2, 3, 0, 1]
