@@ -9,6 +9,7 @@ from typing import Any, NoReturn, final
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault, Finding, Intervention
 
 _MORE = (
@@ -98,10 +99,18 @@ class InterventionRecorder:
                 value=fault.value,
                 applied=not self._context.settings.observe,
                 ranks=ranks,
-                updates_lost=0 if kept or restored is None else max(0, state.step - restored.step - made),
+                updates_lost=0
+                if kept or restored is None
+                else max(0, self._updates_since(restored, global_step) - made),
                 restart_updates=0 if restored is None else made,
             )
         )
+
+    def _updates_since(self, snapshot: Snapshot, global_step: int) -> int:
+        now = max(global_step, self._loop.clock()[0])  # a late fault is recorded under its own step
+        # LBFGS and SAM compute several gradients for one step, and each of them is measured. Lightning does not count
+        # the steps of a bare torch optimizer.
+        return now - snapshot.global_step or self._context.state.step - snapshot.step
 
     def note(self, fault: Fault, *words: str) -> None:
         """Record what was done outside the order of a step."""

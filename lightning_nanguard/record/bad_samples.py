@@ -57,7 +57,9 @@ class BadSample:
     @property
     def key(self) -> Row:
         """The key that identifies it: its row, else its hash."""
-        return hash_key(self.hash) if self.row is None else self.row
+        if self.row is not None:
+            return self.row
+        return hash_key(self.hash or f"not known (epoch {self.epoch}, batch {self.batch}, {self.index}, {self.rank})")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers that JSON accepts.

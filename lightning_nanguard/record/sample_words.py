@@ -22,7 +22,8 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
     if finding.rows:
         words = [f"{listed_numbers('row', finding.rows, thresholds)} of the data set"]
     elif "hash" in known and "position" in known:
-        words = [f"batch {_number(known['position'])} of the epoch", f"hash {known['hash']}"]
+        words = [f"batch {_number(known['position'])} of the epoch"]
+        words += [f"hash {known['hash']}"] if known["hash"] else []
     else:
         words = []
     if "times_met" in known:

@@ -304,7 +304,7 @@ class SampleFinder:
         rows = [here[index].row if index in here else self._row(about, index, not_finite=True) for index in indices]
         known = [row for row in rows if row is not None]
         most = self._context.thresholds.records.numbers_per_message
-        hashes = [_hash(about.batch, index) for index in indices[:most]]
+        hashes = [made for index in indices[:most] if (made := _hash(about.batch, index))]
         if len(known) < len(rows):
             known = []
             evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}

@@ -17,6 +17,7 @@ def test_where_samples_came_from() -> None:
     assert origin_in_words(ROWS) == "rows 100, a of the data set, seen up to 2 times"
     assert origin_in_words(STREAM) == "batch 12 of the epoch, hash ab12, on rank 1"
     assert samples_in_words(STREAM) == "sample 4, batch 12 of the epoch, hash ab12, on rank 1"
+    assert origin_in_words(replace(STREAM, evidence={"position": 12.0, "hash": ""})) == "batch 12 of the epoch"
     assert origin_in_words(Finding("dead_relu", 1.0, {"hash": "of the user's own rule"})) == ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -237,3 +238,13 @@ def test_a_row_that_makes_statistics_infinite_costs_one_rollback(act_on: Any, tm
     assert {one.fault for one in guard.interventions} == {"corrupted_state", "implausible_statistics"}
     assert all(bool(buffer.isfinite().all()) for buffer in run.module.buffers())
     assert guard.lr_multiplier == 1.0
+
+
+def test_steps_of_several_evaluations_are_counted_once(tmp_path: Path) -> None:
+    """LBFGS computes the gradient several times for one step. What a rollback undid is counted in steps."""
+    guard = NaNGuard(snapshot_every_n_steps=4, dirpath=tmp_path)
+    lbfgs = partial(optim.LBFGS, lr=0.1, max_iter=3)
+    fit(Task(mlp(), lbfgs), batches(count=20), guard, folder=tmp_path, callbacks=[FaultAt("weight", NAN, 9)])
+    (found,) = guard.interventions
+    assert found.snapshot_step is not None
+    assert 0 < found.updates_lost == found.global_step - found.snapshot_step

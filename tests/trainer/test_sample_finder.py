@@ -17,6 +17,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from lightning_nanguard import NaNGuard, SkipStep, sample_hash
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
+from lightning_nanguard.record.sample_words import origin_in_words
 from tests.helpers import folder_of, trainer_for
 from tests.modules import update_by_hand
 
@@ -144,6 +145,25 @@ def test_a_stream_has_places_and_hashes(tmp_path: Path) -> None:
     named = [one.finding for one in guard.interventions if one.finding is not None and one.batch_idx == 0]
     assert [one.evidence["hash"] for one in named] == [hashes[7]] * 2
     assert [(one.evidence["position"], one.evidence.get("times_met")) for one in named] == [(0.0, None), (0.0, 2.0)]
+
+
+def test_a_sample_beside_a_smaller_batch_has_a_place_only(tmp_path: Path) -> None:
+    """A sample that no other part of the batch belongs to has no hash, and is not taken for another such sample."""
+
+    class Beside(LogTargets):
+        def training_step(self, batch: Any, index: int) -> Tensor | None:
+            return super().training_step(batch["large"], index)
+
+    def beside(samples: list[Sample]) -> Any:
+        return {"small": default_collate(samples[:4]), "large": default_collate(samples)}
+
+    guard = trained(
+        DataLoader(Stream(rows(x7=math.nan, x14=math.nan)), batch_size=8, collate_fn=beside), tmp_path, module=Beside()
+    )
+    assert [(one.hash, one.times, one.batch, one.index) for one in listed(guard)] == [("", 1, 0, 7), ("", 1, 1, 6)]
+    for number, found in enumerate(guard.interventions):
+        assert found.finding is not None
+        assert origin_in_words(found.finding) == f"batch {number} of the epoch"
 
 
 def by_size(samples: list[Sample]) -> Any:
