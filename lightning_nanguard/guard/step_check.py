@@ -21,6 +21,7 @@ from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.measure.tensors import is_on_host
+from lightning_nanguard.record.text import shortened
 from lightning_nanguard.state.batch_undo import BatchUndo, Undo
 from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
@@ -236,7 +237,7 @@ class StepCheck:
         """The words for an exception of ``training_step`` in a record; ``None`` without one."""
         if error is None:
             return None
-        text = " ".join(str(error).split())[: self._limits.message]
+        text = shortened(str(error), self._limits.message)
         return f"training_step raised {type(error).__name__}: {text}"
 
     def raised(self, words: str | None) -> None:

@@ -29,6 +29,17 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
 
 
+def shortened(text: str, most: int) -> str:
+    """One line of text of at most ``most`` characters; if more were left out, it ends with ``…``.
+
+    Example:
+        >>> shortened("loss  is\nnan", 80), shortened("a long text", 7)
+        ('loss is nan', 'a long…')
+    """
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[: most - 1]}…"
+
+
 def in_words(identifier: str) -> str:
     """An identifier of a fault or a cause in words.
 

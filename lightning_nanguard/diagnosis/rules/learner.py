@@ -127,15 +127,16 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     clip = limits.clip_factor * usual if usual else 1.0
     if norm <= clip:
         return None  # nothing would be clipped
+    # The Trainer does not clip under manual optimization.
+    by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "norm")'
+    how = f"Trainer(gradient_clip_val={clip:.2g})" if case.evidence.comparable else by_hand
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
-        suggestion=(
-            f"the gradient norm is {large}{history}{layers}. Clip gradients: Trainer(gradient_clip_val={clip:.2g})."
-        ),
+        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.",
     )
 
 
@@ -199,7 +200,9 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     parts = []
     if rate is not None:
         numbers["lr"] = rate
-        parts.append(f"the learning rate is {rate:.4g}{_in_other_groups(case, rate)}")
+        now = f"{evidence.lr:.4g}" if evidence.lr is not None else f"{rate:.4g}"
+        before = f", and was {rate:.4g} before" if now != f"{rate:.4g}" else ""
+        parts.append(f"the learning rate is {now}{before}{_in_other_groups(case, rate)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lightning_nanguard.record.text import shortened
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.types import Fault
 
@@ -62,8 +63,8 @@ def fault_of(outcome: Outcome, thresholds: RepeatedStepsThresholds = _DEFAULTS) 
     """
     if outcome.fault is not None:
         return outcome.fault
-    text = " ".join(f"training_step raised {type(outcome.error).__name__}: {outcome.error}".split())
-    return Fault("non_finite_loss", "batch", "loss", None, text[: thresholds.message])
+    text = shortened(f"training_step raised {type(outcome.error).__name__}: {outcome.error}", thresholds.message)
+    return Fault("non_finite_loss", "batch", "loss", None, text)
 
 
 def nan_loss(module: nn.Module) -> Tensor:

@@ -143,6 +143,19 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             "the learning rate is 0.01, and up to 80 in other parameter groups; the loss of this batch is inf",
         ),
         (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.4, "highest_lr": 0.5},
+            Clues(),
+            "the learning rate is 0.4, and was 0.5 before; the loss",
+        ),
+        (SPIKE, {"usual_norm": 1.5}, Clues(norm=1e9), "Clip gradients: Trainer(gradient_clip_val=3)."),
+        (
+            SPIKE,
+            {"usual_norm": 1.5, "comparable": False},
+            Clues(norm=1e9),
+            'Clip gradients: self.clip_gradients(optimizer, 3, "norm").',
+        ),
+        (
             SPIKE,
             {"usual_norm": 1.5},
             Clues(norm=1e9, norms=(("a", 1e9), ("b", 1e6))),
