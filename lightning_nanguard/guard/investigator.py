@@ -266,10 +266,11 @@ class Investigator:
         return known.bad_in_a_row % limits.patience == 0 or worse(found, least)
 
     def _holds_elsewhere(self, target: Snapshot) -> bool | None:
-        """Whether the present weights are no worse than older ones on most of the newest healthy batches."""
+        """Whether the present weights are not clearly worse than older ones on most of the newest healthy batches."""
+        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit()
         with self._rehearsal.present() as present:
             pairs = [] if present is None else self._rehearsal.compare_each(present, target)
-        holds = sum(math.isfinite(now) and now <= then for now, then in pairs)
+        holds = sum(math.isfinite(now) and now - then <= least for now, then in pairs)
         answers = self._ranks.gather(2 * holds > len(pairs) if pairs else None)
         return None if None in answers else all(answers)
 

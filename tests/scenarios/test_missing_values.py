@@ -1,4 +1,4 @@
-"""Data in which NaN marks missing values are no sign of a bad batch."""
+"""Values that are missing by design, and batches in which nothing is selected, are no sign of a fault."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
+from sklearn.datasets import load_digits
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nanguard import NaNGuard
@@ -79,3 +80,26 @@ def test_missing_values_alone(tmp_path: Path) -> None:
     ends = [state_of(fit(masked(0.02), missing(), one, folder=tmp_path, max_epochs=2)) for one in (None, guard)]
     assert differences(*ends) == []
     assert not guard.interventions
+
+
+class Triplets(Task):
+    """The mean over triplets that are not yet in order. There may be none when the model has learned enough."""
+
+    def loss(self, batch: Batch, name: str) -> Tensor:
+        x, y = batch
+        z = nn.functional.normalize(self.net(x), dim=1)
+        far, same = torch.cdist(z, z), y[:, None] == y
+        pairs = same & ~torch.eye(len(y), dtype=torch.bool)
+        margins = (far[:, :, None] - far[:, None, :] + 0.2)[pairs[:, :, None] & ~same[:, None, :]]
+        return margins[margins > 0].mean()
+
+
+def test_nothing_is_selected_because_the_model_has_learned(tmp_path: Path) -> None:
+    """Older weights have a finite loss on such a batch, and are no better on others: it is skipped, and no more."""
+    images, labels = load_digits(return_X_y=True)
+    data = TensorDataset(torch.tensor(images[:640] / 16, dtype=torch.float32), torch.tensor(labels[:640]))
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(Triplets(net, partial(Adam, lr=3e-3)), DataLoader(data, 16), guard, folder=tmp_path, max_epochs=3)
+    assert {found.remedies for found in guard.interventions} == {("skip",)}

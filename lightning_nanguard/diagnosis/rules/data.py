@@ -89,9 +89,9 @@ def _leaves_domain(origin: Origin) -> bool:
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A mean over zero targets: every label is ignored, or a mask selects nothing."""
-    origin, target = case.clues.origin, case.clues.target
-    if origin is None or origin.backward:
-        return None
+    origin, target, loss = case.clues.origin, case.clues.target, case.clues.loss
+    if origin is None or origin.backward or (loss is not None and math.isinf(loss)):
+        return None  # a mean over nothing is NaN; an infinite loss has overflowed
     # If all targets have the same value, this value stands for missing targets.
     same = target is not None and target.lowest == target.highest
     told = f" ({target.lowest:.4g})" if same and target is not None else ""

@@ -41,6 +41,7 @@ ROWS: list[Row] = [
         Clues(origin=BAD_TARGET),
     ),
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
+    ("unknown_operation", LOSS, {}, Clues(origin=Origin("nll_loss_forward"), replayed=True, loss=float("inf"))),
     ("no_valid_target", LOSS, {}, Clues(origin=replace(NOTHING, from_mask=True), target=MISSING)),
     # Targets that are all the same, divided by their deviation: nothing selects among them.
     ("division_by_zero", LOSS, {}, Clues(origin=NOTHING, target=MISSING)),
