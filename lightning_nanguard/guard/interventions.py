@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import final
@@ -11,6 +11,7 @@ from typing import final
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
+from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -91,8 +92,8 @@ class Interventions:
             # The learner is finite, so the validation data are most likely at fault: only record it.
             self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
             return False
-        plan, policy = self._policy.decide(fault, evidence, state.policy)
-        state.policy = policy
+        before_plan = state.policy
+        plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
             state.arm = None
             if not (fault.certain or fault.doubtful or self._investigator.trial_runs):
@@ -100,7 +101,7 @@ class Interventions:
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
-        self._act(found, evidence, plan)
+        self._act(found, evidence, plan, before_plan)
         state.arm = None
         lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
@@ -202,7 +203,7 @@ class Interventions:
                     return
         yield not found.late
 
-    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan) -> None:
+    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
         context, state = self._context, self._context.state
         before = context.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
@@ -214,14 +215,18 @@ class Interventions:
         look = "nothing" if found.undo is None and evidence.trial is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
-        plan = spare_rate(plan, finding, evidence)
-        if evidence.trial is None:  # otherwise the trial has shown which rate is right
-            plan = within_curvature(plan, finding, before[0] if before else None)
-        state.went_on = False
+        plan = _rate_fitted(plan, finding, evidence, before)
+        state.went_on = state.remade = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             skipped = any(isinstance(step, Skip) for step in plan)
             self._receipts.before(self._loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
         done = self._runner.apply(plan, found, known_until)
+        if state.remade and found.fault.rate_may_cause:
+            # The updates made the state bad, so the learner is to blame.
+            evidence = replace(evidence, remade=True)
+            plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
+            stop = next((step for step in plan if isinstance(step, Stop)), None)
+            done = self._runner.apply(_rate_fitted(plan, finding, evidence, before), found, known_until)
         if state.again != evidence.again:  # a rollback has shown it
             known = replace(evidence, again=state.again)
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
@@ -239,3 +244,10 @@ class Interventions:
         if stop is not None and not context.settings.observe:
             self._recorder.stop(found.fault, place, stop.reason, finding, clock)
         self._recorder.tried(found.fault, words)
+
+
+def _rate_fitted(plan: Plan, finding: Finding | None, evidence: Evidence, rates: Sequence[float]) -> Plan:
+    plan = spare_rate(plan, finding, evidence)
+    if evidence.trial is not None:  # the trial has shown which rate is right
+        return plan
+    return within_curvature(plan, finding, rates[0] if rates else None)

@@ -122,13 +122,13 @@ class ActingRunner:
     def _go_on(self, found: FoundFault) -> bool:
         """Make the updates since the restored snapshot again; return whether they ended in a good state."""
         state, learner = self._context.state, self._context.learner
-        if state.restored is None or state.go_on is None or state.arm is not None:
+        if state.restored is None or state.go_on is None or state.arm is not None or state.remade:
             return False  # an arm has made its own updates
         self._skipper.skipped.clear()  # these updates must be made
         state.went_on = state.go_on(state.restored, found.not_again(state.restored.step))
         if state.went_on and self._plausibility.is_far(found.fault.place):
             restore(learner, state.restored)
-            state.went_on = False
+            state.went_on, state.remade = False, True
         return state.went_on
 
     def _made_again(self, found: FoundFault) -> bool:

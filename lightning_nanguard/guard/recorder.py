@@ -33,6 +33,8 @@ class InterventionRecorder:
         # The clock at the end of each of the newest batches, with the number of its last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
         self._tried: deque[str] = deque(maxlen=5)
+        # ``global_step`` at the last rollback, and that of its snapshot.
+        self._restored = -1, -1
         # For each kind of fault at each place, the finding with the highest confidence.
         self._surest: dict[tuple[str, str], Finding] = {}
         # Names the last good checkpoint on disk, from which the run can be started again.
@@ -108,6 +110,10 @@ class InterventionRecorder:
 
     def _updates_since(self, snapshot: Snapshot, global_step: int) -> int:
         now = max(global_step, self._loop.clock()[0])  # a late fault is recorded under its own step
+        after, of = self._restored
+        self._restored = now, snapshot.global_step
+        if after > snapshot.global_step:
+            return now - after + max(0, of - snapshot.global_step)  # the others were undone before
         # LBFGS and SAM compute several gradients for one step, and each of them is measured. Lightning does not count
         # the steps of a bare torch optimizer.
         return now - snapshot.global_step or self._context.state.step - snapshot.step
@@ -130,11 +136,13 @@ class InterventionRecorder:
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
-        return {"tried": list(self._tried)}
+        return {"tried": list(self._tried), "restored": list(self._restored)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack this."""
         self._tried.extend(state.get("tried", ()))
+        after, of = state.get("restored", self._restored)
+        self._restored = int(after), int(of)
 
     def tried(self, fault: Fault, words: tuple[str, ...]) -> None:
         """Store what was done, for the error that may end the run later."""

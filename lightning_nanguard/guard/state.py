@@ -27,6 +27,7 @@ class GuardState:
         go_on: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its arguments
             are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot do this.
         went_on: Whether the present intervention made the updates since ``restored`` again.
+        remade: Whether that gave the same implausible state again, so that nothing was gained.
         again: What made the state bad when updates were made again, as in :attr:`Evidence.again`.
         told: Update and words of the last fault that was left alone: a suspicion that the user was told of, or the
             first fault that was only observed; ``None`` before.
@@ -52,6 +53,7 @@ class GuardState:
     restored: Snapshot | None = None
     go_on: Callable[[Snapshot, Reading | None], bool] | None = None
     went_on: bool = False
+    remade: bool = False
     again: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None
     raised: str | None = None

@@ -64,6 +64,8 @@ class Evidence:
             healthy batches; ``None`` if not measured. Weights that have diverged are clearly worse on all.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
+        remade: Whether the fault was there again when the updates since a snapshot were made again. So it did not
+            happen by chance, and the updates caused it.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` if none was made.
         climbing: Whether losses or gradient norms rose above their usual range just before the fault.
@@ -100,6 +102,7 @@ class Evidence:
     clippable: bool = True
     comparison: Comparison | None = None
     holds_elsewhere: bool | None = None
+    remade: bool = False
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0

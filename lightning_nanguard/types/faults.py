@@ -79,8 +79,8 @@ class Fault:
             certain if it is extreme and the inputs of the batch are far larger than those before, too.
         proof: What has to confirm that the learner diverged.
         clipping_helps: True if gradient clipping helps against the fault.
-        rate_may_cause: True if a rise of the learning rate since the snapshot can explain bad state; the learner is
-            then blamed instead.
+        rate_may_cause: True if a learning rate can explain bad state. The learner is blamed instead if the rate has
+            risen since the snapshot, or if the updates make the state bad again when they are made again.
         conclusive: True if the detector has already established that ``scope`` is at fault, so that no further evidence
             can change it. Example: statistics were in range before a batch and far out of range after it.
         only_if_corrupt: True if the guard acts only if a tensor of the learner is not finite, and otherwise only

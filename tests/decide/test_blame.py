@@ -53,6 +53,10 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
         ({"scope": "batch", "conclusive": True}, {"corrupt": "parameter w"}, "batch"),
         ({"scope": "state"}, {"rate_rose": True}, "state"),
         ({"scope": "state", "rate_may_cause": True}, {"rate_rose": True}, "learner"),
+        ({"scope": "state", "rate_may_cause": True}, {"remade": True}, "learner"),
+        ({"scope": "state", "rate_may_cause": True}, {"remade": True, "comparison": Comparison(9e9, 2.0)}, "learner"),
+        ({"scope": "state", "rate_may_cause": True}, {"remade": True, "comparison": Comparison(1.0, 2.0)}, "state"),
+        ({"scope": "state"}, {"remade": True}, "state"),
     ],
 )
 def test_traits_route_a_fault_of_ones_own(

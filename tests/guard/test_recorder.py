@@ -54,6 +54,22 @@ def test_a_record_says_what_a_restore_cost() -> None:
     assert [(one.snapshot_step, one.updates_lost) for one in loop.records] == [(16, 4), (16, 0)]
 
 
+def test_an_update_is_undone_once() -> None:
+    """A second rollback to the same snapshot undoes the updates since the first one, and one to an older snapshot also
+    those before the first snapshot; what is resumed knows of the last rollback."""
+    loop = PlainLoop()
+    loop.run(20)
+    state, certified = loop.guard.context.state, loop.guard.context.ring.certified
+    recorder = recorder_of(loop)
+    for step, depth in ((20, 0), (23, 0), (25, 1)):
+        loop.step, state.restored = step, certified[depth]
+        recorder.record(FAULT, "loss", ("restore",), [])
+        known, recorder = recorder.state_dict(), recorder_of(loop)
+        recorder.load_state_dict(known)
+    assert [one.snapshot_step for one in loop.records] == [16, 16, 12]
+    assert [one.updates_lost for one in loop.records] == [4, 3, 2 + 4]
+
+
 def test_what_is_done_outside_a_step_restores_nothing() -> None:
     """A note after a restore does not claim it."""
     loop = PlainLoop()

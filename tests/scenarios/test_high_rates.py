@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import cache, partial
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -265,3 +267,35 @@ def test_a_layer_that_began_at_next_to_nothing_may_grow(tmp_path: object) -> Non
     guard = Guard(dirpath=str(tmp_path))
     wine(0.01, guard, small=True)
     assert list(guard.interventions) == []
+
+
+def test_weights_that_their_own_updates_made_implausible(tmp_path: Path) -> None:
+    """The updates are made again, and the weight is as large again: so the rate is cut at the first rollback."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+
+    class Normed(LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = net
+
+        def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+        def configure_optimizers(self) -> Any:
+            optimizer = torch.optim.SGD(self.parameters(), 100.0, momentum=0.9)
+            falls = LambdaLR(optimizer, lambda step: 1.0 if step < 17 else 0.1)
+            return [optimizer], [{"scheduler": falls, "interval": "step"}]
+
+    guard = NaNGuard(snapshot_every_n_steps=20, dirpath=tmp_path)
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[guard], max_steps=90, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(Normed(), DataLoader(digits()[0], 32))
+    first = guard.interventions[0]
+    assert (first.fault, first.cause) == ("implausible_state", "learning_rate_too_high")
+    assert {"restore", "scale"} <= set(first.remedies)
+    with torch.no_grad():
+        loss = nn.functional.cross_entropy(net(digits()[1]), digits()[2])
+    assert float(loss) < 1.0
