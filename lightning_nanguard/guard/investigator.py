@@ -181,7 +181,8 @@ class Investigator:
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             found = self._compare(fault, reading, target, undo=known.undo)
-            holds = self._holds_elsewhere(target) if self._blames_learner(fault, known, found) else None
+            blamed, alone = self._blames_learner(fault, known, found), known.bad_in_a_row % self._patience != 0
+            holds = self._holds_elsewhere(target, alone=alone) if blamed else None
             return replace(known, comparison=found, holds_elsewhere=holds)
         return known
 
@@ -261,13 +262,22 @@ class Investigator:
         """Whether the weights are to blame, by the loss of this batch or because several batches in a row were bad."""
         if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
             return False
-        limits = self._context.thresholds.decision.blame
-        least = limits.worse_for_batch * self._context.monitors.loss_unit()
-        return known.bad_in_a_row % limits.patience == 0 or worse(found, least)
-
-    def _holds_elsewhere(self, target: Snapshot) -> bool | None:
-        """Whether the present weights are not clearly worse than older ones on most of the newest healthy batches."""
         least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit()
+        return known.bad_in_a_row % self._patience == 0 or worse(found, least)
+
+    @property
+    def _patience(self) -> int:
+        return self._context.thresholds.decision.blame.patience
+
+    def _holds_elsewhere(self, target: Snapshot, *, alone: bool) -> bool | None:
+        """Whether the present weights do no worse than older ones on most of the newest healthy batches.
+
+        Args:
+            target: The older weights.
+            alone: Whether few batches in a row were bad. Then the present weights count as worse only if they clearly
+                are.
+        """
+        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit() * alone
         with self._rehearsal.present() as present:
             pairs = [] if present is None else self._rehearsal.compare_each(present, target)
         holds = sum(math.isfinite(now) and now - then <= least for now, then in pairs)

@@ -60,8 +60,9 @@ class Evidence:
         comparable: Whether a batch could be run again at all (automatic optimization).
         clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
         comparison: Loss of the batch under the present weights and the snapshot's; ``None`` if not measured.
-        holds_elsewhere: Whether the present weights are not clearly worse than the snapshot's on most of the newest
-            healthy batches; ``None`` if not measured. Weights that have diverged are clearly worse on all.
+        holds_elsewhere: Whether the present weights do no worse than the snapshot's on most of the newest healthy
+            batches, or not clearly worse if only this batch is bad; ``None`` if not measured. Weights that have
+            diverged are clearly worse on all.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         remade: Whether the fault was there again when the updates since a snapshot were made again. So it did not
