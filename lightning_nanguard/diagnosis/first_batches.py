@@ -35,7 +35,7 @@ class FirstBatches:
         self._limits = thresholds
         # The numbers of the first field of each batch, as long as all of them differ.
         self._different: set[Hashable] | None = set()
-        # Checksums of each batch; they are read at the end.
+        # Checksums and some numbers of each batch; they are read at the end.
         self._kept: list[list[Tensor]] = []
 
     def see(self, batch: Any, *, first: bool) -> bool:
@@ -62,14 +62,16 @@ class FirstBatches:
             if numbers is not None:
                 # If batches come in pairs, eight that begin with the second of a pair hold one repetition less.
                 return True
-        kept = checksums(one for one in nested_tensors(batch) if is_plain(one) and one.numel())
+        tensors = [one for one in nested_tensors(batch) if is_plain(one) and one.numel()]
+        # Checksums of tensors that are filled with one number may be equal.
+        kept = [*checksums(tensors), *(_some_numbers(one, limits) for one in tensors)]
         if kept:
             self._kept.append(kept)
         return bool(kept) and len(self._kept) < limits.batches
 
     def count(self) -> tuple[int, int]:
         """Number of batches that were compared as a whole, and of different ones. Reads from the device."""
-        return len(self._kept), len({tuple(map(int, numbers)) for numbers in self._kept})
+        return len(self._kept), len({tuple([tuple(one.view(-1).tolist()) for one in parts]) for parts in self._kept})
 
 
 def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:
@@ -86,6 +88,12 @@ def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:
     except (TypeError, RuntimeError):  # NumPy does not have such tensors
         return None
     return tuple(map(array.item, _places(array.size, limits))) or None
+
+
+def _some_numbers(tensor: Tensor, limits: MistakeThresholds) -> Tensor:
+    flat = tensor.detach().contiguous()
+    places = _places(flat.numel(), limits)
+    return flat.as_strided((len(places),), (places.step,), flat.storage_offset()).clone()
 
 
 def _places(count: int, limits: MistakeThresholds) -> range:
