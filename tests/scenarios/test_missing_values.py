@@ -100,6 +100,7 @@ def test_nothing_is_selected_because_the_model_has_learned(tmp_path: Path) -> No
     data = TensorDataset(torch.tensor(images[:640] / 16, dtype=torch.float32), torch.tensor(labels[:640]))
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(64, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
-    guard = NaNGuard(dirpath=tmp_path)
-    fit(Triplets(net, partial(Adam, lr=3e-3)), DataLoader(data, 16), guard, folder=tmp_path, max_epochs=3)
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=32)
+    fit(Triplets(net, partial(Adam, lr=3e-3)), DataLoader(data, 16), guard, folder=tmp_path, max_epochs=2)
     assert {found.remedies for found in guard.interventions} == {("skip",)}
+    assert guard.lr_multiplier == 1.0
