@@ -1,4 +1,4 @@
-"""Tables of a campaign: what holds, which costly faults go unseen, and which harmless ones are acted on."""
+"""Tables of a campaign: what holds, which costly faults go unseen, and which harmless ones change a run."""
 
 from __future__ import annotations
 
@@ -42,29 +42,50 @@ def table(found: Sequence[Outcome], arc: Mapping[int, ArcOutcome]) -> str:
     return "\n".join(lines)
 
 
+FATES = ("acted on", "told", "skipped", "unseen")
+
+
 def coverage(seed: int, found: Sequence[Outcome]) -> str:
-    """For each kind of fault, how many cost part of the gain and were not acted on, and the reverse."""
+    """For each kind of fault, what became of those that cost part of the gain, and whether others were acted on."""
     lines = [
         "",
-        "| fault | runs | wrong | costly | of them unseen | harmless | of them acted on |",
-        "|---|--:|--:|--:|--:|--:|--:|",
+        f"| fault | runs | wrong | costly | {' | '.join(FATES)} | harmless | acted on | changed | made worse |",
+        "|---" + 11 * "|--:" + "|",
     ]
     for kind in (*KINDS, "all"):
         runs = [one for one in found if kind in (one.one.kind, "all")]
-        mine = told(runs)
-        costly, harmless = [one for one in mine if one.costly], [one for one in mine if not one.costly]
-        unseen, acted = sum(one.unseen for one in costly), sum(one.acted for one in harmless)
-        wrong = sum(bool(one.wrong) for one in runs)
-        lines.append(f"| {kind} | {len(runs)} | {wrong} | {len(costly)} | {unseen} | {len(harmless)} | {acted} |")
+        costly, harmless = _parted(runs)
+        cells = [len(runs), sum(bool(one.wrong) for one in runs), len(costly)]
+        cells += [sum(one.fate == fate for one in costly) for fate in FATES]
+        cells += [len(harmless), *_touched(harmless)]
+        lines.append(f"| {kind} | {' | '.join(map(str, cells))} |")
     return "\n".join([*lines, "", *_named(seed, found)])
+
+
+def _parted(found: Sequence[Outcome]) -> tuple[list[Outcome], list[Outcome]]:
+    """The runs whose fault costs part of the gain, and those whose fault does not."""
+    mine = told(found)
+    return [one for one in mine if one.costly], [one for one in mine if not one.costly]
+
+
+def _touched(harmless: Sequence[Outcome]) -> tuple[int, int, int]:
+    """How many harmless faults the guard acted on, how many of these ends it changed, and how many runs lost by it."""
+    return (
+        sum(one.acted for one in harmless),
+        sum(one.acted and one.changed for one in harmless),
+        sum(one.guarded > COSTLY for one in harmless),
+    )
 
 
 def _named(seed: int, found: Sequence[Outcome]) -> Iterator[str]:
     for one in told(found):
-        what = f"unseen, costs {one.guarded:.0%}" if one.unseen else ""
-        if one.acted and not one.costly:
+        what = ""
+        if one.costly and not one.acted:
+            advice = f" ({'; '.join((*one.records, *one.advice))})" if one.fate == "told" else ""
+            what = f"{one.fate}{advice}, costs {one.guarded:.0%}"
+        elif one.acted and one.changed and not one.costly:
             costs = f"costs {one.guarded:.1%} with the guard and {one.bare:.1%} without"
-            what = f"acted on ({'; '.join(one.records[:2])}), {costs}"
+            what = f"changed ({'; '.join(one.records[:2])}), {costs}"
         if what:
             run, where = one.one, f"--seed {seed} --only {one.number}"
             yield f"{where}  # {run.kind} {run.value}, {run.moment}, {run.optimizer}, act_on {run.act_on}: {what}"
@@ -72,17 +93,19 @@ def _named(seed: int, found: Sequence[Outcome]) -> Iterator[str]:
 
 def figures(seed: int, found: Sequence[Outcome], arc: Mapping[int, ArcOutcome]) -> dict[str, Any]:
     """What the documents name."""
-    mine = told(found)
-    costly, harmless = [one for one in mine if one.costly], [one for one in mine if not one.costly]
+    costly, harmless = _parted(found)
+    acted, changed, worse = _touched(harmless)
     return {
         "seed": seed,
         "runs": len(found),
         "struck": sum(bool(one.hits) for one in found),
         "wrong": [{"number": one.number, "what": list(one.wrong)} for one in found if one.wrong],
         "costly": len(costly),
-        "costly and unseen": sum(one.unseen for one in costly),
+        **{f"costly and {fate}": sum(one.fate == fate for one in costly) for fate in FATES},
         "harmless": len(harmless),
-        "harmless and acted on": sum(one.acted for one in harmless),
+        "harmless and acted on": acted,
+        "harmless and changed": changed,
+        "harmless and made worse": worse,
         "table": table(found, arc).splitlines(),
         "coverage": coverage(seed, found).strip().splitlines(),
     }

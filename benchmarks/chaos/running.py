@@ -31,6 +31,9 @@ WITHOUT_LOSS = frozenset({"skip", "leave out", "redo", "restore", "transient"})
 SKIPS = frozenset({"skip", "leave out"})
 """Remedies that keep a batch, or a part of a window, from the weights."""
 
+LEARNED = ("weights", "buffers", "optimizer", "further optimizers", "averages", "average weights")
+"""Parts of what a run has left that it has learned."""
+
 SEEN_MEANWHILE = ("logged", "rows", "metrics", "progress")
 """What may hold values of bad state until that was noticed, or is logged again without them."""
 
@@ -46,6 +49,9 @@ class Outcome:
         wrong: In words, what does not hold.
         records: What the guard did.
         acted: Whether it did anything to the run.
+        changed: Whether the learner ends neither as without the guard nor as without the fault, bit for bit.
+        advice: Causes of advice that the guard gives, and does not give in the run without the fault.
+        skipped: Whether a GradScaler, which needs no guard, kept the fault from the weights.
         learns: Whether the run without the fault learns enough for a cost to be told.
         bare: Share of the gain that the fault costs without a guard; 1 where the run does not end.
         guarded: The same with the guard.
@@ -60,6 +66,9 @@ class Outcome:
     wrong: tuple[str, ...]
     records: tuple[str, ...]
     acted: bool
+    changed: bool
+    advice: tuple[str, ...]
+    skipped: bool
     learns: bool
     bare: float
     guarded: float
@@ -73,9 +82,13 @@ class Outcome:
         return self.bare > COSTLY
 
     @property
-    def unseen(self) -> bool:
-        """Whether a costly fault was not acted on, and cost as much."""
-        return self.costly and not self.acted and self.guarded > COSTLY
+    def fate(self) -> str:
+        """What became of the fault: acted on, told, skipped by the GradScaler, or unseen."""
+        if self.acted:
+            return "acted on"
+        if self.records or self.advice:
+            return "told"
+        return "skipped" if self.skipped else "unseen"
 
 
 def outcome(job: tuple[int, int]) -> Outcome:
@@ -99,6 +112,7 @@ def outcome(job: tuple[int, int]) -> Outcome:
         wrong = [*_leftovers(before, bare, guarded), *_broken(one, twin, bare, guarded, guard)]
         wrong += _records_wrong(guard, folder / "records")
         skipped = any(SKIPS & set(record.remedies) for record in guard.interventions)
+        advice = _advice(one, guard, folder)
         if _known_to_the_bit(one, guard.interventions, guarded):
             wrong += _as_expected(
                 one, twin, guarded, folder / "expected", skipped=skipped, only=len(guard.interventions) == 1
@@ -110,6 +124,9 @@ def outcome(job: tuple[int, int]) -> Outcome:
         wrong=tuple(wrong),
         records=tuple(f"{made.fault} at {made.place}: {', '.join(made.remedies)}" for made in guard.interventions),
         acted=any(made.remedies for made in guard.interventions),
+        changed=all([*_different(other, guarded, "", only=LEARNED)] for other in (twin, bare)),
+        advice=advice,
+        skipped=_scaler_skips(one, twin, bare),
         learns=twin.initial - twin.final > 0.05 * abs(twin.initial),
         bare=_cost(twin, bare),
         guarded=_cost(twin, guarded),
@@ -127,6 +144,26 @@ def _guard(one: Draw, folder: Path) -> NaNGuard:
         dirpath=folder,
         last_good_every_n_steps=6 if "last good" in one.companions else None,
     )
+
+
+def _advice(one: Draw, guard: NaNGuard, folder: Path) -> tuple[str, ...]:
+    """Causes and places of advice that the guard gives only with the fault."""
+    given = dict.fromkeys(f"{made.finding.cause} at {made.finding.place}" for made in guard.advice)
+    if not given:
+        return ()
+    calm = _guard(one, folder / "calm records")
+    train(one, Injector(None), folder / "calm", calm, records=lambda: calm.interventions)
+    usual = {f"{made.finding.cause} at {made.finding.place}" for made in calm.advice}
+    return tuple(advice for advice in given if advice not in usual)
+
+
+def _scaler_skips(one: Draw, twin: Left, bare: Left) -> bool:
+    """Whether the update of the fault changes no weight under a GradScaler, and does without the fault."""
+    end = one.at // one.accumulate * one.accumulate + one.accumulate - 1
+    if one.precision != "fp16" or not one.batches or not 0 < end < len(bare.observer.weights):
+        return False
+    mine, calm = bare.observer.weights, twin.observer.weights
+    return mine[end] == mine[end - 1] and calm[end] != calm[end - 1]
 
 
 def _cost(twin: Left, left: Left) -> float:
@@ -155,17 +192,20 @@ def _as_expected(one: Draw, twin: Left, guarded: Left, folder: Path, *, skipped:
     expected, what = twin, "the run without the fault"
     if skipped:
         expected, what = train(one, Injector(None), folder, left_out=one.batches), "the run without the batch"
-    elif one.moment == "after" and only and [*_different(twin, guarded, SEEN_MEANWHILE, what)]:
+    elif one.moment == "after" and only and [*_different(twin, guarded, what, but=SEEN_MEANWHILE)]:
         # One rollback may undo both. If not, what struck later may be nothing that anybody can tell from good numbers.
         second = replace(one, moment="any")
         expected, what = train(second, Injector(second), folder), "the run with the second fault alone"
-    yield from _different(expected, guarded, SEEN_MEANWHILE, what)
+    yield from _different(expected, guarded, what, but=SEEN_MEANWHILE)
 
 
-def _different(expected: Left, left: Left, but: tuple[str, ...], what: str) -> Iterator[str]:
+def _different(
+    expected: Left, left: Left, what: str, *, but: tuple[str, ...] = (), only: tuple[str, ...] = ()
+) -> Iterator[str]:
     names = sorted({*expected.ended, *left.ended})
     different = [name for name in names if expected.ended.get(name) != left.ended.get(name)]
     different = [name for name in different if name.split("/")[1] not in but]
+    different = [name for name in different if not only or name.split("/")[1] in only]
     if different:
         yield f"it does not end as {what}: {', '.join(different[:4])} differ"
 
@@ -184,7 +224,7 @@ def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -
     if guarded.bad_files:
         yield f"not finite in files: {', '.join(guarded.bad_files[:4])}"
     if not any(record.remedies for record in guard.interventions) and guarded.error == bare.error:
-        yield from _different(bare, guarded, (), "the run without a guard, though nothing was done")
+        yield from _different(bare, guarded, "the run without a guard, though nothing was done")
     if one.kind == "none" and guard.interventions:
         yield "something was done in a healthy run"
     yield from guarded.observer.wrong

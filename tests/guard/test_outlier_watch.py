@@ -1,0 +1,75 @@
+"""Advice about single updates whose numbers are far from those around them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.optim import SGD
+from torch.optim.lr_scheduler import LambdaLR
+
+from lightning_nanguard import NaNGuard
+from tests.helpers import Task, batches, differences, fit, learner_of, mlp
+
+
+class Odd(Task):
+    """Multiplies the loss of one batch."""
+
+    factor, at = 1.0, 12
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        loss: Tensor = super().training_step(batch, batch_idx) + 4
+        return loss * self.factor if batch_idx == self.at else loss
+
+
+def run(folder: Path, guard: NaNGuard | None, *, factor: float = 1.0, rate: float = 1.0, **options: Any) -> Any:
+    torch.manual_seed(0)
+    module = Odd(mlp(), lambda p: SGD(p, lr=1e-3), lambda one: LambdaLR(one, lambda n: rate if n == 12 else 1.0))
+    module.factor = factor
+    return fit(module, batches(count=24), guard, folder=folder, **options)
+
+
+@pytest.mark.parametrize("act_on", ["certain", "evidence"])
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"factor": 300.0}, ("gradient_spike", "gradient")),
+        ({"factor": -1.0}, ("loss_outlier", "loss")),
+        ({"rate": 300.0}, ("learning_rate_outlier", "learning rate of group 0")),
+        ({"rate": 1e-9}, ("learning_rate_outlier", "learning rate of group 0")),
+        ({"rate": 0.0}, None),
+        ({}, None),
+    ],
+    ids=str,
+)
+def test_an_outlier_is_told_once_and_changes_nothing(
+    changed: dict[str, float], told: tuple[str, str] | None, readback: Any, act_on: Any, tmp_path: Path
+) -> None:
+    """The advice names the update; the run is, bit for bit, the one without the guard."""
+    guard = NaNGuard(dirpath=tmp_path, readback=readback, act_on=act_on, preflight=False)
+    guarded, bare = run(tmp_path, guard, **changed), run(tmp_path, None, **changed)
+    assert differences(learner_of(guarded.trainer, guarded.module), learner_of(bare.trainer, bare.module)) == []
+    assert guard.interventions == ()
+    assert [(one.finding.cause, one.finding.place) for one in guard.advice] == ([] if told is None else [told])
+    assert all("of update 13 was" in one.finding.suggestion for one in guard.advice)
+
+
+def test_readings_before_a_rollback_are_not_compared(tmp_path: Path) -> None:
+    """They belong to another state."""
+
+    class Restored(Odd):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            if batch_idx == 14:
+                next(self.parameters()).data.fill_(float("nan"))
+            return super().training_step(batch, batch_idx)
+
+    torch.manual_seed(0)
+    module, guard = Restored(mlp(), lambda p: SGD(p, lr=1e-3)), NaNGuard(dirpath=tmp_path)
+    module.factor = -1.0
+    fit(module, batches(count=24), guard, folder=tmp_path)
+    assert guard.interventions
+    assert guard.advice == ()
