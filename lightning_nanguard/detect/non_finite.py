@@ -102,7 +102,8 @@ class NonFinite(Detector):
         self._overflows.clear()
 
     def _may_be(self, scale: float) -> bool:
-        return math.isfinite(scale) and scale <= self.thresholds.scale_growth * self._scale
+        own = self.thresholds
+        return own.least_scale <= scale < math.inf and scale <= own.scale_growth * self._scale
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator
 from typing import final
@@ -126,8 +127,12 @@ class DeferredReadback:
 
     def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
         reading = pending.read()
-        # The device skips an update that is not finite. A finite loss spike has reached the weights.
-        reached = not (pending.held_back and not reading.finite)
+        # The device skips an update that is not finite, and a GradScaler one whose gradient is not finite. A finite loss
+        # spike has reached the weights.
+        skipped = (pending.held_back and not reading.finite) or (
+            pending.loss_scale is not None and not _has_norm(reading)
+        )
+        reached = not skipped
         return Arrived(reading, undo, reached=reached, late=True, line_search=line_search)
 
     def flush(self) -> Iterator[Arrived]:
@@ -147,3 +152,7 @@ class DeferredReadback:
     def clear(self) -> None:
         """Forget all readings that have not arrived yet."""
         self._readings.clear()
+
+
+def _has_norm(reading: Reading) -> bool:
+    return reading.grad_norm is None or math.isfinite(reading.grad_norm)

@@ -241,7 +241,8 @@ def restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
     if not now:
         return
     scale = float(now["scale"])
-    # Never raise the scale: the GradScaler has lowered the present one after overflows. A scale that is not finite does
-    # not come from overflows.
-    scale = min(scale, float(saved["scale"])) if math.isfinite(scale) else float(saved["scale"])
+    # Never raise the scale: the GradScaler has lowered the present one after overflows. A scale that is not finite, or
+    # that has no 32-bit inverse, does not come from overflows.
+    usable = torch.finfo(torch.float32).tiny <= scale < math.inf
+    scale = min(scale, float(saved["scale"])) if usable else float(saved["scale"])
     scaler.load_state_dict({**saved, "scale": scale})

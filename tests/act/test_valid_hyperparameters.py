@@ -18,7 +18,7 @@ def groups(*rates: Any) -> Optimizer:
     return SGD([{"params": [nn.Parameter(torch.ones(1))], "lr": rate} for rate in rates], foreach=False)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1])
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -0.1, 1e39])
 @pytest.mark.parametrize("tensor", [False, True])
 def test_the_last_valid_rate_is_known_for_each_group(bad: float, tensor: bool) -> None:
     """Of each group the last rate counts that was one; a valid rate, 0 too, is left alone."""

@@ -24,6 +24,7 @@ from tests.detect.readings import reading
         (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=1024.0), None),
         (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=0.5), "loss_scale_collapse"),
         (reading(0, math.nan, loss_scale=math.inf), "corrupted_state"),
+        (reading(0, math.nan, loss_scale=1e-40), "corrupted_state"),
         (reading(0, math.nan, loss_scale=64.0), "non_finite_loss"),
     ],
 )

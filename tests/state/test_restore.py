@@ -98,9 +98,11 @@ class Scaler:
         self.state = dict(state_dict)
 
 
-@pytest.mark.parametrize(("now", "after"), [(64.0, 64.0), (4096.0, 1024.0), (math.nan, 1024.0), (-math.inf, 1024.0)])
+@pytest.mark.parametrize(
+    ("now", "after"), [(64.0, 64.0), (4096.0, 1024.0), (math.nan, 1024.0), (-math.inf, 1024.0), (1e-40, 1024.0)]
+)
 def test_the_scale_never_grows_by_a_rollback(now: float, after: float) -> None:
-    """The growth tracker goes back, the scale only down, except from one that is not finite."""
+    """The growth tracker goes back, the scale only down, except from one that is not finite or has no inverse."""
     scaler = Scaler(1024.0, 7)
     learner = Learner(Net(), [], scaler)
     snapshot = capture(learner, step=0, global_step=0)

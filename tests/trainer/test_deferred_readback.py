@@ -422,3 +422,19 @@ class _InPlace(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
         return gradients[0], None
+
+
+@pytest.mark.parametrize("model", ["mlp", "manual"])
+def test_an_update_that_a_gradscaler_has_skipped_is_not_undone(model: str, tmp_path: Path) -> None:
+    """The bad update did not reach the weights, so the run is the one without a guard, and the record says skip."""
+    data = batches(count=12)
+    data[8] = with_nan(data[8])
+
+    def run(guard: NaNGuard | None) -> Any:
+        made = fit(task(model), data, guard, folder=tmp_path, precision="16-mixed", max_epochs=1)
+        return learner_of(made.trainer, made.module)
+
+    guard = NaNGuard(dirpath=tmp_path, readback="deferred", snapshot_every_n_steps=64)
+    assert differences(run(guard), run(None)) == []
+    assert {remedy for record in guard.interventions for remedy in record.remedies} == {"skip"}
+    assert all(record.updates_lost == 0 for record in guard.interventions)

@@ -118,7 +118,7 @@ class AveragedCopies:
 
     def _candidates(self) -> Iterator[tuple[str, dict[str, Tensor], bool]]:
         found = [
-            (f"{type(callback).__name__}.{attribute} ({index})", value, tensors)
+            (f"{type(callback).__name__}.{attribute} ({index}{_epoch_of(callback)})", value, tensors)
             for index, callback in enumerate(self._trainer.callbacks)
             for attribute, value in vars(callback).items()
             if (tensors := _tensors_of(value))
@@ -137,6 +137,15 @@ class AveragedCopies:
         return all(
             any(_equal(mine, theirs) for theirs in live) for mine in tensors.values() if mine.is_floating_point()
         )
+
+
+def _epoch_of(callback: Any) -> str:
+    """The epoch at whose start a ``StochasticWeightAveraging`` last averaged, as a part of its name.
+
+    After the next average it is another copy, which no older snapshot has: a rollback must not undo that average, because
+    the epoch does not start again.
+    """
+    return f", epoch {callback._latest_update_epoch}" if hasattr(type(callback), "swa_start") else ""
 
 
 def _is_called_average(name: str, value: Any) -> bool:

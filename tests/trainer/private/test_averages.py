@@ -13,6 +13,7 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn
 from torchmetrics import MeanMetric
 
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 from lightning_nanguard.trainer.private.averages import AveragedCopies, RepeatedAverages, swaps_weights
 from tests.helpers import batches, fit, task
@@ -179,3 +180,26 @@ def test_averages_are_made_again_where_they_were_made(tmp_path: Path) -> None:
     fit(task(), batches(count=4), folder=tmp_path, callbacks=[sees, average])
     # Four updates and the end of the epoch; there was no update 5 and no second epoch.
     assert sees.counts == [6, 6, 7, 7]
+
+
+class SpoilsWeight(Callback):
+    """Makes a weight NaN in the second update of the last epoch."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.current_epoch == trainer.max_epochs - 1 and batch_idx == 1:
+            next(pl_module.parameters()).data[0, 0] = torch.nan
+
+
+@pytest.mark.parametrize("start", [1, 2])
+def test_a_rollback_across_the_start_of_an_epoch_keeps_what_swa_averaged_there(start: int, tmp_path: Path) -> None:
+    """The epoch does not start again, so the model that the run ends with is that of a run without the fault."""
+
+    def run(guard: Any, *others: Callback) -> list[Tensor]:
+        swa = stock.StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=start)
+        made = fit(task(), batches(), guard, callbacks=[*others, swa], folder=tmp_path, max_epochs=2)
+        return [parameter.detach().clone() for parameter in made.module.parameters()]
+
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=64)
+    guarded, sound = run(guard, SpoilsWeight()), run(None)
+    assert [record.snapshot_step for record in guard.interventions] == [0]
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(guarded, sound, strict=True))
