@@ -127,12 +127,11 @@ class DeferredReadback:
 
     def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
         reading = pending.read()
-        # The device skips an update that is not finite, and a GradScaler one whose gradient is not finite. A finite loss
-        # spike has reached the weights.
-        skipped = (pending.held_back and not reading.finite) or (
-            pending.loss_scale is not None and not _has_norm(reading)
-        )
-        reached = not skipped
+        # The device skips an update that is not finite, and a GradScaler skips one whose gradient is not finite. A
+        # finite loss spike has reached the weights.
+        by_device = pending.held_back and not reading.finite
+        by_scaler = pending.loss_scale is not None and not _gradient_finite(reading)
+        reached = not (by_device or by_scaler)
         return Arrived(reading, undo, reached=reached, late=True, line_search=line_search)
 
     def flush(self) -> Iterator[Arrived]:
@@ -154,5 +153,5 @@ class DeferredReadback:
         self._readings.clear()
 
 
-def _has_norm(reading: Reading) -> bool:
+def _gradient_finite(reading: Reading) -> bool:
     return reading.grad_norm is None or math.isfinite(reading.grad_norm)

@@ -142,8 +142,8 @@ class AveragedCopies:
 def _epoch_of(callback: Any) -> str:
     """The epoch at whose start a ``StochasticWeightAveraging`` last averaged, as a part of its name.
 
-    After the next average it is another copy, which no older snapshot has: a rollback must not undo that average, because
-    the epoch does not start again.
+    After the next average it is another copy, which no older snapshot has. A rollback must not undo that average,
+    because the epoch does not start again.
     """
     return f", epoch {callback._latest_update_epoch}" if hasattr(type(callback), "swa_start") else ""
 
