@@ -1,4 +1,4 @@
-"""Restores averaged copies of the weights."""
+"""Restores averages: copies of the weights, and running statistics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,10 @@ from lightning_nanguard.types import Evidence, Fault, PlanStep, RestoreAverages
 
 @final
 class AverageRollback(Remedy):
-    """Restores averaged copies of the weights (EMA, SWA) if only they are bad. No update is lost."""
+    """Restores averaged copies of the weights (EMA, SWA) and running statistics if only they are bad.
+
+    No update is made from them, so no update is lost.
+    """
 
     word = "restore averages"
     step = RestoreAverages

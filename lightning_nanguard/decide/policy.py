@@ -6,7 +6,8 @@ The evidence decides what is at fault. The scope then decides the remedy:
 * A diverged *learner* goes back to a certified snapshot, with a lower learning rate or clipped gradients. The
   correction is stronger each time it diverges again soon.
 * *State* that became bad by itself is restored, without a correction.
-* If only averaged copies of the weights are bad, only they are restored, because no update is made from them.
+* If only averages are bad, of weights or of the statistics of batches, only they are restored, because no update is
+  made from them.
 * A run without one good update, or over its budget, is stopped.
 
 The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and

@@ -150,11 +150,16 @@ class Investigator:
         return self._look_at_rates(fault, history, known, target)
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
-        """Whether only averaged copies of the weights are bad. No update is made from these."""
+        """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""
         if not (bad or fault.scope == "state"):
             return False
-        others = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key[0] != "average")
-        average = any(describe(key) == (bad or fault.place) for key, _ in leaves if key[0] == "average")
+        averages = {key for key, _ in leaves if key[0] == "average"}
+        if bad is not None and self._ring.certified:
+            # A batch that makes them only too large may have changed the weights, too.
+            self._ring.certified[0].wait()
+            averages |= self._learner.idle_statistics(self._ring.certified[0].leaves)
+        others = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key not in averages)
+        average = any((bad or fault.place).endswith(describe(key)) for key in averages)
         answers = self._ranks.gather((others is not None, average))
         return any(one[1] for one in answers) and not any(one[0] for one in answers)
 

@@ -14,7 +14,7 @@ from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import average_of, bad_averages, mend_averages, restore
+from lightning_nanguard.state.restore import average_of, bad_averages, mend_averages, mend_statistics, restore
 from lightning_nanguard.state.snapshot import Snapshot
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -98,7 +98,7 @@ class RemedyActions:
             optimizer.zero_grad(set_to_none=context.replay.comparable())
 
     def restore_averages(self) -> None:
-        """Restore bad averaged copies of the weights from the newest snapshot.
+        """Restore bad averages from the newest snapshot: copies of the weights, and bad numbers of running statistics.
 
         Copies that it does not have are set to the weights.
         """
@@ -109,6 +109,7 @@ class RemedyActions:
         bad = bad_averages(learner.averages(), corrupt, place)
         if snapshot is not None:
             restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
+            mend_statistics(learner, snapshot)
         mend_averages(learner, corrupt)
         self._snapshots.mend_pending(place)
 

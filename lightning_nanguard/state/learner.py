@@ -139,6 +139,23 @@ class Learner:
             or (key[0] == "average" and (("parameter", name := unwrapped(key[2])) in keys or counts(name)))
         ]
 
+    def idle_statistics(self, before: Mapping[StateKey, Any]) -> set[StateKey]:
+        """State keys of running statistics from which no update since an earlier state was made.
+
+        Layers that have updated them since then normalise by the batch, and use them only in evaluation.
+
+        Args:
+            before: The leaves of the earlier state.
+        """
+        found: set[StateKey] = set()
+        for name, layer in self.module.named_modules():
+            if isinstance(layer, _NormBase) and type(layer).__module__.startswith("torch.nn."):
+                prefix, now = f"{name}." if name else "", layer.num_batches_tracked
+                then = before.get(("buffer", f"{prefix}num_batches_tracked"))
+                if now is not None and isinstance(then, Tensor) and int(now) != int(then):
+                    found |= {("buffer", f"{prefix}{one}") for one in ("running_mean", "running_var")}
+        return found
+
     def lazy(self) -> bool:
         """Whether a parameter is uninitialised until the first forward pass."""
         return any(not _ready(parameter) for parameter in self.module.parameters())

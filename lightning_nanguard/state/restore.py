@@ -143,6 +143,23 @@ def mend_averages(learner: Learner, corrupt: Callable[[Iterable[tuple[StateKey, 
                 tensor.copy_(source)
 
 
+def mend_statistics(learner: Learner, snapshot: Snapshot) -> None:
+    """Restore the numbers of running statistics that are not finite, and negative variances, if no update uses them.
+
+    Args:
+        learner: The learner with the statistics.
+        snapshot: The snapshot that they are taken from.
+    """
+    snapshot.wait()
+    idle = learner.idle_statistics(snapshot.leaves)
+    for key, live in learner.weights():
+        saved = snapshot.leaves.get(key)
+        if key in idle and isinstance(saved, Tensor) and fits(live, saved):
+            good = torch.isfinite(live.sqrt() if key[1].endswith("running_var") else live)
+            with torch.no_grad():
+                live.copy_(torch.where(good, live, saved.to(live.device)))
+
+
 def _restore_state(
     prefix: StateKey,
     state: MutableMapping[Any, Any],

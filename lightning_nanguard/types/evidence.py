@@ -52,7 +52,8 @@ class Evidence:
         good_beside: ``step`` of the newest of these updates for which another optimizer's update on the same batch was
             accepted; ``None`` if there is none.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
-        averages_alone: Whether only averaged copies of the weights are bad, from which no update is made.
+        averages_alone: Whether only averages are bad, from which no update is made: averaged copies of the weights, or
+            running statistics of layers that normalise by the batch.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether the batch holds numbers far larger than those of the stored batches; ``None`` if this is
             not known.

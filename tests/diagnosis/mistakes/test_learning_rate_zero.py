@@ -16,7 +16,6 @@ from tests.diagnosis.mistakes.seen import WELL, said
     [
         (WELL, None),
         (replace(WELL, rates=(RateSeen(0, 0, 0.0, 0.0),)), "optimizer 0"),
-        (replace(WELL, rates=(RateSeen(0, 0, 1e-40, 1e-40),)), "optimizer 0"),
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.1), RateSeen(1, 0, 0.0, 0.0))), "optimizer 1"),
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.1), RateSeen(0, 1, 0.0, 0.0))), None),
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.0),)), None),
