@@ -1,4 +1,4 @@
-"""Averaged copies of the weights that are bad are restored alone: no update is lost, and no run ends for them."""
+"""Averages that are bad, of weights or of statistics, are restored alone: no update is lost, no run ends for them."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pytorch_lightning import Callback
 from torch import Tensor
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from tests.helpers import FaultAt, Run, copied, data_for, differences, fit, state_of, task, words
 from tests.scenarios.struck import INF, NAN, adam
 
@@ -95,3 +97,51 @@ def test_a_bad_batch_is_still_skipped_where_an_average_is_bad(readback: str, tmp
         assert ("skip" in {word for one in words(guard) for word in one}) is (readback == "step")
     if readback == "step":
         assert differences(state_of(seen["sound"]), state_of(seen["bad"])) == []
+
+
+class Statistic(Callback):
+    """Spoils one number of running statistics after a batch.
+
+    Args:
+        name: Which statistics.
+        value: What the number becomes.
+        frozen: Whether the layer normalises by these statistics in training, too.
+    """
+
+    def __init__(self, name: str, value: float, *, frozen: bool = False) -> None:
+        self.name, self.value, self.frozen = name, value, frozen
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        pl_module.net[1].train(not self.frozen)
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        if batch_idx == 30:
+            getattr(pl_module.net[1], self.name)[2] = self.value
+
+
+AGAIN = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=0)))
+"""Without updates that are made again."""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("running_mean", NAN), ("running_mean", INF), ("running_var", NAN), ("running_var", -0.5)]
+)
+def test_running_statistics_that_went_bad_alone(name: str, value: float, tmp_path: Path) -> None:
+    """In training a layer normalises by the batch. So weights, moments and all other statistics are as without the
+    fault, and only the bad number comes from the snapshot. Where the layer uses its statistics, the run goes back."""
+    bare = run_with(None, tmp_path / "bare")
+    guard = NaNGuard(snapshot_every_n_steps=EVERY, thresholds=AGAIN)
+    guarded = run_with(guard, tmp_path / "guarded", Statistic(name, value))
+    [found] = guard.interventions
+    assert (found.fault, found.remedies, found.updates_lost) == ("corrupted_state", ("restore averages",), 0)
+    assert found.place.endswith(f"buffer net.1.{name}")
+    different = differences(state_of(bare), state_of(guarded))
+    assert [one for one in different if "running_" not in one and "val" not in one] == []
+    mine, sound = (dict(run.module.named_buffers())[f"net.1.{name}"] for run in (guarded, bare))
+    assert (mine != sound).nonzero().flatten().tolist() in ([], [2])
+    assert bool(torch.isfinite(mine.sqrt() if name == "running_var" else mine).all())
+
+    guard = NaNGuard(snapshot_every_n_steps=EVERY, thresholds=AGAIN)
+    run_with(guard, tmp_path / "frozen", Statistic(name, value, frozen=True))
+    assert not any("restore averages" in one.remedies for one in guard.interventions)
+    assert any("restore" in one.remedies for one in guard.interventions)
