@@ -28,6 +28,11 @@ class Outlier:
     lowest: float
     highest: float
 
+    @property
+    def distance(self) -> float:
+        """How far it is from the others."""
+        return max(self.value - self.highest, self.lowest - self.value)
+
 
 @final
 class OutlierSearch:
@@ -52,23 +57,28 @@ class OutlierSearch:
         self._far = far
         self._least = least + 1 + after
         self._after = after
-        self._values: deque[tuple[int, float]] = deque(maxlen=before + 1 + after)
+        self._values: deque[float] = deque(maxlen=before + 1 + after)
+        self._steps: deque[int] = deque(maxlen=1 + after)
 
     def add(self, step: int, value: float) -> Outlier | None:
         """Add the next number; return the outlier that it completes, if there is one."""
         values = self._values
-        values.append((step, value))
-        if len(values) < self._least:
+        values.append(value)
+        self._steps.append(step)
+        if len(values) < self._least or values[-1 - self._after] == value:
             return None
-        at, one = values[-1 - self._after]
-        if not self._far(one, (value,)):
+        if not self._far(values[-1 - self._after], (values[-self._after], value)):
             return None  # the usual case
-        others = [other for index, other in values if index != at]
-        return Outlier(at, one, min(others), max(others)) if self._far(one, others) else None
+        others = list(values)
+        one = others.pop(-1 - self._after)
+        if not self._far(one, others):
+            return None
+        return Outlier(self._steps[0], one, min(others), max(others))
 
     def clear(self) -> None:
         """Forget all numbers."""
         self._values.clear()
+        self._steps.clear()
 
 
 def times_above(times: float) -> Far:
@@ -89,12 +99,11 @@ def times_off(times: float, steady: float) -> Far:
     return far
 
 
-def ranges_off(above: float, below: float, least: Callable[[], float]) -> Far:
-    """Far is ``above`` ranges of the others above them, or ``below`` ranges below, and more than ``least()``."""
+def ranges_off(above: float, below: float) -> Far:
+    """Far is more than ``above`` ranges of the others above them, or ``below`` ranges below them."""
 
     def far(one: float, others: Sequence[float]) -> bool:
         low, high = min(others), max(others)
-        away = one - high if one > high else low - one
-        return away > (above if one > high else below) * (high - low) and away > least()
+        return one - high > above * (high - low) or low - one > below * (high - low)
 
     return far

@@ -61,13 +61,13 @@ class OutlierWatch:
             other = None if loss is None else self._losses[index].add(reading.step, loss)
             if one is not None:
                 self._advise("gradient_spike", "gradient", one, "Look at the batch of that update")
-            elif other is not None:
+            elif other is not None and other.distance > self._context.monitors.loss_unit():
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
     def _begin(self, index: int) -> None:
-        limits, unit = self._limits, self._context.monitors.loss_unit
+        limits = self._limits
         window = {"before": limits.before, "least": limits.least, "after": limits.after}
-        self._losses[index] = OutlierSearch(ranges_off(limits.loss_above, limits.loss_below, unit), **window)
+        self._losses[index] = OutlierSearch(ranges_off(limits.loss_above, limits.loss_below), **window)
         self._norms[index] = OutlierSearch(times_above(limits.norm), **window)
 
     def _advise(self, cause: str, place: str, found: Outlier, advice: str) -> None:

@@ -39,6 +39,7 @@ def test_what_is_said_of_an_outlier() -> None:
     assert [search.add(step, value) for step, value in enumerate([1.0, 2.0, 90.0, 3.0])][-1] == Outlier(
         2, 90.0, 1.0, 3.0
     )
+    assert (Outlier(2, 9.0, 1.0, 3.0).distance, Outlier(2, 0.5, 1.0, 3.0).distance) == (6.0, 0.5)
     search.clear()
     assert [search.add(step, value) for step, value in enumerate([90.0, 3.0])] == [None, None]
 
@@ -67,6 +68,5 @@ def test_losses_are_compared_by_differences(unit: float, shift: float) -> None:
     """Neither their unit nor a constant matters; above the others an outlier has to be farther away than below."""
     losses = [1.0, 1.25, 1.0, 0.25, 1.25, 1.0, 1.25, 1.0, 1.875, 1.0, 1.25, 1.0, 1.25, 2.5, 1.0, 1.25]
     values = [unit * loss + shift for loss in losses]
-    far = ranges_off(above=3.0, below=2.0, least=lambda: unit / 2)
+    far = ranges_off(above=3.0, below=2.0)
     assert found(far, values) == [unit * 0.25 + shift, unit * 2.5 + shift]
-    assert found(ranges_off(3.0, 2.0, lambda: 10 * unit), values) == []
