@@ -1,13 +1,18 @@
-"""Gives advice about a loss, a gradient norm or a learning rate of one update that is far from those around it."""
+"""Gives advice about finite numbers that stand out: of one update, or of an average that is larger than all weights."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import final
+
+from torch import Tensor
 
 from lightning_nanguard.detect.outliers import Outlier, OutlierSearch, ranges_off, times_above, times_off
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.state.learner import unwrapped
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding, Reading
 
 
@@ -15,7 +20,8 @@ from lightning_nanguard.types import Finding, Reading
 class OutlierWatch:
     """Gives advice about a loss, a gradient norm or a learning rate of one update that is far from those around it.
 
-    The update was finite, and it was made. So nothing is done about it, and the user is told once of each kind.
+    The update was finite, and it was made. So nothing is done about it, and the user is told once of each kind. The
+    same holds for an averaged copy that is larger than the weights ever were, which no average of them can be.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -30,6 +36,9 @@ class OutlierWatch:
         self._losses: dict[int, OutlierSearch] = {}
         self._norms: dict[int, OutlierSearch] = {}
         self._rates: dict[tuple[int, int], OutlierSearch] = {}
+        # The newest snapshot whose averages were compared, and the largest squared norm of the averaged weights.
+        self._compared = -1
+        self._largest = 0.0
 
     def see_rates(self, optimizer_index: int) -> None:
         """Take the learning rates of the update that an optimizer is about to make."""
@@ -64,6 +73,30 @@ class OutlierWatch:
             elif other is not None and other.distance > self._context.monitors.loss_unit():
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
+        newest = next(iter(self._context.ring.certified), None)
+        if newest is not None and newest.step != self._compared:
+            self._compared = newest.step
+            self._compare_averages(newest)
+
+    def _compare_averages(self, snapshot: Snapshot) -> None:
+        sizes: dict[str, list[float]] = {}
+        for key, typical in snapshot.typical.items():
+            leaf, weight = snapshot.leaves.get(key), snapshot.typical.get(("parameter", unwrapped(key[-1])))
+            if key[0] == "average" and weight is not None and isinstance(leaf, Tensor):
+                pair = sizes.setdefault(key[1], [0.0, 0.0])
+                pair[0] += leaf.numel() * typical**2
+                pair[1] += leaf.numel() * weight**2
+        self._largest = max([self._largest, *(weights for _, weights in sizes.values())])
+        for name, (average, _) in sizes.items():
+            if average > self._limits.average**2 * self._largest > 0:
+                norm, most = math.sqrt(average), math.sqrt(self._largest)
+                place = f"the averaged copy of {name}"
+                suggestion = (
+                    f"the norm of {place} is {norm:.4g}, and that of the weights was never above {most:.4g}: it is no "
+                    "average of them. Look at what else writes to it. Nothing was changed."
+                )
+                self._say("average_too_large", place, suggestion, norm=norm, most=most)
+
     def _begin(self, index: int) -> None:
         limits = self._limits
         window = {"before": limits.before, "least": limits.least, "after": limits.after}
@@ -75,6 +108,8 @@ class OutlierWatch:
             f"the {place} of update {found.step} was {found.value:.4g}, and between {found.lowest:.4g} and "
             f"{found.highest:.4g} in the updates before and after it. {advice}: it is finite, so nothing was changed."
         )
+        self._say(cause, place, suggestion, value=found.value, lowest=found.lowest, highest=found.highest)
+
+    def _say(self, cause: str, place: str, suggestion: str, **evidence: float) -> None:
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        evidence = {"value": found.value, "lowest": found.lowest, "highest": found.highest}
         self._loop.advise(Finding(cause, confidence, evidence, place, suggestion=suggestion))

@@ -105,7 +105,7 @@ def _reason_and_advice(suggestion: str) -> tuple[str, str]:
 _PHRASES = {
     "skip": ("skipped the batch", "skipped the batch"),
     "restore": ("went back to {to}", "gone back to {to}"),
-    "restore averages": ("restored the averaged weights", "restored the averaged weights"),
+    "restore averages": ("restored averages alone", "restored averages alone"),
     "scale": ("learning rate {lr}", "changed the learning rate {lr}"),
     "clip": ("turned gradient clipping on", "turned gradient clipping on"),
     "reset moments": ("emptied the optimizer's state", "emptied the optimizer's state"),

@@ -182,6 +182,8 @@ class OutlierThresholds:
         rates: Learning rates before it, and after it. Before the first update there are none.
         rate: Factor on the largest of the other rates, and divisor of the smallest.
         steady: Factor by which the other rates differ less. In a warm-up, or at a step of a schedule, they differ more.
+        average: Factor on the largest norm of the weights in any snapshot. An average of weights has no larger norm
+            than the largest of them, and between two snapshots the norm changes by less.
     """
 
     before: int = 16
@@ -193,6 +195,7 @@ class OutlierThresholds:
     rates: int = 3
     rate: float = 10.0
     steady: float = 2.0
+    average: float = 1.5
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import Tensor
 from torch.optim import SGD
 from torch.optim.lr_scheduler import LambdaLR
@@ -73,3 +74,26 @@ def test_readings_before_a_rollback_are_not_compared(tmp_path: Path) -> None:
     fit(module, batches(count=24), guard, folder=tmp_path)
     assert guard.interventions
     assert guard.advice == ()
+
+
+def test_an_average_that_is_larger_than_the_weights_ever_were(tmp_path: Path) -> None:
+    """It is told once, and nothing is restored, because other code may have meant it."""
+
+    class Ema(Callback):
+        def __init__(self, factor: float) -> None:
+            self.factor = factor
+            self.ema: dict[str, Tensor] = {}
+
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            for name, weight in pl_module.named_parameters():
+                average = self.ema.setdefault(name, weight.detach().clone())
+                average.mul_(0.9).add_(weight.detach(), alpha=0.1)
+            if batch_idx == 12:
+                next(iter(self.ema.values()))[0, 0] = self.factor
+
+    for factor in (300.0, 0.1):
+        guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=4)
+        run(tmp_path, guard, callbacks=[Ema(factor)])
+        assert guard.interventions == ()
+        assert [one.finding.cause for one in guard.advice] == (["average_too_large"] if factor > 1 else [])
+        assert all("Ema.ema" in one.finding.place for one in guard.advice)
