@@ -13,6 +13,7 @@ from lightning_nanguard.types import (
     PlanStep,
     Restore,
     RestoreAverages,
+    RestoreScale,
     Role,
     Scale,
     Skip,
@@ -31,6 +32,9 @@ class RunControl(Protocol):
 
     def restore_averages(self) -> None:
         """Restore averaged copies of the weights that are bad, and nothing else."""
+
+    def restore_scale(self) -> None:
+        """Restore the scale of the GradScaler, and nothing else."""
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         """Multiply the learning rate. With ``limit`` the result becomes the largest allowed rate."""
@@ -56,6 +60,7 @@ _ROLES: dict[type[PlanStep], Role] = {
     Skip: "skip",
     Restore: "restore",
     RestoreAverages: "restore",
+    RestoreScale: "restore",
     Scale: "rate",
     Clip: "clip",
     DropMoments: "moments",

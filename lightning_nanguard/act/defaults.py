@@ -10,6 +10,7 @@ from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.reset_moments import ResetMoments
 from lightning_nanguard.act.rollback import Rollback
+from lightning_nanguard.act.scale_rollback import ScaleRollback
 from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.act.stop_training import StopTraining
 from lightning_nanguard.thresholds.rate_search import CutThresholds
@@ -39,6 +40,7 @@ def executors(remedies: Sequence[Remedy]) -> dict[type[PlanStep], Remedy]:
         SkipStep(),
         Rollback(),
         AverageRollback(),
+        ScaleRollback(),
         ReduceLR(),
         ClipGradients(),
         ResetMoments(),

@@ -8,6 +8,7 @@ The evidence decides what is at fault. The scope then decides the remedy:
 * *State* that became bad by itself is restored, without a correction.
 * If only averages are bad, of weights or of the statistics of batches, only they are restored, because no update is
   made from them.
+* If only the scale of the GradScaler is bad, only it is restored, because the GradScaler has skipped all updates since.
 * A run without one good update, or over its budget, is stopped.
 
 The policy calls every listed remedy whose role the verdict needs. If the learner is to blame, these are a restore and
@@ -38,6 +39,7 @@ from lightning_nanguard.types import (
     PlanStep,
     Restore,
     RestoreAverages,
+    RestoreScale,
     Role,
     Scale,
     Scope,
@@ -94,6 +96,11 @@ class Policy:
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.averages_alone:
             return self._restore_averages(fault, evidence, state)
+        if evidence.scale_alone and any(one.role == "restore" for one in self.remedies):
+            plan: Plan = (RestoreScale(),)
+            if state.restores[-1:] == ((evidence.step, _where(fault, evidence)),):
+                return plan, state  # counted for another optimizer of the same batch
+            return self._count_restore(fault, evidence, state, plan)
         start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
         if start and not self._other_learns(evidence):
             return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
@@ -251,7 +258,7 @@ class Policy:
         state = replace(state, restores=(*state.restores, (evidence.step, where)))
         failed = state.unproven.count(where)
         state = replace(state, unproven=(*state.unproven, where))
-        plain = all(isinstance(step, Restore) for step in plan)
+        plain = all(isinstance(step, (Restore, RestoreScale)) for step in plan)
         if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
             reason = f"the fault came back after each of {failed} rollbacks, before another snapshot was certified"
             return (Stop(reason),), state

@@ -12,6 +12,9 @@ from lightning_nanguard.errors import require
 from lightning_nanguard.thresholds.detection import NonFiniteThresholds
 from lightning_nanguard.types import Fault, Reading
 
+LOSS_SCALE = "scale of the GradScaler"
+"""Where the fault of a bad loss scale is."""
+
 
 @final
 class NonFinite(Detector):
@@ -58,7 +61,7 @@ class NonFinite(Detector):
         if not reading.finite and scale is not None and not self._may_be(scale):
             # The scaler halves the scale after an overflow. That does not change Inf, and takes too long from 1e30.
             message = f"the scale of the GradScaler is {scale:g}"
-            return Fault("corrupted_state", "state", "scale of the GradScaler", scale, message)
+            return Fault("corrupted_state", "state", LOSS_SCALE, scale, message)
         if not reading.loss_finite:
             message = f"the loss is {reading.loss}"
             # With a finite gradient the update is not bad, so neither the weights nor the rate are at fault.

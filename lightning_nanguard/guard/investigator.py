@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_nanguard.decide.blame import worse
 from lightning_nanguard.decide.trial import is_enough
 from lightning_nanguard.detect.history import ReadingHistory
+from lightning_nanguard.detect.non_finite import LOSS_SCALE
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
@@ -137,6 +138,7 @@ class Investigator:
             known,
             corrupt=bad,
             averages_alone=self._averages_alone(fault, unchanged, bad),
+            scale_alone=bad is None and fault.place == LOSS_SCALE,
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
             sound=sound,

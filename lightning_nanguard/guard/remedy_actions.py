@@ -113,6 +113,14 @@ class RemedyActions:
         mend_averages(learner, corrupt)
         self._snapshots.mend_pending(place)
 
+    def restore_scale(self) -> None:
+        """Restore the scale of the GradScaler from the newest snapshot. No update has been made since it went bad."""
+        ring = self._context.ring
+        snapshot = next(iter(ring.certified), None) or ring.newest()
+        if snapshot is not None:
+            restore(self._context.learner, snapshot, keep=lambda key: key == ("scaler",))
+        self._readback.clear()  # what is not read yet has the bad scale, too
+
     def gone_on(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
         self._context.state.restored = snapshot

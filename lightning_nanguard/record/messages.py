@@ -106,6 +106,7 @@ _PHRASES = {
     "skip": ("skipped the batch", "skipped the batch"),
     "restore": ("went back to {to}", "gone back to {to}"),
     "restore averages": ("restored averages alone", "restored averages alone"),
+    "restore scale": ("restored the loss scale alone", "restored the loss scale alone"),
     "scale": ("learning rate {lr}", "changed the learning rate {lr}"),
     "clip": ("turned gradient clipping on", "turned gradient clipping on"),
     "reset moments": ("emptied the optimizer's state", "emptied the optimizer's state"),

@@ -14,6 +14,7 @@ _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
     "restore": ("rollback", "rollbacks"),
     "restore averages": ("restored average", "restored averages"),
+    "restore scale": ("restored loss scale", "restored loss scales"),
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),

@@ -54,6 +54,7 @@ class Evidence:
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         averages_alone: Whether only averages are bad, from which no update is made: averaged copies of the weights, or
             running statistics of layers that normalise by the batch.
+        scale_alone: Whether only the scale of the GradScaler is bad. It skips every update with such a scale.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether the batch holds numbers far larger than those of the stored batches; ``None`` if this is
             not known.
@@ -97,6 +98,7 @@ class Evidence:
     good_beside: int | None = None
     corrupt: str | None = None
     averages_alone: bool = False
+    scale_alone: bool = False
     jump: str | None = None
     batch_strange: bool | None = None
     batch_finite: bool | None = None

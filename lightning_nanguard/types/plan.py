@@ -36,6 +36,11 @@ class RestoreAverages(PlanStep):
 
 
 @dataclass(frozen=True, slots=True)
+class RestoreScale(PlanStep):
+    """Restore the scale of the GradScaler, and nothing else."""
+
+
+@dataclass(frozen=True, slots=True)
 class Scale(PlanStep):
     """Multiply the learning rate by ``factor``; the product never falls below ``min_lr``.
 

@@ -24,6 +24,9 @@ class RunControl:
     def restore_averages(self) -> None:
         self.done.append(("restore averages",))
 
+    def restore_scale(self) -> None:
+        self.done.append(("restore scale",))
+
     def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
         self.done.append(("scale", factor, min_lr))
 

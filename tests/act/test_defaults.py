@@ -36,6 +36,7 @@ def test_steps_that_the_policy_makes_itself_can_be_carried_out() -> None:
         "skip",
         "restore",
         "restore averages",
+        "restore scale",
         "scale",
         "clip",
         "reset moments",

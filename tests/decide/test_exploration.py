@@ -20,12 +20,24 @@ from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.recovery import give_back
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.thresholds.decision import RecoveryThresholds
-from lightning_nanguard.types import Comparison, Evidence, Plan, Restore, RestoreAverages, Scale, Skip, Stop, Trial
+from lightning_nanguard.types import (
+    Comparison,
+    Evidence,
+    Plan,
+    Restore,
+    RestoreAverages,
+    RestoreScale,
+    Scale,
+    Skip,
+    Stop,
+    Trial,
+)
 
 LOSS = Fault("non_finite_loss", "batch", "loss", math.nan, "the loss is nan", clipping_helps=True)
 SPIKE = Fault("gradient_spike", "batch", "gradient", 1e9, certain=False, clipping_helps=True)
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, certain=False)
 BUFFER = Fault("corrupted_state", "state", "buffer bn.running_var")
+SCALE = Fault("corrupted_state", "state", "scale of the GradScaler")
 FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "bad input": (LOSS, {"batch_finite": False}),
     "bad batch": (LOSS, {"comparison": Comparison(math.nan, math.nan)}),
@@ -34,6 +46,7 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "lost weights": (LOSS, {"corrupt": "parameter w", "climbing": True}),
     "lost buffer": (BUFFER, {"corrupt": "buffer bn.running_var"}),
     "lost average": (BUFFER, {"corrupt": "w of an average", "averages_alone": True}),
+    "lost scale": (SCALE, {"scale_alone": True}),
     "bad batch beside a lost average": (LOSS, {"corrupt": "w", "averages_alone": True, "batch_finite": False}),
     "spike": (SPIKE, {"comparison": Comparison(1.0, 1.0)}),
     "behind": (STUCK, {"trial": Trial(1.1, "start", 1 / 16)}),
@@ -100,7 +113,7 @@ def faulty(world: World, decides: Policy, event: str) -> tuple[World, Plan]:
     plan, policy = decides.decide(fault, evidence, world.policy)
     check(plan, evidence, world, event, may_restore=any(one.role == "restore" for one in decides.remedies))
     restored = any(isinstance(one, Restore) for one in plan)
-    alone = restored and all(isinstance(one, Restore) for one in plan) and not evidence.undo
+    alone = bool(plan) and all(isinstance(one, (Restore, RestoreScale)) for one in plan) and not evidence.undo
     factor = math.prod(one.factor for one in plan if isinstance(one, Scale))
     return replace(
         world,
@@ -132,7 +145,7 @@ def check(plan: Plan, evidence: Evidence, world: World, event: str, *, may_resto
         assert not any(isinstance(one, (Restore, Scale, Skip, Stop)) for one in plan), "averages cost the run nothing"
     if event == "beside":
         assert plan == (), "a trial that shows nothing changes nothing"
-    if plan and all(isinstance(one, Restore) for one in plan) and not evidence.undo:
+    if plan and all(isinstance(one, (Restore, RestoreScale)) for one in plan) and not evidence.undo:
         assert Counter(world.plain)[event] < 2, "a rollback that changed nothing twice is not made again"
 
 

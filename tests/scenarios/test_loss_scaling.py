@@ -131,14 +131,18 @@ class SpoilScale(Callback):
 
 @pytest.mark.parametrize("value", [math.nan, math.inf, 1e30])
 def test_a_scale_that_no_scaler_has_grown_to(value: float) -> None:
-    """It is late or never right again by itself, so the last good one comes back; nothing is cut or clipped."""
+    """It is late or never right again by itself, so the last good one comes back. Only the update of this batch is left
+    out, because a GradScaler skips all updates with such a scale."""
     guard, scale = NaNGuard(snapshot_every_n_steps=3), Scale()
     run = fit(make(optimizer=adam())(), batches(count=24), guard, callbacks=[SpoilScale(value), scale], **scaled(64.0))
     assert [(one.fault, one.place, one.remedies) for one in guard.interventions] == [
-        ("corrupted_state", "scale of the GradScaler", ("restore",))
+        ("corrupted_state", "scale of the GradScaler", ("restore scale",))
     ]
+    assert guard.interventions[0].updates_lost == 0
     assert scale.after[BAD_BATCH:] == [64.0] * (24 - BAD_BATCH)
-    assert_alive(run)
+    data = batches(count=24)
+    without = fit(make(optimizer=adam())(), data[:BAD_BATCH] + data[BAD_BATCH + 1 :], **scaled(64.0))
+    assert differences(dict(run.module.named_parameters()), dict(without.module.named_parameters())) == []
 
 
 @pytest.mark.parametrize("fused", [False, True])
