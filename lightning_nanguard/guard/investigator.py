@@ -9,6 +9,7 @@ from dataclasses import replace
 from operator import itemgetter
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.decide.blame import worse
@@ -157,9 +158,11 @@ class Investigator:
             return False
         averages = {key for key, _ in leaves if key[0] == "average"}
         if bad is not None and self._ring.certified:
-            # A batch that makes them only too large may have changed the weights, too.
             self._ring.certified[0].wait()
-            averages |= self._learner.idle_statistics(self._ring.certified[0].leaves)
+            idle = self._learner.idle_statistics(self._ring.certified[0].leaves)
+            # A batch whose statistics overflow may have changed the weights, too. NaN and a negative variance do not
+            # come from a batch with a finite loss.
+            averages |= {key for key, leaf in leaves if key in idle and not bool(torch.isinf(leaf).any())}
         others = self._context.finite.corrupt((key, leaf) for key, leaf in leaves if key not in averages)
         average = any((bad or fault.place).endswith(describe(key)) for key in averages)
         answers = self._ranks.gather((others is not None, average))

@@ -123,9 +123,7 @@ AGAIN = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(up
 """Without updates that are made again."""
 
 
-@pytest.mark.parametrize(
-    ("name", "value"), [("running_mean", NAN), ("running_mean", INF), ("running_var", NAN), ("running_var", -0.5)]
-)
+@pytest.mark.parametrize(("name", "value"), [("running_mean", NAN), ("running_var", NAN), ("running_var", -0.5)])
 def test_running_statistics_that_went_bad_alone(name: str, value: float, tmp_path: Path) -> None:
     """In training a layer normalises by the batch. So weights, moments and all other statistics are as without the
     fault, and only the bad number comes from the snapshot. Where the layer uses its statistics, the run goes back."""
