@@ -234,7 +234,7 @@ def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -
     yield from _clock_wrong(one, twin, guarded)
     # A scaler skips by itself; a rate or a loss may be next to nothing.
     if one.precision != "fp16" and one.kind != "rate" and one.value != "subnormal":
-        yield from _unrecorded(twin, guarded)
+        yield from _unrecorded((twin, bare), guarded)
     named = re.search(r"holds the weights of step (\d+)", guarded.error)
     if named and (after := guarded.observer.after.get(int(named[1]))) is not None and guarded.last != after:
         yield f"it says that the module holds the weights of step {named[1]}, which it does not"
@@ -250,10 +250,12 @@ def _clock_wrong(one: Draw, twin: Left, guarded: Left) -> Iterator[str]:
         yield f"the clock ends at {clock[-1:]}, without the fault at {twin.observer.clock[-1:]}"
 
 
-def _unrecorded(twin: Left, guarded: Left) -> Iterator[str]:
+def _unrecorded(others: Sequence[Left], guarded: Left) -> Iterator[str]:
     """Updates that left the weights as they were before, or as they were earlier, without a record."""
-    mine, told, calm = guarded.observer.weights, guarded.observer.told, twin.observer.weights
-    seen, still = set[str](), {index for index, state in enumerate(calm) if state in calm[:index]}
+    mine, told, seen = guarded.observer.weights, guarded.observer.told, set[str]()
+    # Some updates change no weight without the guard, either.
+    unguarded = [other.observer.weights for other in others]
+    still = {index for states in unguarded for index, state in enumerate(states) if state in states[:index]}
     for index, state in enumerate(mine):
         known_before = told[index - 1] if index else 0
         stays = state in seen and index not in still and guarded.observer.moves[index]

@@ -99,11 +99,11 @@ def times_off(times: float, steady: float) -> Far:
     return far
 
 
-def ranges_off(above: float, below: float) -> Far:
-    """Far is more than ``above`` ranges of the others above them, or ``below`` ranges below them."""
+def ranges_below(times: float) -> Far:
+    """Far is more than ``times`` the range of the others below them."""
 
     def far(one: float, others: Sequence[float]) -> bool:
-        low, high = min(others), max(others)
-        return one - high > above * (high - low) or low - one > below * (high - low)
+        low = min(others)
+        return low - one > times * (max(others) - low)
 
     return far

@@ -8,7 +8,7 @@ from typing import final
 
 from torch import Tensor
 
-from lightning_nanguard.detect.outliers import Outlier, OutlierSearch, ranges_off, times_above, times_off
+from lightning_nanguard.detect.outliers import Outlier, OutlierSearch, ranges_below, times_above, times_off
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.state.learner import unwrapped
@@ -100,7 +100,7 @@ class OutlierWatch:
     def _begin(self, index: int) -> None:
         limits = self._limits
         window = {"before": limits.before, "least": limits.least, "after": limits.after}
-        self._losses[index] = OutlierSearch(ranges_off(limits.loss_above, limits.loss_below), **window)
+        self._losses[index] = OutlierSearch(ranges_below(limits.loss), **window)
         self._norms[index] = OutlierSearch(times_above(limits.norm), **window)
 
     def _advise(self, cause: str, place: str, found: Outlier, advice: str) -> None:

@@ -169,16 +169,16 @@ class HistoryThresholds:
 class OutlierThresholds:
     """When a loss, a gradient norm or a learning rate of one update is far from those around it.
 
-    In 60 healthy runs of the benchmarks (heavy tails included) no update is that far.
+    In 52 healthy runs of the benchmarks (15,429 updates, heavy tails included) no loss or norm is that far. The largest
+    norm is 4 times those around it.
 
     Attributes:
         before: Most losses and norms before an outlier that it is compared with.
         least: Fewest of them.
         after: Losses and norms after it that it is compared with.
         norm: Factor on the largest of the other norms.
-        loss_above: Ranges of the other losses between them and an outlier above them. It also has to be farther away
-            than all that the run has learned.
-        loss_below: The same for an outlier below them. It is lower, because the tails of losses are heavy above.
+        loss: Ranges of the other losses by which an outlier is below them. It also has to be farther from them than all
+            that the run has learned. Above them there is no outlier, because the tails of losses are heavy there.
         rates: Learning rates before it, and after it. Before the first update there are none.
         rate: Factor on the largest of the other rates, and divisor of the smallest.
         steady: Factor by which the other rates differ less. In a warm-up, or at a step of a schedule, they differ more.
@@ -190,8 +190,7 @@ class OutlierThresholds:
     least: int = 4
     after: int = 3
     norm: float = 20.0
-    loss_above: float = 3.0
-    loss_below: float = 2.0
+    loss: float = 2.0
     rates: int = 3
     rate: float = 10.0
     steady: float = 2.0

@@ -50,7 +50,7 @@ def test_bad_validation_loss_under_healthy_training(tmp_path: Path) -> None:
     assert_sound(run, guard)
     (found,) = guard.interventions
     assert (found.fault, found.place) == ("non_finite_validation", "buffer net.1.running_var")
-    assert found.remedies == ("restore",)
+    assert (found.remedies, found.updates_lost) == (("restore averages",), 0)
     assert (found.epoch, found.batch_idx) == (1, -1)
     assert math.isfinite(float(run.trainer.callback_metrics["val_loss"]))
 
@@ -64,7 +64,7 @@ def test_restore_in_validation_keeps_the_epochs_means(tmp_path: Path) -> None:
         run = fit(task("norm", adam), data_for("norm", 20), guard, **options)
         means.append(float(run.trainer.callback_metrics["loss_epoch"]))
         if guard is not None:
-            assert words(guard) == [("restore",)]
+            assert words(guard) == [("restore averages",)]
     assert means[0] == means[1]
 
 
