@@ -233,7 +233,7 @@ def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -
         yield "averages alone were put back, and the weights are not those of the run without the fault"
     yield from _clock_wrong(one, twin, guarded)
     # A scaler skips by itself; a rate or a loss may be next to nothing.
-    if one.precision != "fp16" and one.kind != "rate" and one.value != "subnormal":
+    if one.precision != "fp16" and one.kind != "rate" and one.value not in ("subnormal", "bit"):
         yield from _unrecorded((twin, bare), guarded)
     named = re.search(r"holds the weights of step (\d+)", guarded.error)
     if named and (after := guarded.observer.after.get(int(named[1]))) is not None and guarded.last != after:

@@ -64,6 +64,8 @@ class OutlierWatch:
             self._norms.clear()
         for reading in readings:
             index, loss, norm = reading.optimizer_index, reading.loss, reading.grad_norm
+            if not reading.finite:
+                continue  # an overflow, which a GradScaler has skipped
             if index not in self._losses:
                 self._begin(index)
             one = None if norm is None else self._norms[index].add(reading.step, norm)

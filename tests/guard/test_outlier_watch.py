@@ -59,6 +59,15 @@ def test_an_outlier_is_told_once_and_changes_nothing(
     assert all("of update 13 was" in one.finding.suggestion for one in guard.advice)
 
 
+def test_an_overflow_that_a_gradscaler_skips_is_no_outlier(tmp_path: Path) -> None:
+    """Overflows are usual with fp16."""
+    guard = NaNGuard(dirpath=tmp_path)
+    made = run(tmp_path, guard, factor=1e4, precision="16-mixed")
+    assert made.trainer.precision_plugin.scaler.get_scale() < 1024.0 * 4**3
+    assert guard.interventions == ()
+    assert guard.advice == ()
+
+
 def test_readings_before_a_rollback_are_not_compared(tmp_path: Path) -> None:
     """They belong to another state."""
 
