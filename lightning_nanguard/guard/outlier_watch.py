@@ -32,30 +32,28 @@ class OutlierWatch:
         self._context = context
         self._loop = loop
         self._limits = context.thresholds.detection.outlier
-        # By optimizer; rates also by group.
+        # By optimizer.
         self._losses: dict[int, OutlierSearch] = {}
         self._norms: dict[int, OutlierSearch] = {}
-        self._rates: dict[tuple[int, int], OutlierSearch] = {}
+        self._rates: dict[int, OutlierSearch] = {}
         # The newest snapshot whose averages were compared, and the largest squared norm of the averaged weights.
         self._compared = -1
         self._largest = 0.0
 
     def see_rates(self, optimizer_index: int) -> None:
-        """Take the learning rates of the update that an optimizer is about to make."""
-        limits, step = self._limits, self._context.state.step
-        for number, group in enumerate(self._context.learner.optimizers[optimizer_index].param_groups):
-            rate, key = group.get("lr"), (optimizer_index, number)
-            if not isinstance(rate, float):
-                continue  # a tensor may be on a device, which would have to be waited for
-            rate = self._context.rate.valid.rate(group, rate)
-            search = self._rates.get(key)
-            if search is None:
-                far = times_off(limits.rate, limits.steady)
-                search = self._rates[key] = OutlierSearch(far, before=limits.rates, least=0, after=limits.rates)
-            found = search.add(step, rate)
-            if found is not None:
-                name = f"learning rate of group {number}"
-                self._advise("learning_rate_outlier", name, found, "Look at what sets the rate")
+        """Take the learning rate of the first group of an optimizer that is about to step."""
+        group = self._context.learner.optimizers[optimizer_index].param_groups[0]
+        rate, limits = group["lr"] if "lr" in group else None, self._limits
+        if not isinstance(rate, float):
+            return  # a tensor may be on a device, which would have to be waited for
+        search = self._rates.get(optimizer_index)
+        if search is None:
+            far = times_off(limits.rate, limits.steady)
+            search = OutlierSearch(far, before=limits.rates, least=0, after=limits.rates)
+            self._rates[optimizer_index] = search
+        found = search.add(self._context.state.step, self._context.rate.valid.rate(group, rate))
+        if found is not None:
+            self._advise("learning_rate_outlier", "learning rate of group 0", found, "Look at what sets the rate")
 
     def after(self, readings: Sequence[Reading]) -> None:
         """Take healthy readings of the batch that has just ended."""
