@@ -43,9 +43,9 @@ class OutlierWatch:
     def see_rates(self, optimizer_index: int) -> None:
         """Take the learning rate of the first group of an optimizer that is about to step."""
         group = self._context.learner.optimizers[optimizer_index].param_groups[0]
-        rate, limits = group["lr"] if "lr" in group else None, self._limits
-        if not isinstance(rate, float):
+        if not isinstance(rate := dict.get(group, "lr"), float):
             return  # a tensor may be on a device, which would have to be waited for
+        limits = self._limits
         search = self._rates.get(optimizer_index)
         if search is None:
             far = times_off(limits.rate, limits.steady)
