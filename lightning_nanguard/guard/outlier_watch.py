@@ -43,7 +43,7 @@ class OutlierWatch:
     def see_rates(self, optimizer_index: int) -> None:
         """Take the learning rate of the first group of an optimizer that is about to step."""
         group = self._context.learner.optimizers[optimizer_index].param_groups[0]
-        if not isinstance(rate := dict.get(group, "lr"), float):
+        if not isinstance(rate := group.get("lr"), float):
             return  # a tensor may be on a device, which would have to be waited for
         limits = self._limits
         search = self._rates.get(optimizer_index)

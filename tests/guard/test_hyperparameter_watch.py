@@ -112,7 +112,7 @@ def test_rates_are_looked_at_once_an_update(tmp_path: Path) -> None:
     module = Task(mlp(), make)
     groups = len(list(module.parameters()))
     fit(module, batches(count=12), NaNGuard(snapshot_every_n_steps=100), folder=tmp_path)
-    assert 12 * groups <= Counted.looks < 24 * groups
+    assert 12 * groups + 12 <= Counted.looks < 24 * groups + 12  # and the first group once more, for outliers
 
 
 def test_a_weight_decay_that_is_none_is_replaced(tmp_path: Path) -> None:
