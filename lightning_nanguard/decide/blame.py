@@ -87,7 +87,7 @@ def rate_rises(evidence: Evidence, limits: BlameThresholds) -> bool:
 def _sane_loss(evidence: Evidence, limits: BlameThresholds) -> float:
     """The highest loss of a batch under good weights with which the batch itself is not at fault."""
     above, comparison = limits.sane_loss * evidence.loss_unit, evidence.comparison
-    if comparison is not None and evidence.healthy_steps < limits.beginning:
+    if comparison is not None and math.isfinite(comparison.then) and evidence.healthy_steps < limits.beginning:
         # The first losses do not show how much losses differ, so what the weights do to this one counts as well.
         worse_by = comparison.now - comparison.then if math.isfinite(comparison.now) else math.inf
         above = max(above, worse_by / limits.sane_loss)

@@ -157,7 +157,7 @@ class Investigator:
         if not (bad or fault.scope == "state"):
             return False
         averages = {key for key, _ in leaves if key[0] == "average"}
-        if bad is not None and self._ring.certified:
+        if bad is not None and self._ring.certified and self._ranks.world == 1:
             self._ring.certified[0].wait()
             idle = self._learner.idle_statistics(self._ring.certified[0].leaves)
             # A batch whose statistics overflow may have changed the weights, too. NaN and a negative variance do not

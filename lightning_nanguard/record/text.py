@@ -33,7 +33,7 @@ def shortened(text: str, most: int) -> str:
     """One line of text of at most ``most`` characters; if more were left out, it ends with ``…``.
 
     Example:
-        >>> shortened("loss  is\nnan", 80), shortened("a long text", 7)
+        >>> shortened("loss  is  nan", 80), shortened("a long text", 7)
         ('loss is nan', 'a long…')
     """
     line = " ".join(text.split())

@@ -84,6 +84,7 @@ class BatchHistory:
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
         self._exchanged: tuple[Any, Any] = None, None
+        self._left_out: Any = None
 
     def add(self, update: int, index: int, batch: Any, origin: BatchOrigin | None = None) -> None:
         """Store a micro-batch that is about to be run."""
@@ -145,6 +146,9 @@ class BatchHistory:
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
+        if batch is self._left_out and batch is not None:
+            self._left_out = None
+            return
         healthy, limits = self._healthy, self._healthy_limits
         whole, part = self._exchanged
         if batch is whole:
@@ -156,6 +160,12 @@ class BatchHistory:
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
         healthy.append((batch, index))
+
+    def leave_out(self, batch: Any) -> None:
+        """Note that a micro-batch was left out of its update, so that it does not count as healthy."""
+        known = len(self._healthy)
+        self._healthy = deque((one for one in self._healthy if one[0] is not batch), maxlen=self._healthy.maxlen)
+        self._left_out = batch if len(self._healthy) == known else None
 
     def accept_update(self, update: int) -> None:
         """Store the newest micro-batch of a healthy update, if it is still here."""

@@ -142,3 +142,15 @@ def test_micro_batches_are_capped_in_bytes() -> None:
     batch = history.newest()[-1].batch
     history.accept(batch, 9)
     assert history.bytes_kept() == 4, "each is counted once"
+
+
+def test_a_micro_batch_that_was_left_out_is_not_healthy() -> None:
+    """A micro-batch that was left out of its update is not kept, whether this is known before or after its end."""
+    history = BatchHistory(torch.device("cpu"))
+    batches = [torch.full((2,), float(number)) for number in range(4)]
+    history.leave_out(batches[0])
+    for index, batch in enumerate(batches[:3]):
+        history.accept(batch, index)
+    history.leave_out(batches[1])
+    history.accept(batches[3], 3)
+    assert [index for _, index in history.healthy] == [2, 3]

@@ -137,6 +137,7 @@ class RanksAgain:
         trace.undo()
         attributes.restore(plain=False)
         micro.left_out = fault_of(Outcome(error=outcome.caught)) if fault is None or outcome.caught else fault
+        self._parts.replay.batches.leave_out(micro.run.batch)
         return outcome.caught is not None
 
     def _make(self, good: Sequence[WindowEntry]) -> Outcome:

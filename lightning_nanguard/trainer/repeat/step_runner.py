@@ -286,6 +286,7 @@ class StepRunner:
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)
+        self._parts.replay.batches.leave_out(micro.run.batch)
         return self._window_over(self._nan_result() if first.result is None else first.result, steps=steps)
 
     def _window_over(self, result: Any, *, steps: bool) -> Any:
