@@ -126,7 +126,7 @@ def has_fallen(rates: Iterable[tuple[int, float]], since: int, rate: float | Non
     known = list(rates)
     newer = [one for step, one in known if step > since]
     highest = max([*[one for step, one in known if step <= since][-1:], *newer], default=0.0)
-    return rate is not None and highest >= limits.changed * rate
+    return rate is not None and highest > 0 and highest >= limits.changed * rate
 
 
 def pick_arm(factors: Sequence[float], levels: Sequence[float], first: float | None, limits: TrialThresholds) -> int:

@@ -28,7 +28,8 @@ class DivergingLoss(Detector):
     * ``stuck_loss``: they do not look bad, but a lower rate may do better. It leads to no advice.
 
     The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled. A
-    loss that rises far above its best level in between is suspected at once, without advice.
+    loss that rises far above its best level in between is suspected at once, without advice, and again only after
+    twice as many updates.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.
@@ -58,6 +59,7 @@ class DivergingLoss(Detector):
         self._history = LossHistory(max(own.readings, own.level_readings), own.level_readings)
         self._next = patience
         self._suspected = False  # whether the newest losses are far above the best level
+        self._early = patience  # updates before which no loss is suspected between two checks
 
     @property
     def first(self) -> float | None:
@@ -87,7 +89,7 @@ class DivergingLoss(Detector):
 
     def _looks_in_between(self, loss: float) -> bool:
         """Whether a loss may be the one with which the run begins to lose what it has learned."""
-        return loss > self._level() and not self._suspected and self._history.since >= self.patience
+        return loss > self._level() and not self._suspected and self._history.since >= self._early
 
     def _level(self, lost: float | None = None) -> float:
         """The loss at which a run has lost a share of what it had learned."""
@@ -100,7 +102,7 @@ class DivergingLoss(Detector):
         """The loss far above the best level; no limit at all when the next check is due."""
         if self._history.since + AT_ONCE >= self._next:
             return Limits(-math.inf, math.inf)
-        looks = not self._suspected and self._history.since + AT_ONCE >= self.patience
+        looks = not self._suspected and self._history.since + AT_ONCE >= self._early
         return Limits(self._level() if looks else math.inf, math.inf)
 
     def accept(self, reading: Reading) -> None:
@@ -113,7 +115,10 @@ class DivergingLoss(Detector):
         if since >= self._next:
             self._next = 2 * since
         if self._suspected or loss > level:
+            before = self._suspected
             self._suspected = sorted(self._history.accepted.last(self.thresholds.readings))[:2][-1] > level
+            if self._suspected and not before and since > self._early:
+                self._early = 2 * since
 
     def uneasy(self, reading: Reading) -> bool:
         """Whether this loss and the one before are nearer to the first loss than to the best level, or above it.
@@ -128,18 +133,19 @@ class DivergingLoss(Detector):
     def rewind(self, step: int) -> None:
         """Forget the losses accepted after ``step``."""
         self._history.rewind(step)
-        self._next = self.patience
+        self._next = self._early = self.patience
         self._suspected = False
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {**self._history.state(), "next": self._next, "suspected": self._suspected}
+        return {**self._history.state(), "next": self._next, "suspected": self._suspected, "early": self._early}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._history.load(state)
         self._next = int(state.get("next", max(self.patience, self._history.since + 1)))
         self._suspected = bool(state.get("suspected", False))
+        self._early = int(state.get("early", self.patience))
 
 
 def _suspicion(kind: str, level: float, message: str, *, doubtful: bool) -> Fault:

@@ -90,6 +90,7 @@ class TrialRunner:
         self._running: _Running | None = None
         self._shown: tuple[Trial | None, Snapshot | None] = None, None
         self._made = 0  # updates of the arms of all trials
+        self._begun_again = False  # whether the rate fell during the newest trial, and it was begun again
         self._newest: tuple[int, float, float] | None = None  # update, multiplier and rate of the newest trial
 
     @property
@@ -205,10 +206,11 @@ class TrialRunner:
             # The factors of the arms belong to a rate that the run no longer has.
             self._end("no result", "the learning rate was changed meanwhile")
             return None
-        if self._has_fallen(running.begun):
-            # The factors of the arms belong to the higher rate.
+        if self._has_fallen(running.begun) and not self._begun_again:
+            # The factors of the arms belong to the higher rate. Under a schedule that falls again and again, the next
+            # trial goes on.
             self._end("no result", "the scheduled learning rate fell meanwhile")
-            self._newest = None
+            self._newest, self._begun_again = None, True
             return FoundFault(running.fault, reading)
         with self._context.replay.showing(reading.step) as shown:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
@@ -232,7 +234,7 @@ class TrialRunner:
             # The rate that the run will have has been tried, and a lower one is not better.
             _, ratio, rate = self._newest
             self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
-        self._shown = trial, arm.branch.state
+        self._shown, self._begun_again = (trial, arm.branch.state), False
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return FoundFault(running.fault, reading)
 

@@ -65,9 +65,18 @@ def test_an_arm_from_the_best_state_goes_on() -> None:
         ([(1, 0.1), (50, 0.3), (70, 0.1)], 0.1, False),
         ([(1, 3.0), (30, 0.1)], 0.1, False),
         ([(1, 3.0), (60, 0.1)], 0.1, True),
+        ([(1, 0.0), (60, 0.0)], 0.0, False),
         ([(1, 0.1), (50, 3.0), (70, 0.1)], None, False),
     ],
-    ids=["after a peak", "in a peak", "a small peak", "before that update", "since that update", "unknown"],
+    ids=[
+        "after a peak",
+        "in a peak",
+        "a small peak",
+        "before that update",
+        "since that update",
+        "always zero",
+        "unknown",
+    ],
 )
 def test_a_rate_that_was_higher(rates: list[tuple[int, float]], rate: float | None, fallen: bool) -> None:
     """A rate has fallen if it was far higher after an update than it is now."""

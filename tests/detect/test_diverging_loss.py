@@ -62,6 +62,16 @@ def test_what_was_learned_is_lost_between_two_checks() -> None:
     assert all(fault.doubtful for step, fault in faults if step in between)
 
 
+def test_a_loss_that_rises_again_and_again_is_suspected_at_growing_distances() -> None:
+    """The number of suspicions grows with the logarithm of the updates."""
+    losses = [2.0 if step < 20 or step % 50 < 25 else 1.0 for step in range(2000)]
+    between = [
+        step for step, _ in looked_into(DivergingLoss(), losses) if step + 1 not in {40 << one for one in range(8)}
+    ]
+    assert 2 <= len(between) <= 6
+    assert all(later >= 2 * step for step, later in itertools.pairwise(between))
+
+
 def test_limits_hold_until_it_asks_again() -> None:
     """Within the next readings accepted at once no question is missed."""
     detector = DivergingLoss()

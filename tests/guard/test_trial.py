@@ -210,3 +210,15 @@ def test_a_trial_that_the_end_of_the_run_would_cut_off_is_not_begun(monkeypatch:
     monkeypatch.setattr(short, "updates_left", lambda: 100 - short.step)
     short.run(50)
     assert not short.guard._parts.beside.trials.running
+
+
+def test_a_rate_that_falls_again_and_again_does_not_keep_a_trial_from_its_end() -> None:
+    """Under a cyclic schedule a trial is begun again once. Then it goes on to its end."""
+    loop = BranchingLoop(lr=0.05)
+
+    def cycle(step: int, batch: Tensor) -> None:
+        loop.optimizer.param_groups[0]["lr"] = 0.05 if step % 10 < 5 else 0.005
+
+    loop.run(130, cycle)
+    assert loop.records == []
+    assert [one.outcome for one in loop.guard.context.trials.given][:2] == ["no result", "not confirmed"]
