@@ -58,8 +58,8 @@ class OutlierWatch:
     def after(self, readings: Sequence[Reading]) -> None:
         """Take healthy readings of the batch that has just ended."""
         if self._context.state.healthy_since_restore == 1:
-            self._losses.clear()  # the readings before belong to another state
-            self._norms.clear()
+            for search in (*self._losses.values(), *self._norms.values()):
+                search.clear()  # the readings before belong to another state
         for reading in readings:
             index, loss, norm = reading.optimizer_index, reading.loss, reading.grad_norm
             if not reading.finite:
