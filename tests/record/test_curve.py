@@ -1,9 +1,8 @@
-"""The curves of a run are kept in a small file, at next to no cost."""
+"""The curves of a run are kept in a small file."""
 
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -124,19 +123,3 @@ def test_a_file_of_something_else(tmp_path: Path) -> None:
         read_curve(tmp_path / "none")
     with pytest.raises(ValueError, match="curve_rows=1"):
         CurveFile(tmp_path / CURVE_FILE, RecordsThresholds(curve_rows=1))
-
-
-def test_it_costs_next_to_nothing(tmp_path: Path) -> None:
-    """An update takes less than 0.2 % of a step of 10 ms, writing and joining rows included."""
-    readings = [reading(step, step * 0.1, step * 0.2) for step in range(20_000)]
-
-    def seconds(name: str) -> float:
-        file = CurveFile(tmp_path / name)
-        started = time.process_time()
-        for one in readings:
-            file.add(one, 0.1, None)
-        file.write(last=True)
-        assert max(point.updates for point in read_curve(tmp_path / name)) > 1
-        return (time.process_time() - started) / len(readings)
-
-    assert min(seconds(str(number)) for number in range(3)) < 0.002 * 0.010
