@@ -31,8 +31,8 @@ class TrialLosses:
         arm: Under the arm.
         earlier_now: Losses of batches from before the trial, under the state in which it began.
         earlier_arm: The same under the arm.
-        from_best: Whether the arm continued from the best snapshot, at the present rate.
-        factor: Factor by which the arm multiplied the learning rate.
+        factor: Factor by which the arm multiplied the learning rate. An arm at the present rate, with a factor of 1,
+            continued from the best snapshot.
     """
 
     start: Sequence[float]
@@ -43,7 +43,6 @@ class TrialLosses:
     factor: float
     earlier_now: Sequence[float] = ()
     earlier_arm: Sequence[float] = ()
-    from_best: bool = False
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
@@ -66,10 +65,11 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
     level = min(median(losses.now), median(losses.later))
-    as_good = not losses.from_best and best < arm + limits.lacks * (start - arm)
+    from_best = losses.factor == 1
+    as_good = not from_best and best < arm + limits.lacks * (start - arm)
     lacks = (level - arm) / (start - arm)
     if lacks > limits.lacks:
-        return Trial(lacks, "best" if as_good or losses.from_best else "start", losses.factor, not as_good)
+        return Trial(lacks, "best" if as_good or from_best else "start", losses.factor, not as_good)
     lost = all(share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
     if lost and level - best > limits.lost * (start - best):
         return Trial(lacks, "best", losses.factor)
@@ -107,7 +107,7 @@ def is_enough(trial: Trial, shown: int, limits: TrialThresholds) -> bool:
         [False, True]
     """
     # An arm at the rate of the run has no advantage, so one trial is enough.
-    return shown >= limits.in_a_row or trial.lacks > limits.plain or trial.factor >= 1.0
+    return shown >= limits.in_a_row or trial.lacks > limits.plain or trial.factor == 1
 
 
 def has_fallen(rates: Iterable[tuple[int, float]], since: int, rate: float | None, limits: TrialThresholds) -> bool:

@@ -30,8 +30,12 @@ from lightning_nanguard.types import Fault, Reading, Trial
 class _Arm:
     factor: float
     branch: Branch
-    from_best: bool = False
     losses: list[float] = field(default_factory=list)
+
+    @property
+    def from_best(self) -> bool:
+        """Whether it continues from the best snapshot, at the present rate."""
+        return self.factor == 1
 
     def newest(self) -> float:
         return _mean(self.losses[len(self.losses) // 2 :])
@@ -138,7 +142,7 @@ class TrialRunner:
             # The run may have been ruined at a higher rate than it has now.
             fallen = arm is None and len(arms) < room and self._has_fallen(best.step)
             if fallen and (again := self._branches.of(best)) is not None:
-                arms.append(_Arm(1.0, again, from_best=True))
+                arms.append(_Arm(1.0, again))
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
@@ -260,7 +264,7 @@ class TrialRunner:
             return None
         start, best, begun = (running.under[name][judged:] for name in ("start", "best", "now"))
         newest = running.later[judged:], arm.losses[judged:]
-        return TrialLosses(start, best, begun, *newest, arm.factor, now, then, arm.from_best)
+        return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
+from lightning_nanguard.thresholds.detection import NonFiniteThresholds
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor, and the tensor that is copied into it."""
@@ -260,6 +261,6 @@ def restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
     scale = float(now["scale"])
     # Never raise the scale: the GradScaler has lowered the present one after overflows. A scale that is not finite, or
     # that has no 32-bit inverse, does not come from overflows.
-    usable = torch.finfo(torch.float32).tiny <= scale < math.inf
+    usable = NonFiniteThresholds().least_scale <= scale < math.inf
     scale = min(scale, float(saved["scale"])) if usable else float(saved["scale"])
     scaler.load_state_dict({**saved, "scale": scale})

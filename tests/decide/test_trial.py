@@ -49,10 +49,10 @@ def test_the_share_decides(levels: tuple[float, float, float, float, float], lac
 
 def test_an_arm_from_the_best_state_goes_on() -> None:
     """The run continues from an arm of the best state, also if that state was about as good as the arm is now."""
-    one = replace(losses(2.0, 1.05, 1.8, 1.5, 1.0), factor=1.0, from_best=True)
+    one = replace(losses(2.0, 1.05, 1.8, 1.5, 1.0), factor=1.0)
     trial = judge_trial(one, LIMITS)
     assert (trial.base, trial.factor, trial.continues) == ("best", 1.0, True)
-    assert judge_trial(replace(one, from_best=False), LIMITS).continues is False
+    assert judge_trial(replace(one, factor=0.5), LIMITS).continues is False
     assert is_enough(trial, 1, LIMITS)
     assert [is_enough(replace(trial, factor=0.25), shown, LIMITS) for shown in (1, 2)] == [False, True]
 
