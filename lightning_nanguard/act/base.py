@@ -36,8 +36,11 @@ class RunControl(Protocol):
     def restore_scale(self) -> None:
         """Restore the scale of the GradScaler, and nothing else."""
 
-    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate. With ``limit`` the result becomes the largest allowed rate."""
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
+        """Multiply the learning rate. With ``limit`` the result becomes the largest allowed rate.
+
+        With ``tried``, a trial has found the factor, so the rate is not lowered further by a review.
+        """
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends it."""

@@ -89,4 +89,4 @@ class ReduceLR(Remedy):
             factor = max(found, min(step.least, limits.trusted * found))
             if step.firm:
                 factor = min(factor, max(step.most, limits.least_of_best * factor))
-        run.scale(factor, step.min_lr, limit=step.limit)
+        run.scale(factor, step.min_lr, limit=step.limit, tried=step.tried)

@@ -218,7 +218,7 @@ class Policy:
     ) -> PlanStep | None:
         if not isinstance(proposal, Scale):
             return proposal
-        if attempt == 0 and self._peak_is_over(evidence, state):
+        if attempt == 0 and not proposal.tried and self._peak_is_over(evidence, state):
             return None
         clipped = attempt == 0 and any(isinstance(step, Clip) for step in steps)
         least = self._proven_factor(proposal.factor, evidence, state)

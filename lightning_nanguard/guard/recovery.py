@@ -61,9 +61,14 @@ class Recovery:
         self._reviews = Reviews(self._limits)
         self._clipping_since = 0
 
-    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
-        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
+        """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead.
+
+        With ``tried``, a trial has found the factor. No review lowers such a rate, but one may raise it.
+        """
         rate = self._rate
+        if tried:
+            self._lowered = self._limits.most_lowered
         effective = rate.effective()
         if not effective:
             return  # no optimizer has a rate

@@ -145,9 +145,9 @@ class RemedyActions:
         self._readback.clear()
         self._context.monitors.rewind(max(snapshot.step, self._known_until))
 
-    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
-        self._recovery.scale(factor, min_lr, limit=limit)
+        self._recovery.scale(factor, min_lr, limit=limit, tried=tried)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends clipping."""

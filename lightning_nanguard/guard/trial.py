@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any, final
@@ -231,7 +231,9 @@ class TrialRunner:
             return None
         trial = judge_trial(losses, self._limits)
         shows = trial.lacks > 0 and is_enough(trial, 1, self._limits)
-        if running.updates < self._limits.updates and not (shows and self._is_best(running, arm)):
+        # The arms of a second trial are all near the best rate of the first one.
+        found = running.before > 0 or self._is_best(running, arm)
+        if running.updates < self._limits.updates and not (shows and found):
             return None
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
@@ -268,12 +270,11 @@ class TrialRunner:
 
     def _advance(self, running: _Running, loss: float) -> bool:
         limits = self._limits
-        if any(0 < end - running.updates <= self._judged(end) for end in (limits.early, limits.updates)):
-            for name, state in running.states.items():
-                found = self._branches.loss(state)
-                if found is None:
-                    return False
-                running.under[name].append(found)
+        for name in self._compared(running):
+            found = self._branches.loss(running.states[name])
+            if found is None:
+                return False
+            running.under[name].append(found)
         for arm in running.arms:
             found = self._branches.train(arm.branch)
             if found is None:
@@ -284,6 +285,15 @@ class TrialRunner:
         running.updates += 1
         return self._pick(running) if running.updates == limits.picked_after else True
 
+    def _compared(self, running: _Running) -> Iterable[str]:
+        """Names of the states whose losses on the present batch are needed."""
+        limits = self._limits
+        near = {
+            end: 0 < end - running.updates <= self._judged(end)
+            for end in (limits.picked_after, limits.early, limits.updates)
+        }
+        return ("start",) if near.pop(limits.picked_after) else running.states if any(near.values()) else ()
+
     def _pick(self, running: _Running) -> bool:
         """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
         limits, restarts = self._limits, [arm for arm in running.arms if not arm.from_best]
@@ -292,8 +302,9 @@ class TrialRunner:
         ahead = [arm for arm in running.arms if arm.from_best and arm.newest() < best.newest()]
         running.arms = [*nearest[: limits.picked], *ahead]
         # A continued arm has shown that it learns.
-        learns = best.newest() < best.losses[0] or running.before > 0 or ahead
-        if not learns and lowest > limits.least_factor:
+        judged = -self._judged(limits.picked_after)
+        raises = share_above(best.losses[judged:], running.under["start"][judged:]) >= limits.signs
+        if raises and not (running.before or ahead) and lowest > limits.least_factor:
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
             running.updates, running.later = 0, []

@@ -27,7 +27,7 @@ class RunControl:
     def restore_scale(self) -> None:
         self.done.append(("restore scale",))
 
-    def scale(self, factor: float, min_lr: float, *, limit: bool = False) -> None:
+    def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         self.done.append(("scale", factor, min_lr))
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:

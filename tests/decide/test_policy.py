@@ -197,6 +197,14 @@ def test_a_share_that_is_lacking_has_to_show_twice_in_a_row() -> None:
     assert acted == [False, False, False, True, True]
 
 
+def test_the_factor_of_a_trial_holds() -> None:
+    """A rate that was good long ago is not kept against a trial that found a lower one much better."""
+    state, evidence = PolicyState(proven_rate=0.1), dataclasses.replace(GOOD, highest_lr=1.0)
+    assert Policy(default_remedies()).decide(EXPLODING, evidence, state)[0] == (Restore(0), Clip(2.0))
+    plan, _ = Policy(default_remedies()).decide(STUCK, dataclasses.replace(evidence, trial=RUINED), state)
+    assert [step.factor for step in plan if isinstance(step, Scale)] == [RUINED.factor]
+
+
 faults = st.sampled_from([BATCH, GRADIENT, EXPLODING, STUCK, CORRUPTED])
 comparisons = st.sampled_from([None, THE_BATCH, THE_LEARNER, Comparison(9.0, 1.0), Comparison(1.0, 1.0)])
 

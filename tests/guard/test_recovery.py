@@ -64,6 +64,16 @@ def test_reviews_lower_a_rate_so_often(listed: list[Remedy] | None, cuts: int) -
     assert loop.guard._parts.recovery.state_dict()["lowered"] == cuts
 
 
+def test_no_review_lowers_a_rate_that_a_trial_found() -> None:
+    """A trial compares rates on more batches than a review."""
+    loop = Forgetful(thresholds=thresholds(10))
+    loop.run(2)
+    loop.guard._parts.recovery.scale(0.25, 0.0, tried=True)
+    loop.run(60)
+    assert loop.records == []
+    assert loop.guard.context.rate.effective() == [pytest.approx(0.025)]
+
+
 def test_a_review_raises_a_rate_that_was_cut_too_far() -> None:
     """It is doubled while four times as much would bring far more, and never beyond the schedule's."""
     loop = PlainLoop(thresholds=thresholds(5))

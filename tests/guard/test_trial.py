@@ -161,8 +161,7 @@ def test_data_in_an_order_do_not_count_against_the_run() -> None:
 
 
 def test_arms_that_go_on_are_not_begun_anew() -> None:
-    """A second trial keeps what the first one has trained, also where its arms have nothing left to learn; a first one
-    whose arms all make the loss worse tries lower rates."""
+    """A second trial keeps what the first one has trained, also where its arms have nothing left to learn."""
     loop = BranchingLoop(lr=0.05)
     loop.run(120)
     context = loop.guard.context
@@ -176,8 +175,8 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     running = trial._running
     assert running is not None
     for arm in running.arms:
-        arm.losses = [0.1] * 15
-    running.updates = 16
+        arm.losses = [0.1] * 16
+    running.updates, running.under["start"] = 16, [0.05] * 5
     assert trial._pick(running)
     assert {arm.factor for arm in running.arms} <= {0.5 * near for near in context.thresholds.trial.near}
     assert running.updates == 16
@@ -196,8 +195,26 @@ def test_the_arms_next_to_the_best_go_on(best: float, kept: set[float]) -> None:
     assert running is not None
     for arm in running.arms:
         arm.losses = [1.0] * 8 + [0.5 if arm.factor == best else 0.6] * 8
+    running.under["start"] = [0.9] * 5
     assert trial._pick(running)
     assert {arm.factor for arm in running.arms} == kept
+
+
+@pytest.mark.parametrize(("start", "lower"), [(0.7, False), (0.4, True)])
+def test_lower_rates_are_tried_if_all_arms_raise_the_loss(start: float, lower: bool) -> None:
+    """The arms are compared with the start on the same batches. That the first batch was easy does not count."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(30)
+    trial, _ = with_trial(loop)
+    running = trial._running
+    assert running is not None
+    lowest = min(arm.factor for arm in running.arms)
+    for arm in running.arms:
+        arm.losses = [0.5, *[0.6] * 15]
+    running.updates, running.under["start"] = 16, [start] * 5
+    assert trial._pick(running)
+    assert (max(arm.factor for arm in running.arms) < lowest) is lower
+    assert running.updates == (0 if lower else 16)
 
 
 def test_a_trial_that_the_end_of_the_run_would_cut_off_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
