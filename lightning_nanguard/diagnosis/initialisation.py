@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 
@@ -34,6 +35,8 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
     first = float(values[0])
     if (first in (0.0, 1.0) or len(values) > 1) and bool((values == first).all()):
         return True
+    if isinstance(owner, ParametrizationList) and weight.numel() == max(weight.shape):
+        return None  # weight normalisation: the norms of the rows have no usual initialisation
     count, fans = len(values), _fans(weight, owner)
     if weight.dim() < 2 and fans is None and not isinstance(owner, nn.RNNBase):
         return False if len(values) > 1 else None  # weights of a normalisation start as zeros and ones

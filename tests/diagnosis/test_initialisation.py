@@ -70,3 +70,12 @@ def test_equal_numbers_of_ones_own() -> None:
     owner = nn.Module()
     assert looks_untrained(nn.Parameter(0.1 * torch.ones(16)), owner, LIMITS) is True
     assert looks_untrained(nn.Parameter(torch.tensor([0.25])), nn.PReLU(), LIMITS) is not True
+
+
+def test_weight_normalisation() -> None:
+    """Its directions tell whether a layer is untrained; its magnitudes are the norms of the rows, and tell nothing."""
+    torch.manual_seed(0)
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(64, 48))
+    magnitudes, directions = layer.parametrizations.weight.parameters()
+    assert looks_untrained(magnitudes, layer.parametrizations.weight, LIMITS) is None
+    assert looks_untrained(directions, layer.parametrizations.weight, LIMITS) is True
