@@ -162,6 +162,10 @@ def test_an_outcome_says_what_was_done():
     assert hurt.interventions == 20
     assert hurt.acts[0] == [9, "stuck_loss", "restore+scale"]
     assert len(hurt.acts) < 20
+    assert not hurt.improved
+    helped = compare("units:x#1", bare, "evidence", Attempt(ended(0.5, "other"), acts), [1.0, 1.1, 0.9, 1.0, 1.2])
+    assert helped.improved
+    assert not helped.harmed
     left = compare("units:x#1", bare, "certain", Attempt(ended(1.0)), [])
     assert not left.touched
     assert not left.harmed

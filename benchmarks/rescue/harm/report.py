@@ -41,6 +41,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "draws": of,
         "touched": touched,
         "harmed": harmed,
+        "improved": sum(o.improved for o in outcomes),
         "touched_at_most": round(upper_bound(touched, of), 5),
         "harmed_at_most": round(upper_bound(harmed, of), 5),
     }
@@ -61,12 +62,13 @@ def show(console: Console, summary: Summary, facts: dict[str, Any]) -> None:
     table.add_row("[bold]all", _draws(rows), *(f"[bold]{_cell(row)}" for row in rows))
     table.add_row("touched, at most (95 %)", "", *(f"{100 * row['touched_at_most']:.2f} %" for row in rows))
     table.add_row("harmed, at most (95 %)", "", *(f"{100 * row['harmed_at_most']:.2f} %" for row in rows))
+    table.add_row("touched and better", "", *(str(row["improved"]) for row in rows))
     table.add_row("batches run again", "", *(str(row["repeated"]) for row in rows))
     table.add_row("processor time, median", "", *(f"{row['time_median']:.2f}" for row in rows))
     console.print(table)
     console.print(
         "touched: anything was done, or any bit of the end differs from the bare run; harmed, after the comma: worse "
-        "than it by more than the range of five reseeded twins",
+        "than it by more than the range of five reseeded twins; better: the other way round",
         style="dim",
     )
     console.print(f"{facts['set_aside']} draws whose bare run is not healthy were set aside; {facts['date']}, "
@@ -90,7 +92,7 @@ def touched(outcomes: Iterable[Outcome], contenders: Iterable[str]) -> list[str]
     lines = []
     for o in outcomes:
         if o.contender in names and o.touched:
-            word = "harmed" if o.harmed else "better" if o.final < o.bare else "touched"
+            word = "harmed" if o.harmed else "better" if o.improved else "touched"
             acts = "; ".join(f"{step} {fault}: {remedies}" for step, fault, remedies in o.acts)
             spread = f"{min(o.twins):.5g}…{max(o.twins):.5g}" if o.twins else "not asked"
             lines.append(

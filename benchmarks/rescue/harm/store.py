@@ -17,6 +17,8 @@ from typing import Any
 import benchmarks
 import lightning_nanguard
 
+from .judging import is_harmed
+
 RESULTS = Path("benchmarks/results/harm")
 
 
@@ -62,6 +64,11 @@ class Outcome:
     def touched(self) -> bool:
         """Whether anything was done, or anything in the end differs by a bit."""
         return self.interventions > 0 or not self.identical
+
+    @property
+    def improved(self) -> bool:
+        """Whether a touched run ended better than the bare run by more than chance does."""
+        return self.touched and self.ended and is_harmed(self.bare, True, self.initial, self.final, self.twins)
 
     @property
     def form(self) -> str:
