@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, final
 
@@ -229,12 +229,14 @@ class TrialRunner:
         if losses is None:
             self._end("no result", "the batches before it could not be run again")
             return None
-        trial = judge_trial(losses, self._limits)
-        shows = trial.lacks > 0 and is_enough(trial, 1, self._limits)
-        # The arms of a second trial are all near the best rate of the first one.
-        found = running.before > 0 or self._is_best(running, arm)
-        if running.updates < self._limits.updates and not (shows and found):
-            return None
+        ends = running.updates == self._limits.updates
+        # In ordered data a few batches may all be of a kind. So before the end all of them have to agree.
+        trial = judge_trial(losses, self._limits if ends else replace(self._limits, signs=1.0))
+        if not ends:
+            # The arms of a second trial are all near the best rate of the first one.
+            found = running.before > 0 or self._is_best(running, arm)
+            if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
+                return None
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
             # The rate that the run will have has been tried, and a lower one is not better.

@@ -23,8 +23,8 @@ class TrialThresholds:
             rate is ahead early more often than late. If there is none, those at the next higher rates.
         updates: Updates after which a trial is judged. A receipt is decided after as many updates for the first time,
             and then at doubling distances.
-        early: Updates after which a trial ends early if the run lacks a plain share already and one arm is clearly the
-            best.
+        early: Updates after which a trial ends early if all judged batches agree that the run lacks a plain share
+            already, and one arm is clearly the best.
         judged_part: The newest batches, one in so many, on which the states are compared.
         signs: Share of the batches that have to agree on which of two states is better.
         lacks: Share of what can be learned that a run has to lack.

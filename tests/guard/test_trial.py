@@ -42,6 +42,18 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
     assert (loop.probe() or 0.0) < 0.1
 
 
+def test_a_trial_ends_early_only_if_all_batches_agree() -> None:
+    """In ordered data a few batches may all be of one kind. One batch that speaks against it is enough to wait."""
+    loop = BranchingLoop(lr=2.0)
+
+    def nothing(step: int, batch: Tensor) -> None:
+        if step == 68:
+            batch.fill_(1e6)  # the loss is at most 10, and so it is the same under every state
+
+    loop.run(110, nothing)
+    assert loop.records[0].global_step == 104
+
+
 def test_after_a_peak_of_the_rate_the_best_state_goes_on() -> None:
     """A run that a peak of its rate has ruined continues at its own rate from what a copy of its best state has learned
     meanwhile. A trial that began within the peak ends with it."""
