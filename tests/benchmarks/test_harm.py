@@ -166,6 +166,8 @@ def test_an_outcome_says_what_was_done():
     helped = compare("units:x#1", bare, "evidence", Attempt(ended(0.5, "other"), acts), [1.0, 1.1, 0.9, 1.0, 1.2])
     assert helped.improved
     assert not helped.harmed
+    assert replace(helped, lower=[0.95, 0.6]).rate_too_high
+    assert not replace(helped, lower=[0.95, 0.8, 2.0]).rate_too_high
     left = compare("units:x#1", bare, "certain", Attempt(ended(1.0)), [])
     assert not left.touched
     assert not left.harmed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from benchmarks.rescue.arc import Arc
@@ -13,6 +14,9 @@ from benchmarks.rescue.running import Trained, train
 
 from .judging import TWINS, is_harmed, is_healthy, is_touched
 from .store import Outcome
+
+LOWER = (1 / 4, 1 / 16, 1 / 64)
+"""Factors on the rate of a touched run: if one of them ends far better, the rate of the run is too high."""
 
 MOST_ACTS = 12
 """Interventions that are kept in words; all are counted."""
@@ -50,7 +54,7 @@ def draw(name: str) -> Case:
 def measure(job: Job) -> list[Outcome]:
     """Outcomes of the bare run and of every contender; of the bare run alone where it is not healthy.
 
-    Reseeded twins are trained where a contender touched the run, once for all of them.
+    Reseeded twins, and runs at lower rates, are trained where a contender touched the run, once for all of them.
     """
     case = draw(job.case)
     bare = train(case)
@@ -60,12 +64,14 @@ def measure(job: Job) -> list[Outcome]:
     if healthy:
         attempts = {name: EVERYONE[name].attempt(case) for name in job.contenders}
         differ = any(attempt.run.final != bare.final for attempt in attempts.values())
-        twins = reseeded(case) if differ else []
-        outcomes += [compare(case.name, bare, name, attempt, twins) for name, attempt in attempts.items()]
+        twins, lower = (reseeded(case), at_lower_rates(case)) if differ else ([], [])
+        outcomes += [compare(case.name, bare, name, attempt, twins, lower) for name, attempt in attempts.items()]
     return outcomes
 
 
-def compare(case: str, bare: Trained, name: str, attempt: Attempt, twins: list[float]) -> Outcome:
+def compare(
+    case: str, bare: Trained, name: str, attempt: Attempt, twins: list[float], lower: Sequence[float] = ()
+) -> Outcome:
     """What a contender made of a healthy run."""
     run, count = attempt.run, len(attempt.interventions)
     ended = run.error is None and not run.poisoned and math.isfinite(run.final)
@@ -85,6 +91,7 @@ def compare(case: str, bare: Trained, name: str, attempt: Attempt, twins: list[f
         bare=bare.final,
         final=run.final if math.isfinite(run.final) else 0.0,
         twins=twins if touched else [],
+        lower=[*lower] if touched else [],
         harmed=touched and is_harmed(run.final, ended, bare.initial, bare.final, twins),
         time=round(run.cpu_seconds / bare.cpu_seconds, 3),
     )
@@ -100,6 +107,12 @@ def reseeded(case: Case) -> list[float]:
         if len(losses) == TWINS:
             break
     return losses
+
+
+def at_lower_rates(case: Case) -> list[float]:
+    """Held-out losses of the bare run at lower rates that came to a finite end."""
+    runs = [train(replace(case, rate=case.rate * factor)) for factor in LOWER]
+    return [run.final for run in runs if run.error is None and not run.poisoned and math.isfinite(run.final)]
 
 
 def _error(run: Trained) -> str | None:

@@ -42,6 +42,7 @@ def _counts(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         "touched": touched,
         "harmed": harmed,
         "improved": sum(o.improved for o in outcomes),
+        "rate_too_high": sum(o.touched and o.rate_too_high for o in outcomes),
         "touched_at_most": round(upper_bound(touched, of), 5),
         "harmed_at_most": round(upper_bound(harmed, of), 5),
     }
@@ -63,12 +64,14 @@ def show(console: Console, summary: Summary, facts: dict[str, Any]) -> None:
     table.add_row("touched, at most (95 %)", "", *(f"{100 * row['touched_at_most']:.2f} %" for row in rows))
     table.add_row("harmed, at most (95 %)", "", *(f"{100 * row['harmed_at_most']:.2f} %" for row in rows))
     table.add_row("touched and better", "", *(str(row["improved"]) for row in rows))
+    table.add_row("touched, rate too high", "", *(str(row["rate_too_high"]) for row in rows))
     table.add_row("batches run again", "", *(str(row["repeated"]) for row in rows))
     table.add_row("processor time, median", "", *(f"{row['time_median']:.2f}" for row in rows))
     console.print(table)
     console.print(
         "touched: anything was done, or any bit of the end differs from the bare run; harmed, after the comma: worse "
-        "than it by more than the range of five reseeded twins; better: the other way round",
+        "than it by more than the range of five reseeded twins; better: the other way round; rate too high: the bare "
+        "run is better in this sense at 1/4, 1/16 or 1/64 of its rate",
         style="dim",
     )
     console.print(f"{facts['set_aside']} draws whose bare run is not healthy were set aside; {facts['date']}, "
@@ -97,6 +100,8 @@ def touched(outcomes: Iterable[Outcome], contenders: Iterable[str]) -> list[str]
             spread = f"{min(o.twins):.5g}…{max(o.twins):.5g}" if o.twins else "not asked"
             lines.append(
                 f"{o.case} [{o.contender}] {word}: {o.interventions} interventions ({acts}), loss {o.initial:.5g} → "
-                f"{o.final:.5g}, bare {o.bare:.5g}, twins {spread}" + (f", {o.error}" if o.error else "")
+                f"{o.final:.5g}, bare {o.bare:.5g}, twins {spread}"
+                + (f", at lower rates {min(o.lower):.5g}" if o.lower else "")
+                + (f", {o.error}" if o.error else "")
             )
     return lines

@@ -40,6 +40,7 @@ class Outcome:
         bare: Held-out loss of the bare run.
         final: Held-out loss in the end.
         twins: Held-out losses of reseeded bare runs; only of touched runs.
+        lower: Held-out losses of bare runs at lower rates that came to a finite end; only of touched runs.
         harmed: Whether it ended worse than the bare run by more than chance does.
         time: Processor time over the bare run's.
     """
@@ -57,6 +58,7 @@ class Outcome:
     bare: float = 0.0
     final: float = 0.0
     twins: list[float] = field(default_factory=list)
+    lower: list[float] = field(default_factory=list)
     harmed: bool = False
     time: float = 1.0
 
@@ -68,7 +70,15 @@ class Outcome:
     @property
     def improved(self) -> bool:
         """Whether a touched run ended better than the bare run by more than chance does."""
-        return self.touched and self.ended and is_harmed(self.bare, True, self.initial, self.final, self.twins)
+        return self.touched and self.ended and self._is_better(self.final)
+
+    @property
+    def rate_too_high(self) -> bool:
+        """Whether a whole bare run at a lower rate ends better than this one by more than chance does."""
+        return any(map(self._is_better, self.lower))
+
+    def _is_better(self, loss: float) -> bool:
+        return is_harmed(self.bare, True, self.initial, loss, self.twins)
 
     @property
     def form(self) -> str:
