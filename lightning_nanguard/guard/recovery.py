@@ -58,6 +58,7 @@ class Recovery:
         self._may_lower = may_lower
         self._limits = context.thresholds.rate_search.review
         self._lowered = 0
+        self._tried = False  # whether a trial has found the present rate
         self._reviews = Reviews(self._limits)
         self._clipping_since = 0
 
@@ -67,8 +68,7 @@ class Recovery:
         With ``tried``, a trial has found the factor. No review lowers such a rate, but one may raise it.
         """
         rate = self._rate
-        if tried:
-            self._lowered = self._limits.most_lowered
+        self._tried = tried
         effective = rate.effective()
         if not effective:
             return  # no optimizer has a rate
@@ -129,7 +129,7 @@ class Recovery:
             return
         may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
         # If the loss falls, this rate is good enough. If it has never fallen, it says nothing about the rate.
-        rests = history.learning() and not history.falling()
+        rests = history.learning() and not history.falling() and not self._tried
         rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr
         if not (may_rise or rests):
             return
@@ -146,7 +146,7 @@ class Recovery:
             self._recorder.record(_STILL_HIGH, "", (reduce.word,), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
-        self._lowered = 0
+        self._lowered, self._tried = 0, False
         multiplier, limit = self._rate.multiplier, self._rate.max_lr
         if step.limit:
             multiplier, limit = 1.0, self._rate.effective()[0] * step.factor
@@ -169,6 +169,7 @@ class Recovery:
         return {
             "clipping_since": self._clipping_since,
             "lowered": self._lowered,
+            "tried": self._tried,
             "clipper": self._context.clipper.state_dict(),
             "rate": self._rate.state_dict(),
             "reviews": self._reviews.state_dict(),
@@ -178,6 +179,7 @@ class Recovery:
         """The inverse of :meth:`state_dict`."""
         self._clipping_since = int(state["clipping_since"])
         self._lowered = int(state.get("lowered", 0))
+        self._tried = bool(state.get("tried", False))
         self._context.clipper.load_state_dict(state["clipper"])
         self._rate.load_state_dict(state["rate"])
         self._reviews.load_state_dict(state["reviews"])

@@ -72,6 +72,12 @@ def test_no_review_lowers_a_rate_that_a_trial_found() -> None:
     loop.run(60)
     assert loop.records == []
     assert loop.guard.context.rate.effective() == [pytest.approx(0.025)]
+    again = Forgetful(thresholds=thresholds(10))
+    again.guard._parts.recovery.load_state_dict(loop.guard._parts.recovery.state_dict())
+    assert again.guard._parts.recovery.state_dict() == loop.guard._parts.recovery.state_dict()
+    cut(loop, 0.5)
+    loop.run(30)
+    assert loop.records[0].fault == "rate_still_high"
 
 
 def test_a_review_raises_a_rate_that_was_cut_too_far() -> None:
