@@ -224,7 +224,9 @@ class TrialRunner:
                     return None
                 if running.updates not in (self._limits.early, self._limits.updates):
                     return None
-                arm = self._best(running)
+                judged = self._judged(running.updates)
+                # Decide by other batches than those that the arm is picked by.
+                arm = self._best(running.arms, slice(-2 * judged, -judged))
                 losses = self._losses(running, arm)
         if losses is None:
             self._end("no result", "the batches before it could not be run again")
@@ -237,6 +239,10 @@ class TrialRunner:
             found = running.before > 0 or self._is_best(running, arm)
             if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
                 return None
+        if trial.lacks > 0 and not arm.from_best:
+            # At which rate to go on shows best in the newest batches: a higher rate may have caught up.
+            arm = self._best([one for one in running.arms if not one.from_best], slice(-judged, None))
+            trial = replace(trial, factor=arm.factor)
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
             # The rate that the run will have has been tried, and a lower one is not better.
@@ -246,13 +252,11 @@ class TrialRunner:
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return FoundFault(running.fault, reading)
 
-    def _best(self, running: _Running) -> _Arm:
-        # Pick by other batches than those of the final comparison.
-        judged = self._judged(running.updates)
-        levels = [_mean(arm.losses[-2 * judged : -judged]) for arm in running.arms]
+    def _best(self, arms: Sequence[_Arm], part: slice) -> _Arm:
+        levels = [_mean(arm.losses[part]) for arm in arms]
         history = self._context.monitors.history(0)
         first = None if history is None else history.first
-        return running.arms[pick_arm([arm.factor for arm in running.arms], levels, first, self._limits)]
+        return arms[pick_arm([arm.factor for arm in arms], levels, first, self._limits)]
 
     def _is_best(self, running: _Running, arm: _Arm) -> bool:
         """Whether an arm is better than all others, so that its rate is clearly the right one of those tried."""

@@ -54,6 +54,24 @@ def test_a_trial_ends_early_only_if_all_batches_agree() -> None:
     assert loop.records[0].global_step == 104
 
 
+def test_the_run_goes_on_from_an_arm_that_has_caught_up() -> None:
+    """Earlier batches pick the arm that is compared with the run, and the newest ones the rate at which it goes on."""
+    loop = BranchingLoop(lr=2.0)
+
+    def nothing(step: int, batch: Tensor) -> None:
+        if step == 68:
+            batch.fill_(1e6)  # the trial does not end early
+
+    loop.run(103, nothing)
+    running = loop.guard._parts.beside.trials._running
+    assert running is not None
+    higher, lower = sorted((arm.factor for arm in running.arms), reverse=True)
+    for arm in running.arms:
+        arm.losses = [*arm.losses[:22], *([0.1] * 21 if arm.factor == lower else [2.0] * 21), *[0.1] * 20]
+    loop.run(1)
+    assert loop.guard.context.rate.ratio() == pytest.approx(higher)
+
+
 def test_after_a_peak_of_the_rate_the_best_state_goes_on() -> None:
     """A run that a peak of its rate has ruined continues at its own rate from what a copy of its best state has learned
     meanwhile. A trial that began within the peak ends with it."""
