@@ -231,6 +231,10 @@ class TrialRunner:
         if losses is None:
             self._end("no result", "the batches before it could not be run again")
             return None
+        return FoundFault(running.fault, reading) if self._judge(running, arm, losses) else None
+
+    def _judge(self, running: _Running, arm: _Arm, losses: TrialLosses) -> bool:
+        """End the trial, unless more updates may show more, and return whether it has ended."""
         ends = running.updates == self._limits.updates
         # In ordered data a few batches may all be of a kind. So before the end all of them have to agree.
         trial = judge_trial(losses, self._limits if ends else replace(self._limits, signs=1.0))
@@ -238,10 +242,11 @@ class TrialRunner:
             # The arms of a second trial are all near the best rate of the first one.
             found = running.before > 0 or self._is_best(running, arm)
             if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
-                return None
+                return False
         if trial.lacks > 0 and not arm.from_best:
             # At which rate to go on shows best in the newest batches: a higher rate may have caught up.
-            arm = self._best([one for one in running.arms if not one.from_best], slice(-judged, None))
+            newest = slice(-self._judged(running.updates), None)
+            arm = self._best([one for one in running.arms if not one.from_best], newest)
             trial = replace(trial, factor=arm.factor)
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
@@ -250,7 +255,7 @@ class TrialRunner:
             self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
         self._shown, self._begun_again = (trial, arm.branch.state), False
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
-        return FoundFault(running.fault, reading)
+        return True
 
     def _best(self, arms: Sequence[_Arm], part: slice) -> _Arm:
         levels = [_mean(arm.losses[part]) for arm in arms]
