@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.norms import norms
@@ -14,7 +15,7 @@ from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
 from lightning_nanguard.types import Fault
 
@@ -58,6 +59,20 @@ def first_jump(
     )
     found = next(far, None)
     return None if found is None else describe(found)
+
+
+def _bounded(snapshot: Snapshot) -> Mapping[StateKey, Any]:
+    """The tensors of a snapshot; if only a part of one is here, a tensor of the largest number that it can have held.
+
+    Args:
+        snapshot: The snapshot. With several ranks each of them may store a part of a tensor.
+    """
+    return {
+        key: torch.tensor(snapshot.typical.get(key, math.nan) * math.sqrt(leaf.shape.numel())).expand(leaf.shape)
+        if isinstance(leaf, Share)
+        else leaf
+        for key, leaf in snapshot.leaves.items()
+    }
 
 
 def _comparable(one: Any, other: Any) -> bool:
@@ -148,6 +163,7 @@ class PlausibilityCheck:
             first = describe(next(key for key in leaves if key in beyond))
             message = f"{first} is larger than its second moment allows, whatever the gradients were"
             return Fault("implausible_state", "state", first, None, message, conclusive=True)
+        then = _bounded(newest)
         weights = {key for key in leaves if key[0] == "parameter"}
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
@@ -155,23 +171,23 @@ class PlausibilityCheck:
         usual = self._growth(healthy_steps, self._state_growth)
         for keys, factor in ((weights, self._weight_growth), (others, usual)):
             most = {key: self._limits.early_growth * size for key, size in self._of_gradients(keys).items()}
-            far = self._first_jump(leaves, newest.leaves, keys, factor, most)
+            far = self._first_jump(leaves, then, keys, factor, most)
             if far is not None and keys is others:
                 rest = others - self._in_proportion(leaves, others)
-                far = self._first_jump(leaves, newest.leaves, rest, factor, most)
+                far = self._first_jump(leaves, then, rest, factor, most)
             if far is None:
                 continue
             # A tensor that is out of range again after a restore may belong there. Some weights grow far at first, if
             # data are not scaled. The loss then decides, but it says something about weights only.
             doubtful = far in self._jumps or (
-                factor < sure and self._first_jump(leaves, newest.leaves, keys, sure, most) is None
+                factor < sure and self._first_jump(leaves, then, keys, sure, most) is None
             )
             if doubtful and not (keys is weights and self._is_ruin(far, state, newest)):
                 continue
             self._jumps[far] += 1
             # If a batch caused it, the next such batch can be skipped.
             buffers = {key for key in statistics if key[0] == "buffer"}
-            self.watches_statistics |= self._first_jump(leaves, newest.leaves, buffers, usual) is not None
+            self.watches_statistics |= self._first_jump(leaves, then, buffers, usual) is not None
             message = f"{far} is over {factor:g} times as large as before"
             # A trial on the newest batches gives finite evidence. So the branch that is given up is compared later.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
@@ -197,7 +213,7 @@ class PlausibilityCheck:
         origin = self._ring.origin()
         if not keys or origin is None:
             return False
-        far = first_jump(now, origin.leaves, keys, limits.weight_growth, limits.least_magnitude)
+        far = first_jump(now, _bounded(origin), keys, limits.weight_growth, limits.least_magnitude)
         return far is not None
 
     def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:

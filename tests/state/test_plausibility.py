@@ -11,7 +11,7 @@ import torch
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck, first_jump
 from lightning_nanguard.state.ring import Ring
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.snapshot import Share, Snapshot, capture
 from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
 from tests.state.nets import made, train
 
@@ -92,6 +92,20 @@ def test_what_grew_too_far_is_found(place: str, value: float, found: bool) -> No
     tensor.data.view(-1)[0] = value
     assert run.fault() == (name if found else None)
     assert run.check.watches_statistics is (found and place == "statistic")
+
+
+def test_snapshots_that_ranks_share_are_compared_by_their_sizes() -> None:
+    """A rank that stores only a part of each tensor still finds a weight that is far too large."""
+    run = Trained()
+    (snapshot,) = run.ring.certified
+    for key, leaf in snapshot.leaves.items():
+        if isinstance(leaf, torch.Tensor) and leaf.is_floating_point():
+            snapshot.typical[key] = float(leaf.square().mean().sqrt())
+            snapshot.leaves[key] = Share(torch.zeros(1, dtype=torch.uint8), leaf.shape, leaf.dtype)
+    assert run.fault() is None
+    run.net.last.weight.data[0, 0] = 1e9
+    assert run.fault() == "parameter last.weight"
+    assert run.check.is_far("parameter last.weight")
 
 
 def test_early_in_a_run_only_a_trial_proves_it() -> None:
