@@ -159,8 +159,7 @@ def _said_so(run: Trained) -> bool:
 
 def learns(twin: Trained) -> bool:
     """Whether the held-out loss falls clearly."""
-    good = twin.error is None and not twin.poisoned and math.isfinite(twin.final)
-    return good and twin.initial - twin.final > 0.1 * abs(twin.initial)
+    return twin.ended_well and twin.initial - twin.final > 0.1 * abs(twin.initial)
 
 
 def _trained(case: Case) -> Trained:

@@ -212,6 +212,11 @@ class Trained:
     changed: bool = True
     calls: int = 0
 
+    @property
+    def ended_well(self) -> bool:
+        """Whether fit came to its end with finite tensors and a finite held-out loss."""
+        return self.error is None and not self.poisoned and math.isfinite(self.final)
+
 
 def train(
     case: Case,

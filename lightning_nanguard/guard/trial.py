@@ -299,11 +299,13 @@ class TrialRunner:
     def _compared(self, running: _Running) -> Iterable[str]:
         """Names of the states whose losses on the present batch are needed."""
         limits = self._limits
-        near = {
-            end: 0 < end - running.updates <= self._judged(end)
-            for end in (limits.picked_after, limits.early, limits.updates)
-        }
-        return ("start",) if near.pop(limits.picked_after) else running.states if any(near.values()) else ()
+
+        def is_near(end: int) -> bool:
+            return 0 < end - running.updates <= self._judged(end)
+
+        if is_near(limits.picked_after):
+            return () if running.before else ("start",)
+        return running.states if is_near(limits.early) or is_near(limits.updates) else ()
 
     def _pick(self, running: _Running) -> bool:
         """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
@@ -313,13 +315,17 @@ class TrialRunner:
         ahead = [arm for arm in running.arms if arm.from_best and arm.newest() < best.newest()]
         running.arms = [*nearest[: limits.picked], *ahead]
         # A continued arm has shown that it learns.
-        judged = -self._judged(limits.picked_after)
-        raises = share_above(best.losses[judged:], running.under["start"][judged:]) >= limits.signs
-        if raises and not (running.before or ahead) and lowest > limits.least_factor:
+        learns = bool(running.before or ahead)
+        if not learns and lowest > limits.least_factor and self._raises_the_loss(running, best):
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
             running.updates, running.later = 0, []
         return bool(running.arms)
+
+    def _raises_the_loss(self, running: _Running, arm: _Arm) -> bool:
+        """Whether an arm that began at the start is worse than the start on the newest batches."""
+        judged = -self._judged(self._limits.picked_after)
+        return share_above(arm.losses[judged:], running.under["start"][judged:]) >= self._limits.signs
 
     def _arms(self, base: Snapshot, factors: Sequence[float]) -> list[_Arm]:
         branches = [(factor, self._branches.of(base, factor)) for factor in factors]

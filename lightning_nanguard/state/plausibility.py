@@ -62,10 +62,9 @@ def first_jump(
 
 
 def _bounded(snapshot: Snapshot) -> Mapping[StateKey, Any]:
-    """The tensors of a snapshot; if only a part of one is here, a tensor of the largest number that it can have held.
+    """The tensors of a snapshot. A tensor that ranks share is replaced by one of the same shape, filled with its norm.
 
-    Args:
-        snapshot: The snapshot. With several ranks each of them may store a part of a tensor.
+    No element is larger than the norm. The elements themselves are not here, because each rank stores a part.
     """
     return {
         key: torch.tensor(snapshot.typical.get(key, math.nan) * math.sqrt(leaf.shape.numel())).expand(leaf.shape)

@@ -151,7 +151,7 @@ def test_ranks_that_cannot_connect_know_it_in_seconds(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sockets, "_call", lambda path, hello, made: called(path, hello[::-1], made))
     begin = time.monotonic()
     assert connected(3, patience=60.0, seconds_to_connect=0.2) == [None, None, None]
-    assert time.monotonic() - begin < 30
+    assert time.monotonic() - begin < 5
 
 
 def test_a_message_that_breaks_off_is_an_error_in_seconds() -> None:

@@ -16,9 +16,7 @@ ROUNDING = 1e-4
 
 def is_healthy(run: Trained, least_gain: float) -> bool:
     """Whether a bare run came to its end, stayed finite and fell by ``least_gain`` of its untrained loss."""
-    if run.error is not None or run.poisoned or not math.isfinite(run.final):
-        return False
-    return run.initial - run.final >= least_gain * abs(run.initial)
+    return run.ended_well and run.initial - run.final >= least_gain * abs(run.initial)
 
 
 def is_touched(interventions: int, digest: str, bare_digest: str) -> bool:

@@ -74,7 +74,6 @@ def compare(
 ) -> Outcome:
     """What a contender made of a healthy run."""
     run, count = attempt.run, len(attempt.interventions)
-    ended = run.error is None and not run.poisoned and math.isfinite(run.final)
     touched = is_touched(count, run.digest, bare.digest)
     acts = attempt.interventions[:MOST_ACTS]
     return Outcome(
@@ -86,13 +85,13 @@ def compare(
         acts=[[act.get("global_step"), act.get("fault"), "+".join(act["remedies"])] for act in acts],
         repeated=run.calls - bare.calls,
         error=_error(run),
-        ended=ended,
+        ended=run.ended_well,
         initial=bare.initial,
         bare=bare.final,
         final=run.final if math.isfinite(run.final) else 0.0,
         twins=twins if touched else [],
         lower=[*lower] if touched else [],
-        harmed=touched and is_harmed(run.final, ended, bare.initial, bare.final, twins),
+        harmed=touched and is_harmed(run.final, run.ended_well, bare.initial, bare.final, twins),
         time=round(run.cpu_seconds / bare.cpu_seconds, 3),
     )
 
@@ -102,7 +101,7 @@ def reseeded(case: Case) -> list[float]:
     losses: list[float] = []
     for i in range(3 * TWINS):
         run = train(replace(case, seed=case.seed + 1000 + i))
-        if run.error is None and not run.poisoned and math.isfinite(run.final):
+        if run.ended_well:
             losses.append(run.final)
         if len(losses) == TWINS:
             break
@@ -112,7 +111,7 @@ def reseeded(case: Case) -> list[float]:
 def at_lower_rates(case: Case) -> list[float]:
     """Held-out losses of the bare run at lower rates that came to a finite end."""
     runs = [train(replace(case, rate=case.rate * factor)) for factor in LOWER]
-    return [run.final for run in runs if run.error is None and not run.poisoned and math.isfinite(run.final)]
+    return [run.final for run in runs if run.ended_well]
 
 
 def _error(run: Trained) -> str | None:

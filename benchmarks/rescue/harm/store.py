@@ -78,6 +78,7 @@ class Outcome:
         return any(map(self._is_better, self.lower))
 
     def _is_better(self, loss: float) -> bool:
+        # Beside a run with this loss the bare run would count as harmed.
         return is_harmed(self.bare, True, self.initial, loss, self.twins)
 
     @property

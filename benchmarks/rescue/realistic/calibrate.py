@@ -32,7 +32,7 @@ def right_rate(form: Form, seed: int = 1) -> tuple[float, float]:
     def improvement(i: int) -> float:
         if i not in found:
             run = train(replace(form.draw(seed), rate=GRID[i]))
-            ended = run.error is None and not run.poisoned and math.isfinite(run.final)
+            ended = run.ended_well
             found[i] = run.initial - run.final if ended else -math.inf
         return found[i]
 
