@@ -17,6 +17,7 @@ from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from dataclasses import dataclass, field
 from datetime import timedelta
 from io import StringIO
+from itertools import count
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,29 +39,31 @@ TIME_LIMIT = 300
 """Seconds after which a run is given up."""
 
 
-class Calls:
-    """A count that nobody who puts the module's attributes back can undo."""
-
-    number = 0
-
-
 class Learner(pl.LightningModule):
     """A net, its loss, an optimizer and a schedule, and whatever fault the case has.
 
-    It gives each loss to ``note``. A list of its own would grow, and what runs batches again would copy it each time.
+    It gives each loss to ``note`` and tells ``called`` of each call of ``training_step``. What it held itself would be
+    copied by whoever runs batches again, and put back afterwards.
     """
 
-    def __init__(self, case: Case, task: Task, net: nn.Module, rate: float, note: Callable[[Tensor], None]) -> None:
+    def __init__(
+        self,
+        case: Case,
+        task: Task,
+        net: nn.Module,
+        rate: float,
+        note: Callable[[Tensor], None],
+        called: Callable[[], object],
+    ) -> None:
         super().__init__()
         self.case, self.task, self.net, self.base_rate = case, task, net, rate
         self.automatic_optimization = not task.adversarial
         self.dice = torch.Generator().manual_seed(case.seed + 77)
         self.seen = 0
-        self.calls = Calls()
         self.struck: set[int] = set()
         self.hook: Any = None
         self.quits_when_lost = False
-        self.note = note
+        self.note, self.called = note, called
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         if self.case.fault is not None:
@@ -76,7 +79,7 @@ class Learner(pl.LightningModule):
             self.trainer.should_stop = self.trainer.should_stop or lost
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        self.calls.number += 1
+        self.called()
         if self.task.adversarial:
             return self._adversarial_step(batch)
         return self._report(self.task.loss(self.net, batch, self.seen), batch)
@@ -248,7 +251,8 @@ def train(
     rank = int(os.environ.get("LOCAL_RANK", 0))
     batches = loader(rows, batch_size, shuffle=shuffle, seed=case.seed, rank=rank, ranks=case.processes)
     trace: list[Tensor] = []
-    learner = Learner(case, task, net, rate, trace.append)
+    calls = count()
+    learner = Learner(case, task, net, rate, trace.append, lambda: next(calls))
     learner.quits_when_lost = quits_when_lost
     initial = held_out_loss(task, net)
     untrained = {name: t.detach().clone() for name, t in _tensors(learner, (), ())}
@@ -295,7 +299,7 @@ def train(
     changed = any(not torch.equal(state[name], t) for name, t in untrained.items() if name.startswith("weight"))
     return Trained(
         initial, final, poisoned, digest.hexdigest(), error, wall, cpu, learner.seen, losses, changed,
-        learner.calls.number,
+        next(calls),
     )  # fmt: skip
 
 

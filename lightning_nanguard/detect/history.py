@@ -35,7 +35,8 @@ class ReadingHistory:
         self._best = math.inf
         self._until_level = self._thresholds.level_losses
         self._first_norm = 0.0
-        self._first_step: int | None = None
+        self.first_step: int | None = None
+        """The update of :attr:`first`."""
         self.first: float | None = None
         """Loss of the first healthy update of the run ("the untrained model's loss"), ``None`` before it."""
 
@@ -44,8 +45,8 @@ class ReadingHistory:
         loss = reading.loss if reading.loss_finite else None
         self._read.append((reading.step, loss, reading.grad_norm if reading.finite else None))
         if loss is not None:
-            if self._first_step is None:
-                self.first, self._first_step = loss, reading.step
+            if self.first_step is None:
+                self.first, self.first_step = loss, reading.step
                 self._first_norm = reading.grad_norm if reading.finite and reading.grad_norm else 0.0
             self._until_level -= 1
             if self._until_level == 0:
@@ -57,8 +58,8 @@ class ReadingHistory:
         """Forget the readings after ``step``."""
         while self._read and self._read[-1][0] > step:
             self._read.pop()
-        if self._first_step is not None and step < self._first_step:
-            self._first_step = None  # the next accepted loss is the first one again
+        if self.first_step is not None and step < self.first_step:
+            self.first_step = None  # the next accepted loss is the first one again
 
     def losses(self, count: int | None = None) -> list[float]:
         """The losses of the newest ``count`` readings (by default 64), the oldest first."""
@@ -132,7 +133,7 @@ class ReadingHistory:
             "until_level": self._until_level,
             "first": self.first,
             "first_norm": self._first_norm,
-            "first_step": self._first_step,
+            "first_step": self.first_step,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -144,4 +145,4 @@ class ReadingHistory:
         self._until_level = int(state.get("until_level", self._thresholds.level_losses))
         self.first = state["first"]
         self._first_norm = float(state["first_norm"])
-        self._first_step = state["first_step"]
+        self.first_step = state["first_step"]

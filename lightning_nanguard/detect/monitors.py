@@ -53,9 +53,11 @@ class Monitor:
             self._waiting.clear()
         return self._detectors, self._history
 
-    def rewind(self, step: int) -> None:
-        """Forget the readings after update ``step``."""
+    def rewind(self, step: int, *, keep_first: bool) -> None:
+        """Forget the readings after update ``step``. With ``keep_first``, keep the first reading in any case."""
         detectors, history = self.up_to_date()
+        if keep_first and history.first_step is not None:
+            step = max(step, history.first_step)
         history.rewind(step)
         detectors.rewind(step)
         self._taken = 0
@@ -157,10 +159,10 @@ class Monitors:
             known.up_to_date()[0].dismiss(reading)
         return known is not None
 
-    def rewind(self, step: int) -> None:
-        """Forget the readings after update ``step``."""
+    def rewind(self, step: int, *, keep_first: bool = False) -> None:
+        """Forget the readings after update ``step``. With ``keep_first``, keep the first reading in any case."""
         for monitor in self._monitors.values():
-            monitor.rewind(step)
+            monitor.rewind(step, keep_first=keep_first)
 
     def uneasy(self, readings: Sequence[Reading]) -> bool:
         """Whether a detector is uneasy about one of the readings."""

@@ -365,7 +365,7 @@ class Guard:
         if objection is not None:
             self._judge.handle(objection)
         self._parts.certification.capture_if_due()
-        self._runner.give_back()
+        self._runner.give_back(trial_runs=self._parts.beside.trials.running)
 
     # ---------------------------------------------------------------------------------------- what others read
 

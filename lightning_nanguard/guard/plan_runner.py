@@ -40,8 +40,12 @@ class PlanRunner(Protocol):
     def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
         """Carry out a plan; return the steps that were made, or would have been."""
 
-    def give_back(self) -> None:
-        """After a healthy update: raise a cut rate again, or end clipping, if that is due."""
+    def give_back(self, *, trial_runs: bool) -> None:
+        """After a healthy update: raise a cut rate again, or end clipping, if that is due.
+
+        Args:
+            trial_runs: Whether a trial is running beside the run.
+        """
 
 
 @final
@@ -153,9 +157,9 @@ class ActingRunner:
             # No snapshot was ever certified, but the state at the start of the fit is at least finite.
             restore(learner, pending)
 
-    def give_back(self) -> None:
+    def give_back(self, *, trial_runs: bool) -> None:
         """Raise a cut rate again, or end clipping, if that is due."""
-        self._recovery.give_back()
+        self._recovery.give_back(trial_runs=trial_runs)
 
 
 @final
@@ -184,5 +188,5 @@ class ObservingRunner:
         self._context.state.restored = None
         return plan
 
-    def give_back(self) -> None:
+    def give_back(self, *, trial_runs: bool) -> None:
         """Do nothing, because nothing was cut."""

@@ -85,13 +85,19 @@ class Recovery:
         # A review may find that clipping alone was not enough.
         self._reviews.begin(self._state.healthy_steps)
 
-    def give_back(self) -> None:
-        """After a healthy update: raise the rate, review it, or end clipping, if that is due."""
+    def give_back(self, *, trial_runs: bool) -> None:
+        """After a healthy update: raise the rate, review it, or end clipping, if that is due.
+
+        Args:
+            trial_runs: Whether a trial is running beside the run.
+        """
         if not self._rate.is_on() and self._context.clipper.value is None:
             return
         state, reduce = self._state, self._reduce
         state.restored = None
-        if self._rate.has_tensors() and state.healthy_steps % self._limits.tensor_rate_every:
+        # If a trial has found the rate, only another trial decides whether it is still too high.
+        kept = trial_runs and self._tried
+        if kept or (self._rate.has_tensors() and state.healthy_steps % self._limits.tensor_rate_every):
             self._end_clipping()
             return
         before = self._rate.effective() if self._rate.is_on() else []

@@ -143,7 +143,9 @@ class RemedyActions:
         # Forget everything that was read about states after this one.
         self._snapshots.count_from(self._context.state.step)
         self._readback.clear()
-        self._context.monitors.rewind(max(snapshot.step, self._known_until))
+        # An arm has learned already. So the loss of the untrained model is still the first one of the run.
+        continues = self._context.state.arm is not None
+        self._context.monitors.rewind(max(snapshot.step, self._known_until), keep_first=continues)
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
 from typing import Any, final
@@ -42,6 +43,43 @@ class _Arm:
 
 
 @dataclass(slots=True)
+class _Comparison:
+    """A comparison of an arm with the states on the newest batches, up to the update at which it is judged.
+
+    Attributes:
+        arm: The arm.
+        batches: Number of batches.
+        signs: Share of the batches that have to agree.
+        final: Whether the trial ends with it.
+        under: Losses so far under each of the states, and those of the run.
+        against: Number of batches so far on which the arm is not better, for each state that it has to be better than.
+    """
+
+    arm: _Arm
+    batches: int
+    signs: float
+    final: bool
+    under: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    against: Counter[str] = field(default_factory=Counter)
+
+    @property
+    def open(self) -> bool:
+        """Whether enough batches may still agree."""
+        return (self.batches - max(self.against.values(), default=0)) / self.batches >= self.signs
+
+    @property
+    def complete(self) -> bool:
+        """Whether all batches are compared."""
+        return self.open and len(self.under["later"]) == self.batches
+
+    def add(self, name: str, loss: float) -> None:
+        """Add the loss of the newest batch under a state."""
+        self.under[name].append(loss)
+        if name != "best":  # the run may have lost what it had learned there
+            self.against[name] += not share_above([loss], self.arm.losses[-1:])
+
+
+@dataclass(slots=True)
 class _Running:
     """A trial that has begun, with the losses so far.
 
@@ -55,8 +93,8 @@ class _Running:
         before: Updates that an earlier trial made from the start, if the arms continue from its arm.
         updates: Updates of each arm.
         earlier: For some batches from before the trial, the functions that give their losses.
-        later: Losses of the run.
-        under: Losses under each of the states.
+        start: Losses under the start, before the pick.
+        comparison: The present comparison; ``None`` before the first one.
     """
 
     fault: Fault
@@ -68,8 +106,8 @@ class _Running:
     before: int = 0
     earlier: Sequence[Callable[[], float | None]] = ()
     updates: int = 0
-    later: list[float] = field(default_factory=list)
-    under: dict[str, list[float]] = field(default_factory=dict)
+    start: list[float] = field(default_factory=list)
+    comparison: _Comparison | None = None
 
 
 @final
@@ -133,7 +171,7 @@ class TrialRunner:
         factors = limits.factors if arm is None else tuple(factor * near for near in limits.near)
         if room < 1:
             return False
-        bases = {"now": None, "start": start, "best": best}
+        bases = {"now": None, "start": start} | ({} if best.step == start.step else {"best": best})
         with self._branches.beside() as possible:
             if not possible:
                 return False
@@ -146,6 +184,7 @@ class TrialRunner:
         states = {name: branch.state for name, branch in made.items() if branch is not None}
         if len(states) < len(bases) or not arms:
             return False
+        states.setdefault("best", states["start"])
         earlier, rate = self._context.replay.earlier(), self._context.rate
         self._newest = self._context.state.step, rate.ratio(), rate.first() or 0.0
         self._running = _Running(
@@ -157,7 +196,6 @@ class TrialRunner:
             arms,
             before=0 if arm is None else arm.healthy,
             earlier=earlier[: min(self._context.ranks.gather(len(earlier)))],
-            under={name: [] for name in states},
         )
         return True
 
@@ -222,23 +260,22 @@ class TrialRunner:
                 if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
                     self._end("no result", "a batch could not be run again")
                     return None
-                if running.updates not in (self._limits.early, self._limits.updates):
+                compared = running.comparison
+                if compared is None or not (compared.complete or (compared.final and not compared.open)):
                     return None
-                judged = self._judged(running.updates)
-                # Decide by other batches than those that the arm is picked by.
-                arm = self._best(running.arms, slice(-2 * judged, -judged))
-                losses = self._losses(running, arm)
-        if losses is None:
+                running.comparison = None
+                # If too few batches can agree, the rest of the trial cannot change its result.
+                losses = self._losses(running, compared) if compared.open else None
+        if losses is None and compared.open:
             self._end("no result", "the batches before it could not be run again")
             return None
-        return FoundFault(running.fault, reading) if self._judge(running, arm, losses) else None
+        return FoundFault(running.fault, reading) if self._judge(running, compared, losses) else None
 
-    def _judge(self, running: _Running, arm: _Arm, losses: TrialLosses) -> bool:
+    def _judge(self, running: _Running, compared: _Comparison, losses: TrialLosses | None) -> bool:
         """End the trial, unless more updates may show more, and return whether it has ended."""
-        ends = running.updates == self._limits.updates
-        # In ordered data a few batches may all be of a kind. So before the end all of them have to agree.
-        trial = judge_trial(losses, self._limits if ends else replace(self._limits, signs=1.0))
-        if not ends:
+        arm = compared.arm
+        trial = Trial() if losses is None else judge_trial(losses, replace(self._limits, signs=compared.signs))
+        if not compared.final:
             # The arms of a second trial are all near the best rate of the first one.
             found = running.before > 0 or self._is_best(running, arm)
             if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
@@ -269,43 +306,56 @@ class TrialRunner:
         others = (one for one in running.arms if one is not arm)
         return all(share_above(other.losses[judged:], arm.losses[judged:]) >= signs for other in others)
 
-    def _losses(self, running: _Running, arm: _Arm) -> TrialLosses | None:
-        judged = -self._judged(running.updates)
+    def _losses(self, running: _Running, compared: _Comparison) -> TrialLosses | None:
+        arm, under = compared.arm, compared.under
         now = self._branches.losses_of(running.earlier, running.states["now"])
         then = self._branches.losses_of(running.earlier, arm.branch.state)
         if now is None or then is None:
             return None
-        start, best, begun = (running.under[name][judged:] for name in ("start", "best", "now"))
-        newest = running.later[judged:], arm.losses[judged:]
-        return TrialLosses(start, best, begun, *newest, arm.factor, now, then)
+        newest = under["later"], arm.losses[-compared.batches :]
+        return TrialLosses(under["start"], under["best"], under["now"], *newest, arm.factor, now, then)
 
     def _advance(self, running: _Running, loss: float) -> bool:
-        limits = self._limits
-        for name in self._compared(running):
-            found = self._branches.loss(running.states[name])
-            if found is None:
-                return False
-            running.under[name].append(found)
         for arm in running.arms:
             found = self._branches.train(arm.branch)
             if found is None:
                 return False
             arm.losses.append(found)
             self._made += 1
-        running.later.append(loss)
         running.updates += 1
-        return self._pick(running) if running.updates == limits.picked_after else True
+        limits, left = self._limits, self._limits.picked_after - running.updates
+        if 0 <= left < self._judged(limits.picked_after) and not running.before:
+            found = self._branches.loss(running.states["start"])
+            if found is None:
+                return False
+            running.start.append(found)
+        if left == 0:
+            return self._pick(running)
+        for end in (limits.early, limits.updates):
+            # Decide by other batches than those that the arm is picked by.
+            batches = self._judged(end)
+            if running.updates == end - batches + 1:
+                arm = self._best(running.arms, slice(-batches - 1, -1))
+                # In ordered data a few batches may all be of a kind. So before the end all of them have to agree.
+                final = end == limits.updates
+                running.comparison = _Comparison(arm, batches, limits.signs if final else 1.0, final)
+        return self._compare(running, loss)
 
-    def _compared(self, running: _Running) -> Iterable[str]:
-        """Names of the states whose losses on the present batch are needed."""
-        limits = self._limits
-
-        def is_near(end: int) -> bool:
-            return 0 < end - running.updates <= self._judged(end)
-
-        if is_near(limits.picked_after):
-            return () if running.before else ("start",)
-        return running.states if is_near(limits.early) or is_near(limits.updates) else ()
+    def _compare(self, running: _Running, loss: float) -> bool:
+        """Compare the arm with the states on the present batch, and return whether its losses are known."""
+        compared, states = running.comparison, running.states
+        if compared is None:
+            return True
+        compared.add("later", loss)
+        for name in ("start", "now", "best"):
+            if not compared.open:
+                break
+            again = name == "best" and states["best"] is states["start"]
+            found = compared.under["start"][-1] if again else self._branches.loss(states[name])
+            if found is None:
+                return False
+            compared.add(name, found)
+        return True
 
     def _pick(self, running: _Running) -> bool:
         """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
@@ -319,13 +369,13 @@ class TrialRunner:
         if not learns and lowest > limits.least_factor and self._raises_the_loss(running, best):
             start = running.states["start"]
             running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
-            running.updates, running.later = 0, []
+            running.updates, running.start = 0, []
         return bool(running.arms)
 
     def _raises_the_loss(self, running: _Running, arm: _Arm) -> bool:
         """Whether an arm that began at the start is worse than the start on the newest batches."""
         judged = -self._judged(self._limits.picked_after)
-        return share_above(arm.losses[judged:], running.under["start"][judged:]) >= self._limits.signs
+        return share_above(arm.losses[judged:], running.start[judged:]) >= self._limits.signs
 
     def _arms(self, base: Snapshot, factors: Sequence[float]) -> list[_Arm]:
         branches = [(factor, self._branches.of(base, factor)) for factor in factors]

@@ -201,6 +201,7 @@ def test_what_was_lost_once_is_saved(name, fault, contender):
     attempt = EVERYONE[contender].attempt(case)
     assert judge(case, attempt, contender, train(case.twin)).regained > 0.9
     assert fault in {act["fault"] for act in attempt.interventions}
+    assert attempt.run.calls > case.steps  # batches that the guard ran again count, although it puts the module back
 
 
 @pytest.mark.slow

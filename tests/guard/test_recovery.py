@@ -9,7 +9,11 @@ import pytest
 
 from lightning_nanguard import ClipGradients, ReduceLR, Remedy, Rollback
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import Fault
+from tests.guard.branching import BranchingLoop
 from tests.guard.plain_loop import PlainLoop, remedies
+
+SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 
 
 def thresholds(first_after: int) -> Thresholds:
@@ -101,6 +105,26 @@ def test_a_cut_is_given_back_after_a_healthy_stretch(after: int, given: int) -> 
     loop.run(40, lambda step, batch: batch.fill_(0.0))
     assert remedies(loop) == [("give back",)] * given
     assert loop.guard.context.rate.multiplier == 0.125 * 2**given
+
+
+def test_no_review_raises_a_rate_while_a_trial_tests_whether_it_is_still_too_high() -> None:
+    """The rate is that of the trial before. It is raised as soon as the present one has found nothing against it.
+
+    A rate that was cut without a trial is raised meanwhile, which ends the trial.
+    """
+    for tried, outcome in ((True, "not confirmed"), (False, "no result")):
+        loop = BranchingLoop(lr=0.1, thresholds=thresholds(5))
+        loop.run(30)
+        certified, trials = loop.guard.context.ring.certified, loop.guard._parts.beside.trials
+        loop.guard._parts.recovery.scale(1e-3, 0.0, tried=tried)
+        loop.run(1)
+        assert trials.begin(SUSPICION, certified[-1], certified[0])
+        loop.run(20)
+        assert trials.running is tried
+        assert (remedies(loop) == []) is tried
+        loop.run(100)
+        assert loop.guard.context.trials.given[0].outcome == outcome
+        assert ("give back",) in remedies(loop)
 
 
 def test_a_rate_that_a_trial_shows_to_be_harmful_is_not_given_back() -> None:

@@ -36,8 +36,8 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
         assert differences(copied(state(loop)), copied(state(alone))) == []
         return
     assert remedies(loop)[0] == ("restore", "scale")
-    # The first suspicion comes after 40 updates, and a trial of a run that is plainly lost takes 32.
-    assert loop.records[0].global_step == 72
+    # The first suspicion comes after 16 updates, and a trial of a run that is plainly lost takes 32.
+    assert loop.records[0].global_step == 48
     assert loop.guard.context.rate.ratio() < 1
     assert (loop.probe() or 0.0) < 0.1
 
@@ -47,11 +47,20 @@ def test_a_trial_ends_early_only_if_all_batches_agree() -> None:
     loop = BranchingLoop(lr=2.0)
 
     def nothing(step: int, batch: Tensor) -> None:
-        if step == 68:
+        if step == 44:
             batch.fill_(1e6)  # the loss is at most 10, and so it is the same under every state
 
-    loop.run(110, nothing)
-    assert loop.records[0].global_step == 104
+    loop.run(90, nothing)
+    assert loop.records[0].global_step == 80
+
+
+def test_a_trial_ends_as_soon_as_too_few_batches_can_agree() -> None:
+    """Of the last 21 batches 17 have to agree. After the fifth that does not, the rest cannot change the result."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(110)
+    (given,) = loop.guard.context.trials.given
+    # The first suspicion comes after 40 updates. The arm is compared from the 44th update of the trial on.
+    assert (given.outcome, given.begun_step, given.global_step) == ("not confirmed", 40, 40 + 43 + 5)
 
 
 def test_the_run_goes_on_from_an_arm_that_has_caught_up() -> None:
@@ -59,17 +68,32 @@ def test_the_run_goes_on_from_an_arm_that_has_caught_up() -> None:
     loop = BranchingLoop(lr=2.0)
 
     def nothing(step: int, batch: Tensor) -> None:
-        if step == 68:
+        if step == 44:
             batch.fill_(1e6)  # the trial does not end early
 
-    loop.run(103, nothing)
+    loop.run(59, nothing)
     running = loop.guard._parts.beside.trials._running
     assert running is not None
     higher, lower = sorted((arm.factor for arm in running.arms), reverse=True)
     for arm in running.arms:
-        arm.losses = [*arm.losses[:22], *([0.1] * 21 if arm.factor == lower else [2.0] * 21), *[0.1] * 20]
+        arm.losses = [*arm.losses[:22], *([0.1] * 21 if arm.factor == lower else [2.0] * 21)]
+    loop.run(20)
+    for arm in running.arms:
+        arm.losses[43:] = [0.1] * 20
     loop.run(1)
     assert loop.guard.context.rate.ratio() == pytest.approx(higher)
+
+
+def test_a_run_that_goes_on_from_an_arm_keeps_its_first_loss() -> None:
+    """What can be learned is measured from the loss of the untrained model, also after a rollback to the start."""
+    loop = BranchingLoop(lr=2.0)
+    loop.run(1)
+    history = loop.guard.context.monitors.history(0)
+    assert history is not None
+    first = history.first
+    loop.run(60)
+    assert remedies(loop) == [("restore", "scale")]
+    assert history.first == first
 
 
 def test_after_a_peak_of_the_rate_the_best_state_goes_on() -> None:
@@ -85,17 +109,17 @@ def test_after_a_peak_of_the_rate_the_best_state_goes_on() -> None:
     assert loop.guard.context.rate.ratio() == 1.0
     assert (loop.probe() or 0.0) < 0.1
     outcomes = [(one.outcome, one.factor) for one in loop.guard.context.trials.given]
-    assert outcomes[:2] == [("no result", 1.0), ("confirmed", 1.0)]
-    assert "fell" in loop.guard.context.trials.given[0].reason
+    assert outcomes[:3] == [("not confirmed", 1.0), ("no result", 1.0), ("confirmed", 1.0)]
+    assert "fell" in loop.guard.context.trials.given[1].reason
 
 
 def test_what_ends_a_trial() -> None:
     """A skipped batch and a rollback to an earlier state do not, since the arms do not depend on the run; another
     learning rate does."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(50)
+    loop.run(25)
     assert loop.guard._parts.beside.trials.running
-    loop.run(1, nan_at(50))
+    loop.run(1, nan_at(25))
     with torch.no_grad():
         loop.net.weight.fill_(float("nan"))
     loop.run(3)
@@ -141,7 +165,7 @@ def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_cannot_be_run_again_ends_a_trial() -> None:
     """The run goes on as it was, and nothing is said against it."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(50)
+    loop.run(25)
     loop.runs_again = False
     loop.run(2)
     assert not loop.guard._parts.beside.trials.running
@@ -206,7 +230,7 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     assert running is not None
     for arm in running.arms:
         arm.losses = [0.1] * 16
-    running.updates, running.under["start"] = 16, [0.05] * 5
+    running.updates, running.start = 16, [0.05] * 5
     assert trial._pick(running)
     assert {arm.factor for arm in running.arms} <= {0.5 * near for near in context.thresholds.trial.near}
     assert running.updates == 16
@@ -225,7 +249,7 @@ def test_the_arms_next_to_the_best_go_on(best: float, kept: set[float]) -> None:
     assert running is not None
     for arm in running.arms:
         arm.losses = [1.0] * 8 + [0.5 if arm.factor == best else 0.6] * 8
-    running.under["start"] = [0.9] * 5
+    running.start = [0.9] * 5
     assert trial._pick(running)
     assert {arm.factor for arm in running.arms} == kept
 
@@ -241,7 +265,7 @@ def test_lower_rates_are_tried_if_all_arms_raise_the_loss(start: float, lower: b
     lowest = min(arm.factor for arm in running.arms)
     for arm in running.arms:
         arm.losses = [0.5, *[0.6] * 15]
-    running.updates, running.under["start"] = 16, [start] * 5
+    running.updates, running.start = 16, [start] * 5
     assert trial._pick(running)
     assert (max(arm.factor for arm in running.arms) < lowest) is lower
     assert running.updates == (0 if lower else 16)
@@ -250,12 +274,12 @@ def test_lower_rates_are_tried_if_all_arms_raise_the_loss(start: float, lower: b
 def test_a_trial_that_the_end_of_the_run_would_cut_off_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial needs 64 updates. If the run makes fewer, none begins."""
     loop = BranchingLoop(lr=2.0)
-    monkeypatch.setattr(loop, "updates_left", lambda: 120 - loop.step)
-    loop.run(50)
+    monkeypatch.setattr(loop, "updates_left", lambda: 100 - loop.step)
+    loop.run(25)
     assert loop.guard._parts.beside.trials.running
     short = BranchingLoop(lr=2.0)
-    monkeypatch.setattr(short, "updates_left", lambda: 100 - short.step)
-    short.run(50)
+    monkeypatch.setattr(short, "updates_left", lambda: 70 - short.step)
+    short.run(25)
     assert not short.guard._parts.beside.trials.running
 
 
