@@ -141,7 +141,7 @@ class RemedyActions:
 
     def _forget(self, snapshot: Snapshot) -> None:
         # Forget everything that was read about states after this one.
-        self._snapshots.count_from(self._context.state.step)
+        self._snapshots.restored(self._context.state.step)
         self._readback.clear()
         # An arm has learned already. So the loss of the untrained model is still the first one of the run.
         continues = self._context.state.arm is not None

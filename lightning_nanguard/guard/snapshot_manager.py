@@ -105,13 +105,18 @@ class SnapshotManager:
         self._last = step
         self._next = step + self._interval.until_next(step, self._agreement.interval if self._many else None)
 
+    def restored(self, step: int) -> None:
+        """Note a rollback after update ``step``. The next snapshot is due one interval later."""
+        self._interval.restored(step)
+        self.count_from(step)
+
     def state_dict(self) -> dict[str, Any]:
         """When snapshots are due, and the counts of the pending one. The snapshots themselves are not saved."""
         if self._resumed is not None:  # loaded, and not started yet
             return dict(self._resumed)
         pending = self._ring.pending
         return {
-            "interval": self._interval.updates,
+            "interval": self._interval.state_dict(),
             "due": [self._last, self._next],
             "pending": None if pending is None else [pending.rate, pending.healthy],
         }
@@ -120,7 +125,7 @@ class SnapshotManager:
         """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 have ``None``."""
         self._resumed = state
         if state is not None:
-            self._interval.resume(int(state["interval"]))
+            self._interval.resume(state["interval"])
 
     def resume(self, level: float | None, capture: Callable[[], Snapshot | None]) -> bool:
         """Continue with snapshots like the run that was stopped; return whether this fit resumes one.

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import final
+from collections.abc import Callable, Mapping
+from typing import Any, final
 
 from lightning_nanguard.thresholds.snapshots import IntervalThresholds
 
@@ -16,9 +16,10 @@ _DEFAULTS = IntervalThresholds()
 class Interval:
     """Chooses the number of updates between snapshots, so that snapshots take at most a share of the run's time.
 
-    Let a snapshot cost as much time as ``cost`` updates, and let the run have made ``made`` updates. The time lost to
-    snapshots and to one restore is then least with a snapshot every ``sqrt(2 * cost * made)`` updates (Young 1974,
-    doi:10.1145/361147.361115). So the share falls during the run.
+    Let a snapshot cost as much time as ``cost`` updates, and let ``between`` be the updates between two rollbacks. The
+    time lost to snapshots and to rollbacks is then least with a snapshot every ``sqrt(2 * cost * between)`` updates
+    (Young 1974, doi:10.1145/361147.361115). Until a rollback, ``between`` is the number of updates made. So the share
+    falls during the run.
 
     Args:
         every: A fixed interval; ``None`` chooses one by measurement.
@@ -40,12 +41,31 @@ class Interval:
         self._certifying = 0.0
         self._on_device = 0.0
         self._mark = clock()
+        self._between: float | None = None
+        self._restored = 0
         self.updates = every if every is not None else thresholds.first
 
-    def resume(self, updates: int) -> None:
+    def state_dict(self) -> dict[str, Any]:
+        """The state in plain containers."""
+        return {"updates": self.updates, "between": self._between, "restored": self._restored}
+
+    def resume(self, state: Mapping[str, Any]) -> None:
         """Continue with the interval of the run that was stopped, unless a fixed one is set."""
+        self._between, self._restored = state["between"], state["restored"]
         if not self._fixed:
-            self.updates = updates
+            self.updates = int(state["updates"])
+
+    def restored(self, made: int) -> None:
+        """Note a rollback.
+
+        Args:
+            made: Updates made so far.
+        """
+        since, self._restored = max(1, made - self._restored), made
+        # The geometric mean follows within a few rollbacks if a device begins to fail after millions of updates.
+        self._between = float(since) if self._between is None else math.sqrt(self._between * since)
+        if not self._fixed and self._update:
+            self.updates = min(self.updates, self._best(made))
 
     def until_next(self, last: int, every: int | None = None) -> int:
         """Updates until the next snapshot. There are fewer early in a run, where a long interval would lose most.
@@ -73,13 +93,17 @@ class Interval:
             return
         self._update = _least(update, self._update)
         self._capturing = _least(max(0.0, ended - started - once), self._capturing)
-        cost = (self._capturing + self._certifying + self._on_device) / self._update
-        wanted = max(cost / self._limits.time_share, math.sqrt(2 * cost * made))
-        # Round to powers of two, so that small differences do not change the interval.
-        power = 1 << max(0, math.ceil(math.log2(max(wanted, 1.0))))
         # The first snapshots may take long for other reasons.
         longest = min(self._limits.longest, self.updates * self._limits.most_growth)
-        self.updates = min(max(self._limits.first, power), longest)
+        self.updates = min(self._best(made), longest)
+
+    def _best(self, made: int) -> int:
+        """The interval at which least time is lost."""
+        between = made if self._between is None else max(self._between, made - self._restored)
+        cost = (self._capturing + self._certifying + self._on_device) / self._update
+        wanted = max(cost / self._limits.time_share, math.sqrt(2 * cost * between))
+        # Round to powers of two, so that small differences do not change the interval.
+        return max(self._limits.first, 1 << max(0, math.ceil(math.log2(max(wanted, 1.0)))))
 
     def certified(self, seconds: float) -> None:
         """Note the time that the check of a pending snapshot took."""

@@ -107,3 +107,35 @@ def test_memory_that_is_allocated_once_is_no_part_of_the_price(
     assert taken[1] <= 64
     assert taken[3] <= (160 if told else 1024)
     assert later / (interval.updates * update) <= 0.01
+
+
+def test_rollbacks_shorten_the_interval() -> None:
+    """If a device begins to fail after a million updates, snapshots soon come more often than its faults. When it has
+    stopped, they come less often again. A resumed run goes on from there."""
+    clock = Clock()
+    interval = Interval(None, clock=clock)
+
+    def measured(made: int) -> int:
+        started = clock.now = clock.now + 16.0
+        clock.now += 0.3
+        interval.measure(started, since=16, made=made)
+        return interval.updates
+
+    before = [measured(1_000_000) for _ in range(4)][-1]
+    assert before == 1024
+    seen = []
+    for made in range(1_001_000, 1_005_000, 1000):
+        interval.restored(made)
+        seen.append(interval.updates)
+    assert seen == [1024, 256, 64, 64]
+    again = Interval(None, clock=clock)
+    again.resume(interval.state_dict())
+    assert again.state_dict() == interval.state_dict()
+    assert [measured(3_000_000) for _ in range(4)][-1] == 2048
+
+
+def test_a_fixed_interval_stays_after_rollbacks() -> None:
+    """What the user sets is kept."""
+    interval = Interval(7)
+    interval.restored(100)
+    assert interval.updates == 7
