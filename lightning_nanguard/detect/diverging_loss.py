@@ -29,8 +29,7 @@ class DivergingLoss(Detector):
 
     The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled. A
     loss that rises far above its best level in between is suspected at once, without advice, and again only after
-    twice as many updates. As soon as there are enough losses, ``exploding_loss`` and ``collapsed`` are suspected
-    without advice, too.
+    twice as many updates.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.
@@ -71,8 +70,7 @@ class DivergingLoss(Detector):
         """The fault of this reading, or ``None``."""
         loss, first, best, updates = reading.loss, self._history.first, self._history.best, self._history.since + 1
         due = updates >= self._next
-        looks = due or updates == self.thresholds.readings
-        if loss is None or first is None or best is None or not (looks or self._looks_in_between(loss)):
+        if loss is None or first is None or best is None or not (due or self._looks_in_between(loss)):
             return None
         recent = [*self._history.accepted.last(self.thresholds.readings - 1), loss]
         # Without the lowest loss, because one easy batch is no progress.
@@ -101,11 +99,10 @@ class DivergingLoss(Detector):
         return best + (self.thresholds.lost if lost is None else lost) * (first - best)
 
     def limits(self) -> Limits:
-        """The loss far above the best level; no limit at all when the next check is near."""
-        since = self._history.since
-        if since + AT_ONCE >= self._next or since < self.thresholds.readings <= since + AT_ONCE:
+        """The loss far above the best level; no limit at all when the next check is due."""
+        if self._history.since + AT_ONCE >= self._next:
             return Limits(-math.inf, math.inf)
-        looks = not self._suspected and since + AT_ONCE >= self._early
+        looks = not self._suspected and self._history.since + AT_ONCE >= self._early
         return Limits(self._level() if looks else math.inf, math.inf)
 
     def accept(self, reading: Reading) -> None:

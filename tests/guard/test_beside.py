@@ -10,7 +10,7 @@ def test_a_trial_and_a_comparison_go_on_together() -> None:
     """While an earlier intervention is compared, a trial of the run finds that its rate ruins it, and what is done then
     is compared in its place; nothing of either is left when the run is over."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(25)
+    loop.run(50)
     beside = loop.guard._parts.beside
     beside.receipts.before(loop.step, skipped=False)
     loop.run(190)

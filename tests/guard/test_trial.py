@@ -36,8 +36,8 @@ def test_a_rate_that_ruins_is_found(lr: float, acts: bool) -> None:
         assert differences(copied(state(loop)), copied(state(alone))) == []
         return
     assert remedies(loop)[0] == ("restore", "scale")
-    # The first suspicion comes after 16 updates, and a trial of a run that is plainly lost takes 32.
-    assert loop.records[0].global_step == 48
+    # The first suspicion comes after 40 updates, and a trial of a run that is plainly lost takes 32.
+    assert loop.records[0].global_step == 72
     assert loop.guard.context.rate.ratio() < 1
     assert (loop.probe() or 0.0) < 0.1
 
@@ -47,11 +47,11 @@ def test_a_trial_ends_early_only_if_all_batches_agree() -> None:
     loop = BranchingLoop(lr=2.0)
 
     def nothing(step: int, batch: Tensor) -> None:
-        if step == 44:
+        if step == 68:
             batch.fill_(1e6)  # the loss is at most 10, and so it is the same under every state
 
-    loop.run(90, nothing)
-    assert loop.records[0].global_step == 80
+    loop.run(110, nothing)
+    assert loop.records[0].global_step == 104
 
 
 def test_a_trial_ends_as_soon_as_too_few_batches_can_agree() -> None:
@@ -68,10 +68,10 @@ def test_the_run_goes_on_from_an_arm_that_has_caught_up() -> None:
     loop = BranchingLoop(lr=2.0)
 
     def nothing(step: int, batch: Tensor) -> None:
-        if step == 44:
+        if step == 68:
             batch.fill_(1e6)  # the trial does not end early
 
-    loop.run(59, nothing)
+    loop.run(83, nothing)
     running = loop.guard._parts.beside.trials._running
     assert running is not None
     higher, lower = sorted((arm.factor for arm in running.arms), reverse=True)
@@ -91,7 +91,7 @@ def test_a_run_that_goes_on_from_an_arm_keeps_its_first_loss() -> None:
     history = loop.guard.context.monitors.history(0)
     assert history is not None
     first = history.first
-    loop.run(60)
+    loop.run(80)
     assert remedies(loop) == [("restore", "scale")]
     assert history.first == first
 
@@ -117,9 +117,9 @@ def test_what_ends_a_trial() -> None:
     """A skipped batch and a rollback to an earlier state do not, since the arms do not depend on the run; another
     learning rate does."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(25)
+    loop.run(50)
     assert loop.guard._parts.beside.trials.running
-    loop.run(1, nan_at(25))
+    loop.run(1, nan_at(50))
     with torch.no_grad():
         loop.net.weight.fill_(float("nan"))
     loop.run(3)
@@ -165,7 +165,7 @@ def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_batch_that_cannot_be_run_again_ends_a_trial() -> None:
     """The run goes on as it was, and nothing is said against it."""
     loop = BranchingLoop(lr=2.0)
-    loop.run(25)
+    loop.run(50)
     loop.runs_again = False
     loop.run(2)
     assert not loop.guard._parts.beside.trials.running
@@ -274,12 +274,12 @@ def test_lower_rates_are_tried_if_all_arms_raise_the_loss(start: float, lower: b
 def test_a_trial_that_the_end_of_the_run_would_cut_off_is_not_begun(monkeypatch: pytest.MonkeyPatch) -> None:
     """A trial needs 64 updates. If the run makes fewer, none begins."""
     loop = BranchingLoop(lr=2.0)
-    monkeypatch.setattr(loop, "updates_left", lambda: 100 - loop.step)
-    loop.run(25)
+    monkeypatch.setattr(loop, "updates_left", lambda: 120 - loop.step)
+    loop.run(50)
     assert loop.guard._parts.beside.trials.running
     short = BranchingLoop(lr=2.0)
-    monkeypatch.setattr(short, "updates_left", lambda: 70 - short.step)
-    short.run(25)
+    monkeypatch.setattr(short, "updates_left", lambda: 100 - short.step)
+    short.run(50)
     assert not short.guard._parts.beside.trials.running
 
 
