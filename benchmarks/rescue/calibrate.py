@@ -28,8 +28,7 @@ def improvement(task: str, optimizer: str, rate: float, share: float = 1.0) -> f
         steps, batch = steps_of(task, optimizer)
         case = Case("calibrate", task, optimizer, rate, int(share * steps), seed, batch=batch)
         run = train(case)
-        good = run.ended_well
-        worst = min(worst, run.initial - run.final if good else -math.inf)
+        worst = min(worst, run.initial - run.final if run.ended_well else -math.inf)
     return worst
 
 

@@ -10,7 +10,11 @@ from torch import Tensor
 
 from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.types import Fault
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
+
+SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
+"""What a test begins a trial with."""
 
 
 class BranchingLoop(PlainLoop):

@@ -9,11 +9,8 @@ import pytest
 
 from lightning_nanguard import ClipGradients, ReduceLR, Remedy, Rollback
 from lightning_nanguard.thresholds import Thresholds
-from lightning_nanguard.types import Fault
-from tests.guard.branching import BranchingLoop
+from tests.guard.branching import SUSPICION, BranchingLoop
 from tests.guard.plain_loop import PlainLoop, remedies
-
-SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 
 
 def thresholds(first_after: int) -> Thresholds:

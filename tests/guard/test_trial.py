@@ -9,11 +9,9 @@ from torch import Tensor
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.snapshot import tensor_bytes
 from lightning_nanguard.types import Fault
-from tests.guard.branching import BranchingLoop, branches
+from tests.guard.branching import SUSPICION, BranchingLoop, branches
 from tests.guard.plain_loop import nan_at, remedies, state
 from tests.helpers import copied, differences
-
-SUSPICION = Fault("stuck_loss", "learner", "loss", certain=False)
 
 
 def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:

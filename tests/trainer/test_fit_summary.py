@@ -86,7 +86,7 @@ def test_a_trial_that_confirms_nothing_is_told(tmp_path: Path, capsys: pytest.Ca
     assert len(guard.interventions) == 0
     (trial, *_) = read_trials(tmp_path / TRIALS_FILE)
     assert (trial.outcome, trial.begun_step) == ("not confirmed", 40)
-    assert 44 <= trial.global_step - trial.begun_step <= 64
+    assert 48 <= trial.global_step - trial.begun_step < 64  # it ends as soon as its result is known
     told = re.search(r"; (\d trials?) held \(steps (\d+) to (\d+)\), which confirmed nothing", guard.summary())
     assert told is not None
     assert int(told[2]) == trial.begun_step

@@ -32,8 +32,7 @@ def right_rate(form: Form, seed: int = 1) -> tuple[float, float]:
     def improvement(i: int) -> float:
         if i not in found:
             run = train(replace(form.draw(seed), rate=GRID[i]))
-            ended = run.ended_well
-            found[i] = run.initial - run.final if ended else -math.inf
+            found[i] = run.initial - run.final if run.ended_well else -math.inf
         return found[i]
 
     best = climb(improvement, min(range(len(GRID)), key=lambda i: abs(math.log(GRID[i] / (form.rate or 1.0)))))
