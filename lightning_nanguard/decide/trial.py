@@ -64,6 +64,8 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
         return Trial()
     start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
+    if start <= arm:
+        return Trial()  # possible where many losses are equal, although the arm is better on most batches
     level = min(median(losses.now), median(losses.later))
     from_best = losses.factor == 1
     as_good = not from_best and best < arm + limits.lacks * (start - arm)

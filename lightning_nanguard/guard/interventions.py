@@ -88,7 +88,6 @@ class Interventions:
         with self.batch_of(found) as at_hand:
             evidence = self._investigator.look_into(fault, reading, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
-            state.restored = None
             # The learner is finite, so the validation data are most likely at fault: only record it.
             self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
             return False
@@ -233,16 +232,17 @@ class Interventions:
         words = tuple(self._remedies[type(step)].word for step in done)
         words += ("redo",) if state.went_on else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
+        restored = state.restored
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
-        self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock)
+        self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock, restored)
         if context.settings.observe and state.told is None:
             self._leave(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
-            self._recorder.stop(found.fault, place, reason, finding, clock)
+            self._recorder.stop(found.fault, place, reason, finding, clock, restored)
         if stop is not None and not context.settings.observe:
-            self._recorder.stop(found.fault, place, stop.reason, finding, clock)
+            self._recorder.stop(found.fault, place, stop.reason, finding, clock, restored)
         self._recorder.tried(found.fault, words)
 
 

@@ -139,7 +139,6 @@ class Receipts:
         self._snapshots.want()
         # Of the policy's memory only the budgets are still valid.
         state.policy = replace(known.policy, restores=state.policy.restores, skips=state.policy.skips, trials_failed=0)
-        state.restored = None
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"
         fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
         self._recorder.record(fault, fault.place, ("take back",), before)

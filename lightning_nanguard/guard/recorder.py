@@ -67,6 +67,7 @@ class InterventionRecorder:
         finding: Finding | None = None,
         ranks: tuple[int, ...] = (),
         clock: Clock | None = None,
+        restored: Snapshot | None = None,
     ) -> None:
         """Record what was done.
 
@@ -78,11 +79,12 @@ class InterventionRecorder:
             finding: The cause of the fault.
             ranks: Ranks that saw it, if not all of them did.
             clock: The clock of the fault; ``None`` for now.
+            restored: The snapshot that was restored; ``None`` if none was.
         """
         global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
         self._note_finding(fault, finding)
-        after, restored = self._context.rate.effective(), self._context.state.restored
-        kept, state = restored is None or "redo" in words, self._context.state
+        after, state = self._context.rate.effective(), self._context.state
+        kept = restored is None or "redo" in words
         made = 0 if state.arm is None else state.arm.healthy  # by the arm from which the run continues
         self._loop.record(
             Intervention(
@@ -120,7 +122,6 @@ class InterventionRecorder:
 
     def note(self, fault: Fault, *words: str) -> None:
         """Record what was done outside the order of a step."""
-        self._context.state.restored = None
         self.record(fault, fault.place, words, self._context.rate.effective())
 
     def _note_finding(self, fault: Fault, finding: Finding | None) -> None:
@@ -148,8 +149,24 @@ class InterventionRecorder:
         """Store what was done, for the error that may end the run later."""
         self._tried.append(f"{fault.kind}: {', '.join(words)}")
 
-    def stop(self, fault: Fault, place: str, reason: str, finding: Finding | None, clock: Clock) -> NoReturn:
+    def stop(
+        self,
+        fault: Fault,
+        place: str,
+        reason: str,
+        finding: Finding | None,
+        clock: Clock,
+        restored: Snapshot | None = None,
+    ) -> NoReturn:
         """End the run. The error names the surest cause of faults like the last one, else of any fault.
+
+        Args:
+            fault: The fault.
+            place: Where the fault was found.
+            reason: Why the run cannot go on.
+            finding: The cause of the fault.
+            clock: The clock of the fault.
+            restored: The snapshot that was restored; ``None`` if none was.
 
         Raises:
             TrainingDivergedError: Always.
@@ -159,7 +176,7 @@ class InterventionRecorder:
         if finding is None or best is None or best.cause == finding.cause or not best.samples:
             finding = best  # otherwise the surest one names samples of another batch, and this fault has its own cause
         global_step, epoch, batch_idx = clock
-        to = None if self._context.state.restored is None else self._context.state.restored.global_step
+        to = None if restored is None else restored.global_step
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "

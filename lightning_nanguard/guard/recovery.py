@@ -94,7 +94,6 @@ class Recovery:
         if not self._rate.is_on() and self._context.clipper.value is None:
             return
         state, reduce = self._state, self._reduce
-        state.restored = None
         # If a trial has found the rate, only another trial decides whether it is still too high.
         kept = trial_runs and self._tried
         if kept or (self._rate.has_tensors() and state.healthy_steps % self._limits.tensor_rate_every):

@@ -335,9 +335,7 @@ class StepCheck:
     ) -> None:
         # Without ``late`` the update is still to be made. The step of a record is that after its update.
         clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
-        self._context.state.restored = restored
         rates = self._context.rate.effective()
         ranks, self._seen_by = self._seen_by, ()
-        self._recorder.record(fault, fault.place, words, rates, finding, ranks, clock=clock)
+        self._recorder.record(fault, fault.place, words, rates, finding, ranks, clock, restored)
         self._recorder.tried(fault, words)
-        self._context.state.restored = None

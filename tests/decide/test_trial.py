@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import random
 from dataclasses import replace
+from statistics import median
 
 import pytest
 from hypothesis import given, settings
@@ -45,6 +46,21 @@ def test_the_share_decides(levels: tuple[float, float, float, float, float], lac
     assert trial.lacks == pytest.approx(lacks, rel=0.01)
     assert trial.base == base
     assert (trial.lacks > 0) == (lacks > 0)
+
+
+def test_many_equal_losses_show_nothing() -> None:
+    """Losses of few different values may be lower under the arm on most batches although their median is not."""
+    arm, start = [1.0, 2.0, 3.0, 4.0, 5.0], [2.0, 3.0, 4.0, 5.0, 1.0]
+    assert judge_trial(TrialLosses(start, start, start, start, arm, factor=1 / 16), LIMITS).lacks == 0.0
+
+
+@given(st.lists(st.tuples(*[st.integers(0, 3)] * 5), min_size=5, max_size=21))
+def test_coarse_losses_never_confirm_without_progress(rows: list[tuple[int, ...]]) -> None:
+    """Whatever few values the losses take, a confirmed trial has a positive share, and an arm better than the start."""
+    one = TrialLosses(*([float(value) for value in column] for column in zip(*rows, strict=True)), factor=1 / 16)
+    trial = judge_trial(one, replace(LIMITS, signs=0.5))
+    assert trial.lacks >= 0.0
+    assert trial.lacks == 0.0 or median(one.arm) < median(one.start)
 
 
 def test_an_arm_from_the_best_state_goes_on() -> None:

@@ -48,9 +48,9 @@ def test_a_record_says_what_a_restore_cost() -> None:
     they were made again."""
     loop = PlainLoop()
     loop.run(20)
-    loop.guard.context.state.restored = loop.guard.context.ring.certified[0]
+    snapshot = loop.guard.context.ring.certified[0]
     for words in (("restore",), ("restore", "redo")):
-        recorder_of(loop).record(FAULT, "loss", words, [])
+        recorder_of(loop).record(FAULT, "loss", words, [], restored=snapshot)
     assert [(one.snapshot_step, one.updates_lost) for one in loop.records] == [(16, 4), (16, 0)]
 
 
@@ -59,24 +59,15 @@ def test_an_update_is_undone_once() -> None:
     those before the first snapshot; what is resumed knows of the last rollback."""
     loop = PlainLoop()
     loop.run(20)
-    state, certified = loop.guard.context.state, loop.guard.context.ring.certified
+    certified = loop.guard.context.ring.certified
     recorder = recorder_of(loop)
     for step, depth in ((20, 0), (23, 0), (25, 1)):
-        loop.step, state.restored = step, certified[depth]
-        recorder.record(FAULT, "loss", ("restore",), [])
+        loop.step = step
+        recorder.record(FAULT, "loss", ("restore",), [], restored=certified[depth])
         known, recorder = recorder.state_dict(), recorder_of(loop)
         recorder.load_state_dict(known)
     assert [one.snapshot_step for one in loop.records] == [16, 16, 12]
     assert [one.updates_lost for one in loop.records] == [4, 3, 2 + 4]
-
-
-def test_what_is_done_outside_a_step_restores_nothing() -> None:
-    """A note after a restore does not claim it."""
-    loop = PlainLoop()
-    loop.run(20)
-    loop.guard.context.state.restored = loop.guard.context.ring.certified[0]
-    recorder_of(loop).note(FAULT, "undo")
-    assert (loop.records[0].remedies, loop.records[0].snapshot_step) == (("undo",), None)
 
 
 def test_the_error_that_ends_a_run_has_the_whole_context() -> None:

@@ -97,6 +97,29 @@ def test_statistics_stay_good(way: str, tmp_path: Path) -> None:
         assert (found.fault, found.cause, found.lr_after) == ("non_finite_statistics", "non_finite_input", 0.01)
 
 
+class LosesStatistics(LeavesOut):
+    """A running mean becomes NaN, which the guard finds just before the first bad batch. Bad inputs are left out."""
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        if batch_idx == BAD[0] - 3:
+            next(buffer for name, buffer in self.net.named_buffers() if "running_mean" in name).fill_(float("nan"))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        x, y = batch
+        loss = (self.net(x) - y).square().mean()
+        return loss if bool(torch.isfinite(x).all()) else None
+
+
+@pytest.mark.filterwarnings("ignore:`training_step` returned `None`")
+def test_the_record_after_a_rollback(tmp_path: Path) -> None:
+    """The record of an undone batch names no snapshot, even if the run was rolled back just before."""
+    guard = NaNGuard(snapshot_every_n_steps=2)
+    fit(LosesStatistics(by_hand=False), data(), guard, folder=tmp_path)
+    back, *undone = guard.interventions
+    assert (back.batch_idx, back.remedies, back.snapshot_step) == (BAD[0] - 1, ("restore", "redo"), 4)
+    assert [(one.remedies, one.snapshot_step, one.updates_lost) for one in undone] == [(("undo",), None, 0)] * len(BAD)
+
+
 def test_observing_changes_nothing(tmp_path: Path) -> None:
     """With ``observe=True`` the statistics stay as the batch has left them."""
     torch.manual_seed(0)
