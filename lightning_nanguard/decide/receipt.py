@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from statistics import median
 
-from lightning_nanguard.decide.trial import share_above
+from lightning_nanguard.decide.trial import lead
 from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Verdict
 
@@ -20,19 +20,17 @@ def judge_receipt(
         run: Losses of the run, each before the update on its batch.
         without: Losses of the branch that was given up, on the same batches.
         start: Loss at the run's start; ``None`` if it is not known.
-        limits: How many batches have to agree, and how much counts as a clear share.
+        limits: How many batches are left out of a comparison, and how much counts as a clear share.
 
     Example:
         >>> judge_receipt([2.0] * 8, [1.0] * 8, 3.0, TrialThresholds())
         ('cost', True, False)
     """
-    better, worse = (share_above(*pair) >= limits.signs for pair in ((without, run), (run, without)))
-    if not (better or worse):
-        return "no difference", False, False
-    mine, other = median(run), median(without)
-    learned = math.nan if start is None else start - min(mine, other)
+    gained, cost = lead(run, without, limits), lead(without, run, limits)
+    difference = max(gained, cost)
+    learned = math.nan if start is None else start - min(median(run), median(without))
     # As in a trial, a small difference does not count, even if it is significant.
-    if learned > 0 and abs(mine - other) <= limits.lacks * learned:
+    if not difference > 0 or (learned > 0 and difference <= limits.lacks * learned):
         return "no difference", False, False
-    plain = learned > 0 and not abs(mine - other) <= limits.plain * learned
-    return ("gained", False, plain) if better else ("cost", bool(learned > 0), plain)
+    plain = learned > 0 and difference > limits.plain * learned
+    return ("gained", False, plain) if gained > 0 else ("cost", bool(learned > 0), plain)

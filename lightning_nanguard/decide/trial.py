@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, median
+from statistics import fmean
 from typing import final
 
 from lightning_nanguard.thresholds.trial import TrialThresholds
@@ -48,8 +48,8 @@ class TrialLosses:
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     """Whether the run lacks a clear share of what can be learned, or has lost a clear share of what it had learned.
 
-    All comparisons are of pairs: the same batch with the same random numbers. Only signs and ratios of differences
-    are used, so the result does not depend on the scale of the loss or on a constant added to it.
+    All comparisons are of pairs: the same batch with the same random numbers. Only ratios of differences are used, so
+    the result does not depend on the scale of the loss or on a constant added to it.
 
     Example:
         >>> ruined = TrialLosses(start=[2.0] * 8, best=[2.0] * 8, now=[2.1] * 8, later=[2.0] * 8, arm=[1.0] * 8,
@@ -57,23 +57,19 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
         >>> judge_trial(ruined, TrialThresholds())
         Trial(lacks=1.0, base='start', factor=0.0625, continues=True)
     """
-    pairs = ((losses.start, losses.arm), (losses.now, losses.arm), (losses.later, losses.arm))
-    if not all(share_above(*pair) >= limits.signs for pair in pairs):
+    start, now, later = (lead(losses.arm, one, limits) for one in (losses.start, losses.now, losses.later))
+    if not min(start, now, later) > 0:
         return Trial()
     # In ordered data new batches may be new to the run, so the run must be worse on earlier batches, too.
-    if losses.earlier_arm and share_above(losses.earlier_now, losses.earlier_arm) < limits.signs:
+    if losses.earlier_arm and not lead(losses.earlier_arm, losses.earlier_now, limits) > 0:
         return Trial()
-    start, best, arm = median(losses.start), median(losses.best), median(losses.arm)
-    if start <= arm:
-        return Trial()  # possible where many losses are equal, although the arm is better on most batches
-    level = min(median(losses.now), median(losses.later))
     from_best = losses.factor == 1
-    as_good = not from_best and best < arm + limits.lacks * (start - arm)
-    lacks = (level - arm) / (start - arm)
+    as_good = not from_best and lead(losses.arm, losses.best, limits) < limits.lacks * start
+    lacks = min(now, later) / start
     if lacks > limits.lacks:
         return Trial(lacks, "best" if as_good or from_best else "start", losses.factor, not as_good)
-    lost = all(share_above(one, losses.best) >= limits.signs for one in (losses.now, losses.later))
-    if lost and level - best > limits.lost * (start - best):
+    lost = min(lead(losses.best, one, limits) for one in (losses.now, losses.later))
+    if lost > 0 and lost > limits.lost * lead(losses.best, losses.start, limits):
         return Trial(lacks, "best", losses.factor)
     return Trial()
 
@@ -152,7 +148,22 @@ def pick_arm(factors: Sequence[float], levels: Sequence[float], first: float | N
     return max(as_good, key=lambda index: (factors[index], -levels[index]))
 
 
-def share_above(higher: Sequence[float], lower: Sequence[float]) -> float:
-    """Share of the batches whose loss in ``higher`` is above the one in ``lower``."""
-    # NaN counts as higher than any number.
-    return fmean(math.isfinite(low) and not high <= low for high, low in zip(higher, lower, strict=True))
+def lead(ahead: Sequence[float], behind: Sequence[float], limits: TrialThresholds) -> float:
+    """By how much the mean of the losses ``ahead`` is below that of ``behind``, without the batches that say so most.
+
+    Args:
+        ahead: Losses under one state.
+        behind: Losses of the same batches under another one.
+        limits: Share of the batches that are left out.
+
+    Example:
+        >>> lead([1.0, 1.0, 1.0, 1.0, 1.0], [900.0, 2.0, 2.0, 0.0, 0.0], TrialThresholds())
+        0.0
+    """
+    # A loss that is not finite is higher than any number.
+    gains = sorted(
+        (high - low if math.isfinite(low) and math.isfinite(high) else -math.inf if math.isfinite(high) else math.inf)
+        for low, high in zip(ahead, behind, strict=True)
+    )
+    kept = gains[: int(len(gains) * (1 - limits.left_out))]
+    return fmean(kept) if kept else 0.0

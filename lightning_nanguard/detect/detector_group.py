@@ -6,7 +6,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar, final
+from typing import Any, TypeVar, final
 
 from lightning_nanguard.detect.base import Detector, Limits
 from lightning_nanguard.types import Fault, Reading
@@ -17,13 +17,6 @@ _T = TypeVar("_T")
 
 # No reading is below these limits.
 LOOK_AT_EACH = Limits(-math.inf, -math.inf)
-
-
-class Found(NamedTuple):
-    """A fault, and the detector that found it."""
-
-    fault: Fault
-    detector: Detector
 
 
 @final
@@ -42,7 +35,7 @@ class DetectorGroup:
         self._line_search = tuple(detector for detector in detectors if detector.judges_line_search)
         self._logged = logged
 
-    def find(self, reading: Reading, *, line_search: bool = False) -> Found | None:
+    def find(self, reading: Reading, *, line_search: bool = False) -> Fault | None:
         """The first fault that a detector finds in a reading, ``None`` if none does.
 
         Args:
@@ -62,7 +55,7 @@ class DetectorGroup:
             if fault is not None:
                 if not isinstance(fault, Fault):
                     raise _wrong_type(detector, "check", fault, "a Fault, or None where the reading has none")
-                return Found(fault, detector)
+                return fault
         return None
 
     def accept(self, readings: Sequence[Reading]) -> None:
@@ -79,10 +72,10 @@ class DetectorGroup:
         for detector in self._detectors:
             self._ask(detector, "rewind", detector.rewind, None, step)
 
-    def dismiss(self, reading: Reading, detector: Detector | None = None) -> None:
-        """Tell ``detector``, or all detectors if ``None``, that the fault found in a reading was a false alarm."""
-        for one in self._detectors if detector is None else (detector,):
-            self._ask(one, "dismiss", one.dismiss, None, reading)
+    def dismiss(self, reading: Reading) -> None:
+        """Tell all detectors that the fault found in a reading was a false alarm."""
+        for detector in self._detectors:
+            self._ask(detector, "dismiss", detector.dismiss, None, reading)
 
     def uneasy(self, reading: Reading) -> bool:
         """Whether a detector is uneasy about a reading."""

@@ -132,8 +132,7 @@ class Monitors:
         if monitor.is_calm(reading):
             return None
         detectors, _ = monitor.up_to_date()
-        found = detectors.find(reading, line_search=line_search)
-        fault = None if found is None else found.fault
+        fault = detectors.find(reading, line_search=line_search)
         if fault is not None and quasi_newton and not line_search and fault.scope == "batch" and not fault.certain:
             # Such an optimizer may cause a spike by itself, so a spike is a fault only if its batch is strange, too.
             return replace(fault, doubtful=True)

@@ -118,24 +118,6 @@ class Hessian:
         return [(one - other) / (2 * width) for one, other in zip(*ends, strict=True)]
 
 
-def largest_stable_rate(
-    step: Callable[[], Tensor | None], parameters: Sequence[Tensor], direction: Vector | None = None
-) -> float | None:
-    """The rate above which a step along a direction does not lower the loss; ``None`` if the curvature is not positive.
-
-    Args:
-        step: Returns the loss with its graph, the same for the same weights.
-        parameters: The trained parameters.
-        direction: The step is minus the rate times this direction; the gradient by default.
-
-    Example:
-        >>> w = torch.tensor([3.0], requires_grad=True)
-        >>> largest_stable_rate(lambda: 2 * w.square().sum(), [w])
-        0.5
-    """
-    return Hessian(step, parameters).along(direction).largest_rate
-
-
 def curvature_along_update(
     step: Callable[[], Tensor | None],
     optimizer: Optimizer,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from typing import final
@@ -130,7 +129,7 @@ class DeferredReadback:
         # The device skips an update that is not finite, and a GradScaler skips one whose gradient is not finite. A
         # finite loss spike has reached the weights.
         by_device = pending.held_back and not reading.finite
-        by_scaler = pending.loss_scale is not None and not _gradient_finite(reading)
+        by_scaler = pending.loss_scale is not None and not reading.gradient_finite
         reached = not (by_device or by_scaler)
         return Arrived(reading, undo, reached=reached, late=True, line_search=line_search)
 
@@ -151,7 +150,3 @@ class DeferredReadback:
     def clear(self) -> None:
         """Forget all readings that have not arrived yet."""
         self._readings.clear()
-
-
-def _gradient_finite(reading: Reading) -> bool:
-    return reading.grad_norm is None or math.isfinite(reading.grad_norm)

@@ -235,7 +235,9 @@ class Interventions:
         restored = state.restored
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
-        self._recorder.record(found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock, restored)
+        self._recorder.record(
+            found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock, restored
+        )
         if context.settings.observe and state.told is None:
             self._leave(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:

@@ -8,7 +8,6 @@ read the reports, and they act together.
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -153,7 +152,7 @@ class RankReadback:
         """Handle an update that looks bad here: return its reading if all ranks see it so, else skip it here."""
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
-        if not _gradient_finite(reading) and not self._context.settings.observe:
+        if not reading.gradient_finite and not self._context.settings.observe:
             self._skipper.skip(reading.optimizer_index)  # other ranks do not: they learn of it later, and all roll back
         self._sent.append(sent)
         return None
@@ -191,9 +190,9 @@ class RankReadback:
 
     def _suspects(self, reading: Reading) -> bool:
         # Only the gradient counts, because it is the same on all ranks. Losses are not.
-        if self._context.learner.scaler is not None and not _gradient_finite(reading):
+        if self._context.learner.scaler is not None and not reading.gradient_finite:
             return True  # the losses of all ranks show whether it is an overflow or comes from a loss
-        gradient = reading._replace(loss=None, loss_finite=True, finite=_gradient_finite(reading))
+        gradient = reading._replace(loss=None, loss_finite=True, finite=reading.gradient_finite)
         return self._context.monitors.check(gradient) is not None
 
     def _tell_queued(self, left: int) -> None:
@@ -218,7 +217,7 @@ class RankReadback:
             step=reading.step,
             has_loss=reading.loss is not None,
             has_gradient=reading.grad_norm is not None,
-            gradient_finite=_gradient_finite(reading),
+            gradient_finite=reading.gradient_finite,
             has_scale=reading.loss_scale is not None,
             suspects=suspects,
             snapshot_interval=interval,
@@ -251,7 +250,3 @@ class RankReadback:
         """Forget all reports, and all readings that have not arrived yet."""
         self._sent.clear()
         self._readings.clear()
-
-
-def _gradient_finite(reading: Reading) -> bool:
-    return reading.grad_norm is None or math.isfinite(reading.grad_norm)

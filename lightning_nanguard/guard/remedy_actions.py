@@ -115,8 +115,7 @@ class RemedyActions:
 
     def restore_scale(self) -> None:
         """Restore the scale of the GradScaler from the newest snapshot. No update has been made since it went bad."""
-        ring = self._context.ring
-        snapshot = next(iter(ring.certified), None) or ring.newest()
+        snapshot = self._context.ring.newest()
         if snapshot is not None:
             restore(self._context.learner, snapshot, keep=lambda key: key == ("scaler",))
         self._readback.clear()  # what is not read yet has the bad scale, too

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -26,6 +25,9 @@ from lightning_nanguard.state.batch_undo import BatchUndo, Undo
 from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
+
+# Only steps of automatic optimization are made again, and it has one optimizer.
+_OPTIMIZER = 0
 
 
 @final
@@ -94,21 +96,20 @@ class StepCheck:
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
         return context.many and not (context.ranks.sharded or context.settings.observe) and plain
 
-    def reads_in_time(self, optimizer_index: int) -> bool:
-        """Whether the next update of an optimizer is read before it is made."""
-        return not self._caution.may_be_late(optimizer_index)
+    def reads_in_time(self) -> bool:
+        """Whether the next update is read before it is made."""
+        return not self._caution.may_be_late(_OPTIMIZER)
 
-    def fault(self, optimizer_index: int, *, careful: bool, extreme: bool = False) -> Fault | None:
+    def fault(self, *, careful: bool, extreme: bool = False) -> Fault | None:
         """The certain fault of the next update; ``None`` if there is none, or if the update is read late.
 
         Args:
-            optimizer_index: Index of the optimizer.
             careful: Whether other code may change the gradients before the optimizer's step.
             extreme: Whether a finite fault also counts, if the batch and its loss or gradient are far too large.
         """
-        if not self.reads_in_time(optimizer_index):
+        if not self.reads_in_time():
             return None
-        reading = self._meter.measure_early(self._context.state.step + 1, optimizer_index, careful=careful)
+        reading = self._meter.measure_early(self._context.state.step + 1, _OPTIMIZER, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
         reading = self._context.state.unusual(reading)
@@ -119,7 +120,7 @@ class StepCheck:
     def _fault_of_all(self, reading: Reading) -> Fault | None:
         """The fault of an update whose gradient is bad on all ranks; ``None`` if only some ranks see it."""
         assert self._ranks is not None
-        if reading.grad_norm is None or math.isfinite(reading.grad_norm):
+        if reading.gradient_finite:
             return None
         heard = self._ranks.tell_early(reading, self._undos[0])
         if heard is None:
@@ -143,21 +144,21 @@ class StepCheck:
         named = self._meter.first_bad_gradient(index) if fault.place == "gradient" and not reading.finite else None
         return fault if named is None else replace(fault, place=named)
 
-    def fault_of_loss(self, loss: Tensor | None, optimizer_index: int) -> Fault | None:
+    def fault_of_loss(self, loss: Tensor | None) -> Fault | None:
         """The fault of one micro-batch's loss, before its backward pass; ``None`` if reading the loss would wait."""
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
         if value - value == 0.0 or self._context.state.bad_losses_usual:
             return None
-        reading = Reading(self._context.state.step + 1, optimizer_index, value, None, finite=False, loss_finite=False)
+        reading = Reading(self._context.state.step + 1, _OPTIMIZER, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
 
-    def fault_of_gradients(self, optimizer_index: int) -> Fault | None:
+    def fault_of_gradients(self) -> Fault | None:
         """The certain fault of the gradients accumulated so far; ``None`` without one. Reads from the device."""
-        norm = self._meter.gradient_norm(optimizer_index)
-        finite = self._meter.first_bad_gradient(optimizer_index) is None
-        return self._fault_of(Reading(self._context.state.step + 1, optimizer_index, None, norm, finite=finite))
+        norm = self._meter.gradient_norm(_OPTIMIZER)
+        finite = self._meter.first_bad_gradient(_OPTIMIZER) is None
+        return self._fault_of(Reading(self._context.state.step + 1, _OPTIMIZER, None, norm, finite=finite))
 
     def rewind(self) -> None:
         """Restore the buffers, metrics and means that the present batch or window of accumulation has changed."""

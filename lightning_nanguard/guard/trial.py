@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from statistics import fmean
@@ -14,9 +14,9 @@ from lightning_nanguard.decide.trial import (
     has_fallen,
     is_enough,
     judge_trial,
+    lead,
     may_begin,
     pick_arm,
-    share_above,
 )
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
@@ -24,6 +24,7 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.record.trials import HeldTrial, Outcome
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Fault, Reading, Trial
 
 
@@ -38,8 +39,8 @@ class _Arm:
         """Whether it continues from the best snapshot, at the present rate."""
         return self.factor == 1
 
-    def newest(self) -> float:
-        return _mean(self.losses[len(self.losses) // 2 :])
+    def newest(self, batches: int) -> float:
+        return _mean(self.losses[-batches:])
 
 
 @dataclass(slots=True)
@@ -49,23 +50,18 @@ class _Comparison:
     Attributes:
         arm: The arm.
         batches: Number of batches.
-        signs: Share of the batches that have to agree.
+        limits: What the comparison has to show.
         final: Whether the trial ends with it.
         under: Losses so far under each of the states, and those of the run.
-        against: Number of batches so far on which the arm is not better, for each state that it has to be better than.
+        open: Whether the arm leads so far. Half of the batches show it.
     """
 
     arm: _Arm
     batches: int
-    signs: float
+    limits: TrialThresholds
     final: bool
     under: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    against: Counter[str] = field(default_factory=Counter)
-
-    @property
-    def open(self) -> bool:
-        """Whether enough batches may still agree."""
-        return (self.batches - max(self.against.values(), default=0)) / self.batches >= self.signs
+    open: bool = True
 
     @property
     def complete(self) -> bool:
@@ -74,9 +70,10 @@ class _Comparison:
 
     def add(self, name: str, loss: float) -> None:
         """Add the loss of the newest batch under a state."""
-        self.under[name].append(loss)
-        if name != "best":  # the run may have lost what it had learned there
-            self.against[name] += not share_above([loss], self.arm.losses[-1:])
+        known = self.under[name]
+        known.append(loss)
+        if name != "best" and 2 * len(known) >= self.batches:  # the run may have lost what it had learned in the best
+            self.open &= lead(self.arm.losses[-len(known) :], known, self.limits) > 0
 
 
 @dataclass(slots=True)
@@ -264,7 +261,6 @@ class TrialRunner:
                 if compared is None or not (compared.complete or (compared.final and not compared.open)):
                     return None
                 running.comparison = None
-                # If too few batches can agree, the rest of the trial cannot change its result.
                 losses = self._losses(running, compared) if compared.open else None
         if losses is None and compared.open:
             self._end("no result", "the batches before it could not be run again")
@@ -274,7 +270,7 @@ class TrialRunner:
     def _judge(self, running: _Running, compared: _Comparison, losses: TrialLosses | None) -> bool:
         """End the trial, unless more updates may show more, and return whether it has ended."""
         arm = compared.arm
-        trial = Trial() if losses is None else judge_trial(losses, replace(self._limits, signs=compared.signs))
+        trial = Trial() if losses is None else judge_trial(losses, compared.limits)
         if not compared.final:
             # The arms of a second trial are all near the best rate of the first one.
             found = running.before > 0 or self._is_best(running, arm)
@@ -302,9 +298,9 @@ class TrialRunner:
 
     def _is_best(self, running: _Running, arm: _Arm) -> bool:
         """Whether an arm is better than all others, so that its rate is clearly the right one of those tried."""
-        judged, signs = -self._judged(running.updates), self._limits.signs
+        judged = -self._judged(running.updates)
         others = (one for one in running.arms if one is not arm)
-        return all(share_above(other.losses[judged:], arm.losses[judged:]) >= signs for other in others)
+        return all(lead(arm.losses[judged:], other.losses[judged:], self._limits) > 0 for other in others)
 
     def _losses(self, running: _Running, compared: _Comparison) -> TrialLosses | None:
         arm, under = compared.arm, compared.under
@@ -336,9 +332,10 @@ class TrialRunner:
             batches = self._judged(end)
             if running.updates == end - batches + 1:
                 arm = self._best(running.arms, slice(-batches - 1, -1))
-                # In ordered data a few batches may all be of a kind. So before the end all of them have to agree.
                 final = end == limits.updates
-                running.comparison = _Comparison(arm, batches, limits.signs if final else 1.0, final)
+                # In ordered data a few batches may all be of a kind. So more of them are left out before the end.
+                strict = limits if final else replace(limits, left_out=limits.left_out_early)
+                running.comparison = _Comparison(arm, batches, strict, final)
         return self._compare(running, loss)
 
     def _compare(self, running: _Running, loss: float) -> bool:
@@ -358,24 +355,26 @@ class TrialRunner:
         return True
 
     def _pick(self, running: _Running) -> bool:
-        """Keep the best arms; try lower rates if even the lowest rate raises the loss."""
+        """Keep the best arms; try lower rates, too, if even the best arm raises the loss."""
         limits, restarts = self._limits, [arm for arm in running.arms if not arm.from_best]
-        best, lowest = min(restarts, key=_Arm.newest), min(arm.factor for arm in restarts)
+        newest = limits.picked_after // 2
+        best, lowest = min(restarts, key=lambda arm: arm.newest(newest)), min(arm.factor for arm in restarts)
         nearest = sorted(restarts, key=lambda arm: (arm.factor > best.factor, abs(math.log(arm.factor / best.factor))))
-        ahead = [arm for arm in running.arms if arm.from_best and arm.newest() < best.newest()]
+        ahead = [arm for arm in running.arms if arm.from_best and arm.newest(newest) < best.newest(newest)]
         running.arms = [*nearest[: limits.picked], *ahead]
         # A continued arm has shown that it learns.
         learns = bool(running.before or ahead)
         if not learns and lowest > limits.least_factor and self._raises_the_loss(running, best):
-            start = running.states["start"]
-            running.arms = self._arms(start, [lowest * factor for factor in limits.factors[: self._room()]])
+            # In ordered data it may be the newest batches that raise it. So the best arms go on beside the lower rates.
+            lower = [lowest * factor for factor in limits.factors[: max(0, self._room() - len(running.arms))]]
+            running.arms += self._arms(running.states["start"], lower)
             running.updates, running.start = 0, []
         return bool(running.arms)
 
     def _raises_the_loss(self, running: _Running, arm: _Arm) -> bool:
         """Whether an arm that began at the start is worse than the start on the newest batches."""
         judged = -self._judged(self._limits.picked_after)
-        return share_above(arm.losses[judged:], running.start[judged:]) >= self._limits.signs
+        return lead(running.start[judged:], arm.losses[judged:], self._limits) > 0
 
     def _arms(self, base: Snapshot, factors: Sequence[float]) -> list[_Arm]:
         branches = [(factor, self._branches.of(base, factor)) for factor in factors]

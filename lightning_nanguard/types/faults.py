@@ -36,10 +36,15 @@ class Reading(NamedTuple):
     loss_scale: float | None = None
 
     @property
+    def gradient_finite(self) -> bool:
+        """Whether the gradient is finite, as far as it was measured."""
+        return self.grad_norm is None or math.isfinite(self.grad_norm)
+
+    @property
     def loss_is_bad_alone(self) -> bool:
         """Whether the loss is not finite and the gradient is, so that nothing bad would reach the weights."""
         bad = self.loss is not None and not self.loss_finite
-        return bad and self.grad_norm is not None and math.isfinite(self.grad_norm)
+        return bad and self.grad_norm is not None and self.gradient_finite
 
     @property
     def stream(self) -> int:

@@ -52,7 +52,7 @@ def levels(run: float, without: float, noise: float = 0.0) -> tuple[list[float],
     ],
 )
 def test_size_decides(run: float, without: float, start: float | None, verdict: str, back: bool, plain: bool) -> None:
-    """Which is better is said where nearly all batches agree and the share is clear, and what cost is taken back; a
+    """Which is better is said where a few batches do not decide it and the share is clear. What cost is taken back. A
     share above a half is plain."""
     assert judge_receipt(*levels(run, without), start, LIMITS) == (verdict, back, plain)
 
@@ -61,7 +61,7 @@ def test_noise_is_no_difference() -> None:
     """Where batches disagree, nothing is said and nothing is taken back."""
     mine, other = levels(1.2, 1.0, noise=1.0)
     assert judge_receipt(mine, other, 3.0, LIMITS) == ("no difference", False, False)
-    assert judge_receipt(mine, other, 3.0, replace(LIMITS, signs=0.0, lacks=0.0))[0] == "gained"
+    assert judge_receipt(mine, other, 3.0, replace(LIMITS, left_out=0.0, lacks=0.0))[0] == "gained"
 
 
 @given(st.integers(-60, 60), st.tuples(*[st.floats(0.1, 10.0)] * 3), st.floats(0.0, 0.5))

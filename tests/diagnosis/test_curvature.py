@@ -16,7 +16,6 @@ from lightning_nanguard.diagnosis.curvature import (
     curvature_along_update,
     dot,
     extreme_eigenvalues,
-    largest_stable_rate,
     steepest,
     typical,
     update_direction,
@@ -112,7 +111,7 @@ def test_above_the_stable_rate_the_loss_rises() -> None:
     def loss(at: Tensor) -> Tensor:
         return 0.5 * (scales * at.square()).sum()
 
-    rate = largest_stable_rate(lambda: loss(w), [w])
+    rate = Hessian(lambda: loss(w), [w]).along().largest_rate
     assert rate is not None
     gradient = scales * w
     assert loss(w - 0.99 * rate * gradient) < loss(w) < loss(w - 1.01 * rate * gradient)
@@ -176,7 +175,7 @@ def test_without_scipy_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> No
     step, parameters = problem(net), list(net.parameters())
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[curvature\]"):
         extreme_eigenvalues(Hessian(step, parameters))
-    assert largest_stable_rate(step, parameters) is not None
+    assert Hessian(step, parameters).along().largest_rate is not None
 
 
 def test_a_loss_without_weights_is_refused() -> None:

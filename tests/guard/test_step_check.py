@@ -38,7 +38,7 @@ def at_step(loss: float = 1.0, gradient: float = 0.1, **options: Any) -> tuple[P
 def test_only_what_is_certain_is_a_fault(loss: float, gradient: float, kind: str | None, place: str | None) -> None:
     """A loss or gradient that is not finite or overflows, named; a spike may be sound and is none."""
     _, check = at_step(loss, gradient)
-    fault = check.fault(0, careful=False)
+    fault = check.fault(careful=False)
     assert (fault and fault.kind, fault and fault.place) == (kind, place)
 
 
@@ -46,7 +46,7 @@ def test_only_what_is_certain_is_a_fault(loss: float, gradient: float, kind: str
 def test_the_reading_is_taken_once(careful: bool) -> None:
     """What the guard judges before the step is what was read here, unless somebody has changed a gradient since."""
     loop, check = at_step()
-    assert check.fault(0, careful=careful) is None
+    assert check.fault(careful=careful) is None
     loop.net.weight.grad.mul_(3.0)  # type: ignore[union-attr, operator]
     loop.guard.before_step(0)
     reading = loop.guard._parts.judge.readings[-1]
@@ -58,7 +58,7 @@ def test_the_reading_is_taken_once(careful: bool) -> None:
 def test_nothing_is_read_where_readings_are_late() -> None:
     """The device would have to be waited for."""
     _, check = at_step(math.nan, settings=Settings(snapshot_every=4, deferred=True), fused=True)
-    assert check.fault(0, careful=False) is None
+    assert check.fault(careful=False) is None
 
 
 def test_a_guard_that_observes_makes_no_step_again() -> None:
@@ -70,13 +70,13 @@ def test_a_guard_that_observes_makes_no_step_again() -> None:
 def test_losses_of_micro_batches() -> None:
     """One that is not finite is found on the host before its backward pass."""
     _, check = at_step()
-    assert check.fault_of_loss(torch.tensor(1.0), 0) is None
-    assert check.fault_of_loss(None, 0) is None
-    assert check.fault_of_loss(torch.ones(2) * math.nan, 0) is None
-    fault = check.fault_of_loss(torch.tensor(math.inf), 0)
+    assert check.fault_of_loss(torch.tensor(1.0)) is None
+    assert check.fault_of_loss(None) is None
+    assert check.fault_of_loss(torch.ones(2) * math.nan) is None
+    fault = check.fault_of_loss(torch.tensor(math.inf))
     assert fault is not None
     assert fault.kind == "non_finite_loss"
-    assert check.fault_of_gradients(0) is None
+    assert check.fault_of_gradients() is None
 
 
 def test_records_say_how_often() -> None:

@@ -57,7 +57,7 @@ class Attempts:
         result = self._forward_among_ranks(forward) if self.together else forward()
         self._forward_over = True
         if not self.together and self.accumulating() and self.may_repeat() and not self.may_pass:
-            fault = self._check.fault_of_loss(result.closure_loss, 0)
+            fault = self._check.fault_of_loss(result.closure_loss)
             if fault is not None:
                 raise BadLossError(fault, result)
         return result
@@ -77,7 +77,7 @@ class Attempts:
             return original(*args, **kwargs)
         except Exception as error:
             numeric = is_numeric(error) and not is_from_callback(error, self._parts.listens)
-            if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time(0))):
+            if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
                 raise
             self._caught = error
             return nan_loss(self._parts.module)
@@ -128,7 +128,7 @@ class Attempts:
             extreme: Whether a finite loss that is far too large counts as a fault.
         """
         self._window.weigh(self._gradients)
-        return self._check.fault(0, careful=self._careful, extreme=extreme)
+        return self._check.fault(careful=self._careful, extreme=extreme)
 
     @contextmanager
     def repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:

@@ -131,7 +131,7 @@ class RanksAgain:
         with logging_for(self._parts.trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         loss = getattr(outcome.result, "closure_loss", None)
-        fault = self._check.fault_of_loss(loss, 0) or self._check.fault_of_gradients(0)
+        fault = self._check.fault_of_loss(loss) or self._check.fault_of_gradients()
         if fault is None and outcome.caught is None:
             return False
         trace.undo()

@@ -152,14 +152,13 @@ class UpdatesAgain:
         while len(kept) >= max(1, self._room):
             kept.popleft()
         # After a gap, the kept updates begin at the pending snapshot, which may be certified before they are needed.
-        newest = ring.pending or (ring.certified[0] if ring.certified else None)
+        newest = ring.pending or next(iter(ring.certified), None)
         first = number if newest is None else self._first_after(newest)
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
         if self._room and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
             scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
-            newest = ring.pending or next(iter(ring.certified), None)
             before: Sequence[Callable[[], None]] = ()
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()

@@ -101,7 +101,7 @@ class WindowAgain:
             outcome = self._runs.attempt(micro, steps=False)
         self._runs.may_pass = False
         if outcome.good:
-            outcome.fault = self._check.fault_of_gradients(0)
+            outcome.fault = self._check.fault_of_gradients()
         return outcome
 
     def _undo(
