@@ -228,6 +228,14 @@ class NaNGuard(DisplayedGuard):
             fit.keep_last_good(given.last_good_every_n_steps)
         self._note_resumed(fit)
 
+    def _guard_other_optimizers(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Go on as in a resumed run. Snapshots from before do not fit the new optimizers."""
+        fit.say_optimizers_changed()
+        fit.guard.flush()
+        self._resumed, self._resumed_run = fit.guard.state_dict(), fit.folder.run_id
+        fit.close()
+        self.on_train_start(trainer, pl_module)
+
     def _note_resumed(self, fit: Fit) -> None:
         self._undo_gate()
         gate, self._gate = self._gate, None
@@ -237,6 +245,8 @@ class NaNGuard(DisplayedGuard):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copy what the batch may change."""
+        if self._fit is not None and self._fit.has_other_optimizers() and not self._fit.guard.in_window:
+            self._guard_other_optimizers(self._fit, trainer, pl_module)
         fit = self._fit
         if fit is None:
             self._say_unwatched()

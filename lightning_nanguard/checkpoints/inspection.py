@@ -95,7 +95,7 @@ def inspect(
     path: Path,
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
-    infinite: Collection[str] | None = None,
+    own: Collection[str] | None = None,
 ) -> Inspection:
     """Check a checkpoint file, on the CPU and without running code from it.
 
@@ -104,7 +104,7 @@ def inspect(
         weights: The module's parameters and buffers; ``None`` uses the names in the file's ``state_dict``.
         allowed: Elements of weights and buffers that are non-finite by design; ``None`` allows −inf in every tensor
             whose name says that it is a mask.
-        infinite: Names of the buffers that may hold Inf; ``None`` for buffers whose name says that they are an extreme.
+        own: Names of the buffers that are not checked; ``None`` for buffers whose name says that they are an extreme.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -131,13 +131,13 @@ def inspect(
         weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
     if allowed is None:
         allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
-    if infinite is None:
-        infinite = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
+    if own is None:
+        own = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
     step = checkpoint.get("global_step")
     return Inspection(
         path,
         "",
-        tuple(poisoned(checkpoint, weights, allowed, infinite)),
+        tuple(poisoned(checkpoint, weights, allowed, own)),
         step if isinstance(step, int) else None,
         "optimizer_states" in checkpoint and "loops" in checkpoint,
         run_of(checkpoint),
@@ -169,7 +169,7 @@ def newest_good(
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
     wanted: Callable[[Inspection], bool] = lambda found: True,
-    infinite: Collection[str] | None = None,
+    own: Collection[str] | None = None,
 ) -> Inspection | None:
     """The newest checkpoint file, by time of writing, from which a run may be resumed.
 
@@ -179,12 +179,12 @@ def newest_good(
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
         wanted: Whether a good file is accepted. If not, the next older one is tried.
-        infinite: See :func:`inspect`.
+        own: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
     files = {file.resolve() for file in checkpoint_files(folders)}
     for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
-        found = inspect(file, weights, allowed, infinite)
+        found = inspect(file, weights, allowed, own)
         if found.good() and wanted(found):
             return found
     return None

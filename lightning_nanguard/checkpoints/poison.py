@@ -17,7 +17,7 @@ def poisoned(
     checkpoint: Mapping[str, Any],
     weights: Mapping[str, Tensor],
     allowed: Mapping[StateKey, Tensor],
-    infinite: Collection[str] = (),
+    own: Collection[str] = (),
 ) -> list[str]:
     """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
 
@@ -28,7 +28,7 @@ def poisoned(
         weights: The module's parameters and buffers. A tensor with the name and the shape of one counts as a weight.
         allowed: Elements of weights and buffers that are non-finite by design, from
             :func:`lightning_nanguard.state.finite.allowances`.
-        infinite: Names of the buffers that may hold Inf, from :func:`lightning_nanguard.state.finite.may_be_infinite`.
+        own: Names of the buffers that are not checked, from :func:`lightning_nanguard.state.finite.own_buffers`.
 
     Example:
         >>> weights = {"w": torch.ones(2)}
@@ -40,12 +40,11 @@ def poisoned(
     bad = []
     for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
-        own, values = unwrapped(name), dense_values(tensor)
-        wrong = torch.isnan(values) if own in infinite else ~torch.isfinite(values)
-        mask = allowed.get(("buffer", own), allowed.get(("parameter", own)))
+        weight, wrong = unwrapped(name), ~torch.isfinite(dense_values(tensor))
+        mask = allowed.get(("buffer", weight), allowed.get(("parameter", weight)))
         if mask is not None and mask.shape == wrong.shape:
             wrong &= ~mask.to(wrong.device)
-        if bool(wrong.any()):
+        if weight not in own and bool(wrong.any()):
             bad.append(f"{'/'.join(where)}: {name}")
     return bad
 

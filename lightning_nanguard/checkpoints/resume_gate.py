@@ -21,7 +21,7 @@ from lightning_nanguard.checkpoints.inspection import (
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
-from lightning_nanguard.state.finite import allowances, may_be_infinite
+from lightning_nanguard.state.finite import allowances, own_buffers
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
 
@@ -78,8 +78,8 @@ class ResumeGate:
         allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
         missing = content is None and not path.exists()
         wrong = "there is no such file" if missing else damage(path)
-        infinite = may_be_infinite(self._module)
-        tensors = poisoned(content, named, allowed, infinite) if content is not None else []
+        own_names = own_buffers(self._module)
+        tensors = poisoned(content, named, allowed, own_names) if content is not None else []
         if not wrong and not tensors:
             return None  # it is good, or the error has another cause and must reach the user
         reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
@@ -96,9 +96,7 @@ class ResumeGate:
 
         def newest(own: bool) -> Inspection | None:
             wanted = (lambda found: found.run == run) if own else (lambda found: True)
-            return newest_good(
-                nearby, other_than=path, weights=named, allowed=allowed, infinite=infinite, wanted=wanted
-            )
+            return newest_good(nearby, other_than=path, weights=named, allowed=allowed, own=own_names, wanted=wanted)
 
         other = newest(own=run is not None)
         if self._take and other is not None and run is not None:

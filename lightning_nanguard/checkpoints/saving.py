@@ -96,7 +96,7 @@ class SaveGuard:
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # only rank 0 writes
         weights = {key[1]: leaf for key, leaf in self._learner.weights()}
-        bad = poisoned(checkpoint, weights, self._finite.allowed, self._finite.infinite)
+        bad = poisoned(checkpoint, weights, self._finite.allowed, self._finite.own)
         if self._ranks.sharded:
             # Each rank has checked only its own shards. If one rank mended its checkpoint, it would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)  # without slots, because jsonargparse refers to it weakly
 class Budget:
     """Limits how often the guard may act. The run is stopped when a limit is exceeded.
 

@@ -26,11 +26,13 @@ def judge_receipt(
         >>> judge_receipt([2.0] * 8, [1.0] * 8, 3.0, TrialThresholds())
         ('cost', True, False)
     """
-    gained, cost = lead(run, without, limits), lead(without, run, limits)
-    difference = max(gained, cost)
-    learned = math.nan if start is None else start - min(median(run), median(without))
-    # As in a trial, a small difference does not count, even if it is significant.
-    if not difference > 0 or (learned > 0 and difference <= limits.lacks * learned):
+    gained, cost = lead(run, without, limits) > 0, lead(without, run, limits) > 0
+    if not (gained or cost):
         return "no difference", False, False
-    plain = learned > 0 and difference > limits.plain * learned
-    return ("gained", False, plain) if gained > 0 else ("cost", bool(learned > 0), plain)
+    mine, other = median(run), median(without)
+    learned = math.nan if start is None else start - min(mine, other)
+    # As in a trial, a small difference does not count, even if it is significant.
+    if learned > 0 and abs(mine - other) <= limits.lacks * learned:
+        return "no difference", False, False
+    plain = learned > 0 and not abs(mine - other) <= limits.plain * learned
+    return ("gained", False, plain) if gained else ("cost", bool(learned > 0), plain)

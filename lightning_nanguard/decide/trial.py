@@ -160,10 +160,15 @@ def lead(ahead: Sequence[float], behind: Sequence[float], limits: TrialThreshold
         >>> lead([1.0, 1.0, 1.0, 1.0, 1.0], [900.0, 2.0, 2.0, 0.0, 0.0], TrialThresholds())
         0.0
     """
-    # A loss that is not finite is higher than any number.
-    gains = sorted(
-        (high - low if math.isfinite(low) and math.isfinite(high) else -math.inf if math.isfinite(high) else math.inf)
-        for low, high in zip(ahead, behind, strict=True)
-    )
+    gains = sorted(_gain(low, high) for low, high in zip(ahead, behind, strict=True))
     kept = gains[: int(len(gains) * (1 - limits.left_out))]
-    return fmean(kept) if kept else 0.0
+    if not kept or kept[0] == -math.inf:
+        return -math.inf
+    return fmean(kept)
+
+
+def _gain(low: float, high: float) -> float:
+    # A loss that is not finite is higher than any number.
+    if not math.isfinite(low):
+        return -math.inf
+    return high - low if math.isfinite(high) else math.inf

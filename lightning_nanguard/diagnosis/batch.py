@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from operator import attrgetter
 from typing import Any
 
@@ -21,8 +21,17 @@ _TARGETS = ("target", "targets", "label", "labels", "y")
 _DATA = DataThresholds()
 
 
-def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA) -> Clues:
-    """Measure the values of a batch, without running the model."""
+def batch_clues(
+    batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA, *, count: int | None = None
+) -> Clues:
+    """Measure the values of a batch, without running the model.
+
+    Args:
+        batch: The batch.
+        module: The module trained.
+        thresholds: When a number is an outlier.
+        count: Number of its samples; ``None`` if it is not known. Then the first axis of each tensor counts them.
+    """
     fields = dict(named_tensors(mapped(batch, _padded, PackedSequence)))
     targets = target_fields(batch, fields)
     inputs = [
@@ -31,7 +40,7 @@ def batch_clues(batch: Any, module: nn.Module, thresholds: DataThresholds = _DAT
     known = [one for one in inputs if one is not None]
     target = next((found for name in targets if (found := _range(name, fields[name], thresholds)) is not None), None)
     return Clues(
-        bad_fields=tuple(bad for name, t in fields.items() if (bad := _bad_field(name, t)) is not None),
+        bad_fields=tuple(bad for name, t in fields.items() if (bad := _bad_field(name, t, fields, count)) is not None),
         inputs=max(known, key=attrgetter("largest"), default=None),
         target=target,
         normalises=_normalises(module),
@@ -61,10 +70,29 @@ def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
     return [name for name in fields if name.rsplit(".", 1)[-1].lower() in _TARGETS]
 
 
-def _bad_field(name: str, tensor: Tensor) -> BadField | None:
+def _bad_field(name: str, tensor: Tensor, fields: Iterable[str], count: int | None) -> BadField | None:
     if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
         return None
-    return BadField(name, *_bad_places(local(tensor).detach()))
+    values = local(tensor).detach()
+    if count is None or not is_plain(values) or values.shape[:1] == (count,):
+        return BadField(name, *_bad_places(values))
+    sample = _place_among(name, fields, count)
+    if sample is not None:
+        return BadField(name, (sample,))
+    if values.shape[1:2] == (count,):  # time is the first axis
+        return BadField(name, *_bad_places(values.transpose(0, 1)))
+    return BadField(name, ())
+
+
+def _place_among(name: str, fields: Iterable[str], count: int) -> int | None:
+    """The place of a field in a list with one part for each sample, such as a list of images."""
+    parts = name.split(".")
+    others = [other.split(".") for other in fields]
+    for depth, part in enumerate(parts):
+        places = {other[depth] for other in others if other[:depth] == parts[:depth] and len(other) > depth}
+        if len(places) == count and all(place.isdecimal() for place in places):
+            return int(part)
+    return None
 
 
 def _bad_places(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...]]:

@@ -138,7 +138,7 @@ class Diagnostician:
     ) -> Case:
         fault, evidence = case.fault, case.evidence
         module, data = self._learner.module, self._thresholds.data
-        clues = [batch_clues(micro.batch, module, data) for micro in micros]
+        clues = [batch_clues(micro.batch, module, data, count=micro.drawn) for micro in micros]
         if any(one.bad_fields for one in clues):
             usual = non_finite_fields(healthy)
             clues = [replace(one, bad_fields=tuple(f for f in one.bad_fields if f.field not in usual)) for one in clues]

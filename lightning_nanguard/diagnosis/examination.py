@@ -123,7 +123,7 @@ class Examination:
             raise ValueError("Examination.case(micros=()): at least one batch is needed.")
         limits, module, newest = self._thresholds, self._learner.module, micros[-1]
         step = partial(self._step, newest, True)
-        clues = batch_clues(newest.batch, module, limits.data)
+        clues = batch_clues(newest.batch, module, limits.data, count=newest.drawn)
         if course.high(limits.plateau):
             clues = replace(clues, labels=label_relation([micro.batch for micro in micros], limits.labels))
         case = Case(evidence=evidence, clues=clues, course=course)

@@ -69,7 +69,9 @@ class HyperparameterWatch:
         if len(self._context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
         cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
-        fault = Fault(cause, "learner", place, first.number, message)
+        fault = Fault(
+            "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
+        )
         finding = Finding(
             cause,
             confidence=1.0,
@@ -78,4 +80,5 @@ class HyperparameterWatch:
             suggestion=f"Correct {scheduler or f'the code that sets the {what}'}: {message}.",
         )
         word = "skip" if left_out else "hold rate" if is_rate else "hold value"
-        self._recorder.record(fault, place, (word,), self._context.rate.effective(), finding)
+        clock = self._recorder.now(unmade=True)
+        self._recorder.record(fault, place, (word,), self._context.rate.effective(), finding, clock=clock)

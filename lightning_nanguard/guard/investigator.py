@@ -135,6 +135,9 @@ class Investigator:
             (None, ()) if known.undo else first_over_ranks(self._ranks, self._context.finite.corrupt(unchanged))
         )
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
+        finite = reading.finite and reading.loss_finite and not fault.only_if_corrupt
+        if bad is None and not (known.undo or finite or batch_finite is False):
+            bad, corrupted = first_over_ranks(self._ranks, self._spoilt_buffer(unchanged))
         known = replace(
             known,
             corrupt=bad,
@@ -151,6 +154,13 @@ class Investigator:
         )
         known = self._look_at_weights(fault, reading, history, known, target)
         return self._look_at_rates(fault, history, known, target)
+
+    def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]]) -> str | None:
+        newest = self._ring.newest()
+        if newest is None:
+            return None
+        newest.wait()
+        return self._context.finite.spoilt_buffer(leaves, newest.leaves)
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
         """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""

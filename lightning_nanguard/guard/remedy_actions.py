@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Literal, final
 
 from lightning_nanguard.act.skip import StepSkipper
@@ -66,7 +66,14 @@ class RemedyActions:
         if found.undo is not None:
             # The device has already undone an update that it skipped, and later batches have changed the buffers since.
             found.undo.undo(buffers=not found.late or found.reached)
+            self._restore_buffers(found.undo.written())
             self._skipper.undo()
+
+    def _restore_buffers(self, names: Collection[str]) -> None:
+        """Restore buffers from the newest snapshot. They have not changed between it and the present batch."""
+        snapshot, keys = self._context.ring.newest(), {("buffer", name) for name in names}
+        if keys and snapshot is not None:
+            restore(self._context.learner, snapshot, keep=lambda key: key in keys)
 
     def skip(self) -> None:
         """Undo what the batch of the present fault changed."""

@@ -251,10 +251,11 @@ class StepCheck:
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
         """A tensor that became bad by itself since a snapshot, and how; empty if none is known."""
-        corrupt, _ = self._context.corrupt()
+        context = self._context
+        corrupt = context.corrupt()[0] or context.finite.spoilt_buffer(context.learner.leaves(), snapshot.leaves)
         if corrupt is not None:
             return corrupt, "is no longer finite"
-        change = unexplained_change(self._context.learner, snapshot)
+        change = unexplained_change(context.learner, snapshot)
         return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")
 
     def record_transient(

@@ -40,6 +40,11 @@ class MicroBatch:
     streams: RandomState | None = None
     origin: BatchOrigin | None = None
 
+    @property
+    def drawn(self) -> int | None:
+        """Number of samples that the sampler drew for it; ``None`` if that is not known."""
+        return None if self.origin is None or self.origin.keys is None else len(self.origin.keys)
+
 
 @final
 class BatchHistory:

@@ -1,7 +1,7 @@
 """Undoes what one batch changed, so that the run continues as if a skipped batch had never been there.
 
 It restores buffers (statistics of batch norm), torchmetrics objects of the module, and what ``others`` of the caller
-store (Lightning's running means).
+store (Lightning's running means). Modules that the module only holds in a list or an object count as parts of it.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch.nn.parameter import is_lazy
 from torchmetrics import Metric
 
 from lightning_nanguard.measure.tensors import is_strided
+from lightning_nanguard.state.attributes import reach
 from lightning_nanguard.state.snapshot import clone, put, writable
 from lightning_nanguard.thresholds.batches import BatchUndoThresholds
 
@@ -28,6 +29,8 @@ _logger = logging.getLogger("lightning_nanguard")
 Undo = Callable[[], None]
 
 _DEFAULTS = BatchUndoThresholds()
+# Begins the names of modules that torch does not list. No attribute has such a name.
+_HIDDEN = "hidden module "
 
 
 @final
@@ -59,8 +62,11 @@ class BatchUndo:
         # The buffer dictionaries of modules that have no buffer so far.
         self._empty: list[dict[str, Tensor | None]] = []
         self._metrics: list[_MetricMemory] = []
+        self._hidden_modules: list[nn.Module] = []
         # The plan: the buffers it was made for, their copies by name, and the copies by dtype and device.
         self._planned: list[Tensor | None] | None = None
+        # Each buffer, or None, at its place when the plan was made. The module may put another tensor there.
+        self._places: list[tuple[dict[str, Tensor | None], str, Tensor | None]] = []
         self._saved: dict[str, Tensor] = {}
         self._copies: list[_Copies] = []
         # Copies of sparse, nested and other unusual buffers, each with its version at that time.
@@ -116,7 +122,7 @@ class BatchUndo:
                 torch._foreach_copy_(copies.saved, copies.buffers)
 
     def _list_modules(self) -> None:
-        named = list(self._module.named_modules())
+        named = [*self._module.named_modules(), *self._hidden()]
         known = {id(memory.metric): memory for memory in self._metrics}
         self._metrics = [
             known.get(id(module)) or _MetricMemory(module)
@@ -130,10 +136,18 @@ class BatchUndo:
         ]
         self._empty = [module._buffers for _, module in named if not module._buffers]
 
+    def _hidden(self) -> list[tuple[str, nn.Module]]:
+        """Modules in lists, dictionaries and objects of the module, which torch does not list: a teacher, a helper."""
+        listed = set(map(id, self._module.modules()))
+        found = (one for one in reach(self._module, 0).owners if isinstance(one, nn.Module) and id(one) not in listed)
+        self._hidden_modules = list(found)
+        return [(f"{_HIDDEN}{number}", one) for number, one in enumerate(self._hidden_modules)]
+
     def _plan(self, buffers: list[Tensor | None]) -> None:
         # A lazy buffer keeps its identity when the forward pass makes it, so a plan with one must not last.
         lazy = any(buffer is not None and is_lazy(buffer) for buffer in buffers)
         self._planned = None if lazy else buffers
+        self._places = [(owned, key, buffer) for _, _, owned in self._owners for key, buffer in owned.items()]
         self._saved, self._watched = {}, []
         made = (buffer for buffer in buffers if buffer is not None and not is_lazy(buffer))
         self._odd = [_odd_copy(one) for one in made if not is_strided(one) and not one.is_inference()]
@@ -160,13 +174,22 @@ class BatchUndo:
                 seen.add(id(buffer))
                 yield prefix + key, buffer, normalises
         if self._thorough:
-            for name, parameter in self._module.named_parameters():
+            hidden = (
+                (f"{_HIDDEN}{number}.{name}", parameter)
+                for number, one in enumerate(self._hidden_modules)
+                for name, parameter in one.named_parameters(recurse=False)
+            )
+            for name, parameter in (*self._module.named_parameters(), *hidden):
                 if not (parameter.requires_grad or is_lazy(parameter)) and _copied(parameter):
                     yield name, parameter.data, False
 
     def before(self) -> dict[str, Tensor]:
         """The buffers as they were before the batch, by name. Buffers that it cannot have changed may be missing."""
         return dict(self._saved)
+
+    def written(self) -> list[str]:
+        """Names of the large buffers that this batch was the first to change, so that there is no copy of them."""
+        return [name for name, buffer, version in self._watched if buffer._version != version]
 
     def undo_where(self, bad: Tensor) -> None:
         """Restore buffers if the 0-dim tensor ``bad`` is not 0. The device decides this, and the host does not wait."""
@@ -192,6 +215,9 @@ class BatchUndo:
             undo()
 
     def _undo_buffers(self) -> None:
+        for owned, key, before in self._places:
+            if key in owned and _has_other_shape(owned[key], before):
+                owned[key] = before
         buffers = {name: buffer for name, buffer, _ in self._touchable()}
         with torch.no_grad():
             for name, value in self._saved.items():
@@ -245,6 +271,12 @@ class _Copies:
             for buffer in live:
                 versions.enter_context(_unsafe_preserve_version_counter(buffer))
             torch._foreach_copy_(live, behind)
+
+
+def _has_other_shape(now: Tensor | None, before: Tensor | None) -> bool:
+    if before is None or now is None:
+        return now is not before
+    return not (is_lazy(before) or is_lazy(now)) and now.shape != before.shape
 
 
 def _copied(tensor: Tensor) -> bool:

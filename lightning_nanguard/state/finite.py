@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, final
 
@@ -15,9 +14,6 @@ from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
-
-# Words in the names of buffers that are averages. Nobody sets an average to Inf on purpose.
-_AVERAGES = frozenset({"mean", "var", "variance", "std", "avg", "average", "ema"})
 
 
 def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]:
@@ -33,18 +29,13 @@ def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]
     }
 
 
-def may_be_infinite(module: nn.Module) -> frozenset[str]:
-    """Names of the buffers that may hold Inf at any time: running minima, observers, and others that are no average.
+def own_buffers(module: nn.Module) -> frozenset[str]:
+    """Names of the buffers that no normalisation layer keeps its statistics in. The module may put NaN or Inf there.
 
-    Statistics of normalisation layers, and buffers that are averages by their name, may not.
+    Examples are padded histories, running minima, and means of classes that have not been seen yet.
     """
-    averages = {name for name, layer in module.named_modules() if isinstance(layer, _NormBase)}
-    return frozenset(
-        name
-        for name, _ in module.named_buffers()
-        if name.rpartition(".")[0] not in averages
-        and _AVERAGES.isdisjoint(re.split(r"[\W\d_]+", name.rpartition(".")[2].lower()))
-    )
+    statistics = {name for name, layer in module.named_modules() if isinstance(layer, _NormBase)}
+    return frozenset(name for name, _ in module.named_buffers() if name.rpartition(".")[0] not in statistics)
 
 
 def variances(module: nn.Module) -> frozenset[str]:
@@ -62,17 +53,18 @@ class FiniteCheck:
 
     A negative running variance counts as not finite, because a normalising layer takes its root.
 
-    Elements of weights and buffers that were not finite at the start of the fit are allowed. So is Inf in a buffer that
-    may be set to it at any time (:func:`may_be_infinite`). A buffer that was made or resized since (a mask made in the
-    first forward pass) is not checked, because nothing says what it should hold.
+    Elements of weights and buffers that were not finite at the start of the fit are allowed. The module's own buffers
+    (:func:`own_buffers`) are not checked: as long as loss and gradient are finite, no update depends on what they hold.
+    Only :meth:`spoilt_buffer` looks at them. It does not look at buffers that were made or resized since the start (a
+    mask made in the first forward pass), because nothing says what they should hold.
     """
 
     def __init__(self) -> None:
         self._allowed: dict[StateKey, Tensor] = {}
         self._shapes: dict[StateKey, tuple[Any, ...]] = {}
         self._nan: set[StateKey] = set()
-        self.infinite: frozenset[str] = frozenset()
-        """Names of the buffers that may hold Inf at any time."""
+        self.own: frozenset[str] = frozenset()
+        """Names of the buffers that are not checked."""
         self._variances: frozenset[str] = frozenset()
 
     def begin(self, learner: Learner) -> None:
@@ -81,7 +73,7 @@ class FiniteCheck:
         self._allowed = allowances(weights.items())
         self._nan = {key for key in self._allowed if bool(torch.isnan(dense_values(weights[key])).any())}
         self._shapes = {key: shape_of(leaf) for key, leaf in weights.items() if key[0] == "buffer"}
-        self.infinite = may_be_infinite(learner.module)
+        self.own = own_buffers(learner.module)
         self._variances = variances(learner.module)
 
     @property
@@ -105,8 +97,28 @@ class FiniteCheck:
                 return f"the root of {describe(key)}" if negative else describe(key)
         return None
 
+    def spoilt_buffer(self, leaves: Iterable[tuple[StateKey, Any]], before: Mapping[StateKey, Any]) -> str | None:
+        """Name of the first of the module's own buffers that holds NaN, and held none before; ``None`` without one.
+
+        Args:
+            leaves: The present state.
+            before: An earlier state with which the updates were finite.
+        """
+
+        def has_nan(leaf: Any) -> bool:
+            return any(bool(torch.isnan(dense_values(one)).any()) for one in nested_tensors(leaf) if _is_number(one))
+
+        spoilt = (
+            key
+            for key, leaf in leaves
+            if key[0] == "buffer" and key[1] in self.own and self._shapes.get(key) == shape_of(leaf)
+            if key in before and has_nan(leaf) and not has_nan(before[key])
+        )
+        found = next(spoilt, None)
+        return None if found is None else describe(found)
+
     def _is_corrupt(self, key: StateKey, values: Tensor) -> bool:
-        bad = torch.isnan(values) if _name_of_buffer(key) in self.infinite else ~torch.isfinite(values)
+        bad = ~torch.isfinite(values)
         known = self._known(key, values)
         if known is not None:
             source, mask = known
@@ -127,8 +139,8 @@ class FiniteCheck:
 
     def _checked(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         for key, leaf in leaves:
-            if key[0] == "own":
-                continue  # Inf may be intended, as in the best loss so far
+            if key[0] == "own" or _name_of_buffer(key) in self.own:
+                continue  # NaN or Inf may be intended, as in the best loss so far
             for tensor in nested_tensors(leaf):
                 if key[0] != "buffer" or self._shapes.get(key) == shape_of(tensor):
                     yield key, tensor.sqrt() if self._is_variance(key) else tensor
@@ -150,6 +162,10 @@ def _sources(key: StateKey) -> tuple[StateKey, ...]:
     if key[0] == "average":
         return key, ("buffer", unwrapped(key[2])), ("parameter", unwrapped(key[2]))
     return (key, ("parameter", key[2])) if key[0] == "optimizer" else (key,)
+
+
+def _is_number(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _name_of_buffer(key: StateKey) -> str | None:

@@ -35,7 +35,7 @@ from lightning_nanguard.trainer.private.training_step import (
     run_training_step,
 )
 from lightning_nanguard.trainer.private.untraced import unlogged, untraced
-from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -193,12 +193,7 @@ class TrainerBatchReplay:
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For each healthy batch that is kept, a function that returns its loss under the present weights."""
-
-        def loss(batch: Any, batch_idx: int) -> float | None:
-            with torch.no_grad():
-                return self._loss(batch, batch_idx)
-
-        return [partial(loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
+        return [partial(self._loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
 
     def trainable(self) -> bool:
         """Whether everything that an update needs is kept, so that it can be made from another state."""
@@ -267,8 +262,7 @@ class TrainerBatchReplay:
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the present weights."""
-        with torch.no_grad():
-            return self._loss(*self._at_hand()[index])
+        return self._loss(*self._at_hand()[index])
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
@@ -291,6 +285,7 @@ class TrainerBatchReplay:
         return value
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
+        # With gradients, because the loss itself may need some: of inputs, or of an inner step.
         return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
 
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
@@ -310,7 +305,7 @@ class TrainerBatchReplay:
             # An error in a repeated pass must not end the run. All ranks must learn of it, because the ranks without
             # an error would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
-            value = math.nan if is_numeric(error) else None
+            value = math.nan if may_be_numeric(error, self.batch) else None
         return mean_over_ranks(self._ranks, value)
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:

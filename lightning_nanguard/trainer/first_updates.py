@@ -234,7 +234,7 @@ class FirstUpdates:
                 untrained=untrained if name in suspects else None,
                 copy=name in copies,
                 moved=not torch.equal(start[name], self._named[name].detach())
-                if name in self._waiting and name in start
+                if (name in self._waiting or name in self._unoptimized) and name in start
                 else None,
             )
             for name in self._named

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
+from operator import is_not
 from typing import Any, final
 
 import torch
@@ -99,6 +100,7 @@ class Fit:
         self.carried: CarriedAttributes | None = None
         self._accumulates = accumulation(trainer)
         self._unknown: set[int] = set()
+        self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
 
     def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
@@ -198,6 +200,17 @@ class Fit:
         rate.update(torch.tensor(math.nan), times=bad)
         rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
         return float(rate.compute())
+
+    def has_other_optimizers(self) -> bool:
+        """Whether the user's code has replaced optimizers since the guard was built."""
+        now = self._trainer.optimizers
+        return len(now) != len(self._optimizers) or any(map(is_not, now, self._optimizers))
+
+    def say_optimizers_changed(self) -> None:
+        """Log that the guard starts again with other optimizers."""
+        rank_zero_info(
+            "NaNGuard: the optimizers were replaced. The new ones are guarded, and snapshots from before are dropped."
+        )
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that is about to step; ``None`` if it will not, or is not known to the guard."""

@@ -24,6 +24,7 @@ from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
+from lightning_nanguard.diagnosis.rules.arithmetic import RANDOM_DRAW
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
@@ -38,7 +39,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.transfer_hooks import changes_batches
-from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.types import Evidence, Fault, Finding, Row
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -122,7 +123,8 @@ class SampleFinder:
             run: Whether parts of the batches may be run again.
         """
         mine: list[BadSample] = []
-        if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo):
+        by_chance = finding is not None and finding.cause == RANDOM_DRAW
+        if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo) and not by_chance:
             with errors_logged("the samples of a bad batch could not be told"):
                 for micro in micros:
                     mine += self._of(micro, evidence, finding, about, good, run=run)
@@ -162,7 +164,7 @@ class SampleFinder:
         state = (nullcontext() if usable else self._at(good)) if run else None
         with self._parts(micro, state) as bad:
             healthy = self._replay.batches.healthy_before()
-            found = self._search.judged(micro.batch, healthy, bad, _cause(finding))
+            found = self._search.judged(micro.batch, healthy, bad, _cause(finding)) if _has_rows(micro) else {}
         if bad is None and finding is not None and micro is about and self._blames_samples(finding):
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:
@@ -190,13 +192,14 @@ class SampleFinder:
 
     def _without_spread(self, micro: MicroBatch, found: Found) -> Found:
         """Remove the samples that are finite in the data set: a transfer hook has spread NaN over the batch."""
-        keys = None if micro.origin is None else micro.origin.keys
+        origin = micro.origin
+        keys = None if origin is None or not origin.collated else origin.keys  # else the collate function may have
         if keys is None or len(keys) != samples(micro.batch) or not changes_batches(self._trainer, self._module):
             return found
         bad = {index for index, fault in found.items() if fault.cause == NOT_FINITE}
         spread = {index for index in bad if self._holds_non_finite(keys[index]) is False}
-        if micro.origin is not None and spread:
-            self._spread = {(micro.origin.epoch, micro.origin.position): spread}
+        if origin is not None and spread:
+            self._spread = {(origin.epoch, origin.position): spread}
         return {index: fault for index, fault in found.items() if index not in spread}
 
     @contextmanager
@@ -222,7 +225,7 @@ class SampleFinder:
                 step = partial(self._replay.rerun, replace(micro, batch=part), False)
                 found = loss_and_gradient_norm(self._module, step)
         except Exception as error:
-            return True if is_numeric(error) else None
+            return True if may_be_numeric(error, part) else None
         return None if found is None else not all(one - one == 0.0 for one in found)
 
     def _samples(self, micro: MicroBatch, found: Found) -> list[BadSample]:
@@ -232,8 +235,8 @@ class SampleFinder:
         return [
             BadSample(
                 cause=fault.cause,
-                row=self._row(micro, index, not_finite=fault.cause == NOT_FINITE),
-                hash=_hash(micro.batch, index),
+                row=self._row(micro, index, not_finite=fault.cause in (NOT_FINITE, "non_finite_input")),
+                hash=_hash(micro, index),
                 columns=fault.columns,
                 epoch=origin.epoch,
                 batch=micro.index,
@@ -249,10 +252,8 @@ class SampleFinder:
     def _row(self, micro: MicroBatch, index: int, *, not_finite: bool) -> Row | None:
         origin = micro.origin
         rows = None if origin is None else origin.rows()
-        if origin is None or rows is None or origin.keys is None or len(rows) != samples(micro.batch):
+        if origin is None or rows is None or origin.keys is None or index >= len(rows):
             return None
-        if index >= len(rows):
-            return None  # an index into a field of another length, such as the boxes of all images
         # The user's collate function may have changed the order of the samples.
         if not origin.collated and not (not_finite and self._holds_non_finite(origin.keys[index])):
             return None
@@ -304,7 +305,7 @@ class SampleFinder:
         rows = [here[index].row if index in here else self._row(about, index, not_finite=True) for index in indices]
         known = [row for row in rows if row is not None]
         most = self._context.thresholds.records.numbers_per_message
-        hashes = [made for index in indices[:most] if (made := _hash(about.batch, index))]
+        hashes = [made for index in indices[:most] if (made := _hash(about, index))]
         if len(known) < len(rows):
             known = []
             evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}
@@ -319,7 +320,14 @@ def _cause(finding: Finding | None) -> str:
     return finding.cause if finding is not None and finding.scope == "batch" else "loss or gradient not finite"
 
 
-def _hash(batch: Any, index: int) -> str:
-    with suppress(Exception):
-        return hash_of(batch, index)
+def _has_rows(micro: MicroBatch) -> bool:
+    """Whether the first axis of the tensors of a batch counts its samples, as far as it is known."""
+    return micro.drawn is None or micro.drawn == samples(micro.batch)
+
+
+def _hash(micro: MicroBatch, index: int) -> str:
+    """The hash of a sample; empty if the batch cannot be taken apart, so that it would not be found again."""
+    if _has_rows(micro):
+        with suppress(Exception):
+            return hash_of(micro.batch, index)
     return ""

@@ -19,7 +19,7 @@ from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule
-from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome
 from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.trainer.sample_finder import SampleFinder
@@ -151,7 +151,7 @@ class SampleKeeper:
         try:
             whole, one, other = (self._loss(micro, *part) for part in ((0, count), (0, cut), (cut, count)))
         except Exception as error:
-            if not is_numeric(error):
+            if not may_be_numeric(error, micro.batch):
                 _logger.debug("NaNGuard: a part of a batch could not be run: %r", error)
                 return False
             return None

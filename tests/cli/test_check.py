@@ -54,6 +54,15 @@ def test_check_takes_the_classes_of_a_command_line(tmp_path: Path, capsys: pytes
     assert "names no class for the model" in capsys.readouterr().err
 
 
+def test_check_takes_a_budget_by_class_path(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A callback's argument may be given as a class with its arguments, as in the configuration of a run."""
+    path = config(tmp_path)
+    budget = "{class_path: lightning_nanguard.Budget, init_args: {max_rollbacks: 5}}"
+    guard = f"[{{class_path: lightning_nanguard.NaNGuard, init_args: {{budget: {budget}}}}}]"
+    path.write_text(f"{path.read_text()}\ntrainer: {{callbacks: {guard}}}\n")
+    assert main(["check", "--config", str(path)]) == 0, capsys.readouterr().err
+
+
 DATA_FILE = """
 import torch
 from torch.utils.data import DataLoader, TensorDataset

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, pick_arm
+from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, lead, pick_arm
 from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Trial
 
@@ -149,3 +149,11 @@ def test_what_the_run_knows_already_counts_too() -> None:
     ruined = losses(2.0, 2.0, 2.1, 2.2, 1.0)
     assert judge_trial(replace(ruined, earlier_now=[2.0] * 4, earlier_arm=[1.0] * 4), LIMITS).lacks > 0
     assert judge_trial(replace(ruined, earlier_now=[0.5] * 4, earlier_arm=[1.0] * 4), LIMITS) == Trial()
+
+
+def test_losses_that_are_not_finite_are_the_highest() -> None:
+    """A state with one such loss leads nothing, and leads states that have more of them than are left out."""
+    good, lost, both = [1.0] * 5, [1.0] * 4 + [math.nan], [math.inf] * 5
+    assert lead(lost, good, LIMITS) == lead(both, both, LIMITS) == lead([], [], LIMITS) == -math.inf
+    assert lead(good, both, LIMITS) == math.inf
+    assert lead(good, lost, LIMITS) == 0.0

@@ -59,3 +59,21 @@ def test_fields_targets_and_samples(batch: Any, fields: list[str], targets: list
     assert list(found) == fields
     assert target_fields(batch, found) == targets
     assert samples(batch) == count
+
+
+def test_samples_lie_along_the_axis_that_counts_them() -> None:
+    """In a list of images the element is the sample, and with time first the second axis counts the samples. Parts
+    that are joined, such as the nodes of graphs, name no sample."""
+    net, image = nn.Identity(), torch.zeros(3, 2, 2)
+    image[0, 1] = NAN
+    images = [torch.zeros(3, 2, 2) for _ in range(4)]
+    images[2] = image
+    series, nodes = torch.zeros(5, 4, 2), torch.zeros(12, 2)
+    series[:, 3, 1], nodes[7, 0] = NAN, NAN
+    for batch, field in (
+        ((images, torch.zeros(4)), BadField("0.2", (2,))),
+        ({"x": series, "y": torch.zeros(4)}, BadField("x", (3,))),
+        ({"x": nodes, "y": torch.zeros(4)}, BadField("x", ())),
+        ((torch.tensor([0.0, NAN, 0.0, 0.0]), torch.zeros(4)), BadField("0", (1,))),
+    ):
+        assert batch_clues(batch, net, count=4).bad_fields == (field,)

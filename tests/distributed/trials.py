@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 UPDATES = 240
 GOOD, HIGH = 3e-3, 3.0
-FROM = 80
+FROM = 55
 
 
 def made(rank: int) -> list[Batch]:

@@ -80,30 +80,30 @@ def test_nothing_is_certified_while_a_detector_is_undecided() -> None:
 
 
 class Spare(nn.Linear):
-    """A layer with a buffer that takes no part."""
+    """A layer with a parameter that takes no part."""
 
     def __init__(self) -> None:
         super().__init__(3, 1)
-        self.register_buffer("spare", torch.zeros(2))
+        self.spare = nn.Parameter(torch.zeros(2))
 
 
 def test_a_pending_snapshot_that_is_corrupt_is_a_fault() -> None:
-    """NaN in a buffer that no loss tells of is found in the next snapshot, which goes; an older one is restored."""
+    """NaN in a parameter that no loss tells of is found in the next snapshot, which goes; an older one is restored."""
     loop = PlainLoop(net=Spare)
     loop.run(9)
-    loop.net.spare[1] = math.nan
+    loop.net.spare.data[1] = math.nan
     loop.run(10)
     assert remedies(loop) == [("restore",)]
-    assert loop.records[0].place == "buffer spare"
+    assert loop.records[0].place == "parameter spare"
     assert loop.net.spare.tolist() == [0.0, 0.0]
-    assert all(torch.isfinite(one.leaves["buffer", "spare"]).all() for one in loop.guard.context.ring.certified)
+    assert all(torch.isfinite(one.leaves["parameter", "spare"]).all() for one in loop.guard.context.ring.certified)
 
 
 def test_an_observed_snapshot_that_is_corrupt_is_named_once() -> None:
     """It is no longer pending then; what is bad still is found again in the next one, an interval later."""
     loop = PlainLoop(net=Spare, settings=Settings(snapshot_every=4, observe=True))
     loop.run(9)
-    loop.net.spare[1] = math.nan
+    loop.net.spare.data[1] = math.nan
     loop.run(10)
     assert [record.global_step for record in loop.records] == [14, 18]
     assert {record.remedies for record in loop.records} == {("restore",)}

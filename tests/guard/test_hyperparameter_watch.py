@@ -54,7 +54,7 @@ def test_the_update_is_made_at_the_last_valid_rate(
                 group.pop("lr")
     assert differences(*left) == []
     (found,) = guard.interventions
-    assert (found.fault, found.remedies, found.global_step) == ("invalid_learning_rate", ("hold rate",), at)
+    assert (found.fault, found.remedies, found.global_step) == ("invalid_learning_rate", ("hold rate",), at + 1)
     assert found.finding is not None
     assert found.finding.place == "LambdaLR, group 0"
     assert "group 0" in found.message
@@ -133,6 +133,6 @@ def test_a_weight_decay_that_is_none_is_replaced(tmp_path: Path) -> None:
     guarded, sound = run(guard, 6), run(None, -1)
     assert differences(dict(guarded.module.named_parameters()), dict(sound.module.named_parameters())) == []
     (found,) = guard.interventions
-    assert (found.fault, found.remedies, found.global_step) == ("invalid_hyperparameter", ("hold value",), 6)
+    assert (found.fault, found.remedies, found.global_step) == ("invalid_hyperparameter", ("hold value",), 7)
     assert found.place == "weight_decay of group 0"
     assert "LambdaLR" not in found.message

@@ -105,11 +105,12 @@ def test_what_is_not_finite_by_design_is_no_corruption() -> None:
     loop = PlainLoop(net=Masked)
     loop.run(12)
     assert loop.records == []
-    assert look(loop).corrupt is None
+    assert look(loop, loss=math.nan).corrupt is None
     loop.net.mask[0, 0] = math.nan
-    assert look(loop).corrupt == "buffer mask"
-    assert look(loop, before={"mask": torch.zeros(2, 2)}).corrupt is None  # the batch did it
-    assert look(loop, undo=True).corrupt is None  # or the update that is to be undone
+    assert look(loop, loss=math.nan).corrupt == "buffer mask"
+    assert look(loop).corrupt is None  # no finite loss depends on it
+    assert look(loop, loss=math.nan, before={"mask": torch.zeros(2, 2)}).corrupt is None  # the batch did it
+    assert look(loop, loss=math.nan, undo=True).corrupt is None  # or the update that is to be undone
 
 
 def test_growth_is_measured_from_an_ordinary_beginning() -> None:

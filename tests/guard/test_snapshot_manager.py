@@ -206,7 +206,7 @@ def test_a_long_run_takes_bounded_memory_and_rare_looks(tmp_path: Path, monkeypa
 
     monkeypatch.setattr(FiniteCheck, "corrupt", looked)
     module = task("norm")
-    module.net.register_buffer("table", torch.ones(2_000_000))
+    module.net.table = torch.nn.Parameter(torch.ones(2_000_000), requires_grad=False)
     guard = NaNGuard([NonFinite()], snapshot_every_n_steps=1, act_on="evidence")
     fit(module, data_for("norm", 130), guard, folder=tmp_path, callbacks=[Look()])
     assert len(guard.interventions) == 0

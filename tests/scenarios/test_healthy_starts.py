@@ -329,8 +329,8 @@ def test_a_buffer_that_is_inf_on_purpose_may_be_saved_and_resumed(tmp_path: Path
     assert [*guard.interventions, *again.interventions] == []
 
 
-def test_an_average_that_overflows_is_corrupt(tmp_path: Path) -> None:
-    """Inf in a buffer that is an average by its name is nobody's purpose."""
+def test_an_average_that_overflows_is_left_alone(tmp_path: Path) -> None:
+    """Inf in a buffer of the module's own is its business, whatever its name, as long as every loss is finite."""
 
     class Normalised(Base):
         def __init__(self) -> None:
@@ -343,8 +343,8 @@ def test_an_average_that_overflows_is_corrupt(tmp_path: Path) -> None:
 
     guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=5)
     module = run(Normalised, guard, max_epochs=1)
-    assert [one.fault for one in guard.interventions] == ["corrupted_state"]
-    assert bool(module.running_var.isfinite().all())
+    assert guard.interventions == []
+    assert math.isinf(module.running_var[1])
 
 
 def test_statistics_that_are_bad_at_the_start_are_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

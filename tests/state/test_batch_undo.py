@@ -163,17 +163,22 @@ def test_a_metric_goes_back_whatever_changed_it(
             changed()
 
 
-def test_a_buffer_of_another_shape_is_left_alone() -> None:
-    """One that was resized during the batch keeps its new shape, and is remembered with it before the next."""
+def test_a_buffer_of_another_shape_comes_back() -> None:
+    """A memory bank that grows, a hidden state of a smaller batch, and a buffer that was ``None`` before the batch."""
     net = Net()
+    net.register_buffer("bank", None)
     undo = BatchUndo(net)
     undo.open()
-    net.mask = torch.zeros(7)
+    mask = net.mask
+    net.mask, net.bank = torch.zeros(7), torch.ones(2)
     undo.undo()
-    assert net.mask.shape == (7,)
+    assert net.mask is mask
+    assert net.bank is None
+    net.mask = torch.zeros(7)
     undo.open()
     net.mask[0] = 1.0
     undo.undo()
+    assert net.mask.shape == (7,)
     assert not net.mask.any()
 
 

@@ -65,14 +65,17 @@ def test_an_averaged_copy_may_hold_the_masks() -> None:
 
 
 def test_what_must_be_finite_is_zero_where_it_need_not_be() -> None:
-    """The tensors given for a norm are the live ones, but for masks, whose allowed elements are zero."""
+    """The tensors given for a norm are the live ones. Allowed elements are zero, and the module's own buffers are left
+    out."""
     net, _, learner = made("sgd")
+    net.last.weight.data[0, 0] = -math.inf
     check = FiniteCheck()
     check.begin(learner)
     given = dict(check.to_be_finite(learner.leaves()))
     assert given["parameter", "first.weight"] is net.first.weight
-    assert not given["buffer", "mask"].any()
-    assert math.isinf(net.mask[0])
+    assert not given["parameter", "last.weight"][0, 0]
+    assert torch.isinf(net.last.weight[0, 0])
+    assert ("buffer", "mask") not in given
 
 
 def test_a_tensor_that_a_full_device_cannot_look_at_is_looked_at_on_the_host(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -181,3 +181,29 @@ def test_a_batch_is_run_again_with_its_random_numbers(window: int, tmp_path: Pat
     fit(module, data_for("mlp", 20), guard, callbacks=[again], folder=tmp_path, accumulate_grad_batches=window)
     assert again.same == [True] * (20 // window)
     assert {draw > 0.5 for draw, _ in DRAWN} == {True, False}
+
+
+class Physics(Task):
+    """Its loss is a derivative of its output."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        x = batch[0].clone().requires_grad_()
+        (slope,) = torch.autograd.grad(self.net(x).sum(), x, create_graph=True)
+        return slope.square().mean()
+
+
+def test_a_loss_that_needs_gradients_is_known_under_other_weights(tmp_path: Path) -> None:
+    """Earlier batches can be compared although the step itself computes gradients."""
+    losses: list[float | None] = []
+
+    class Compares(Callback):
+        def on_train_end(self, trainer: Any, module: Any) -> None:
+            assert guard._fit is not None
+            replay = guard._fit.replay
+            with replay.rehearsing():
+                losses.extend([*[one() for one in replay.earlier()], replay.loss_on(0)])
+
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(Physics(task().net), data_for("mlp", 20), guard, callbacks=[Compares()], folder=tmp_path)
+    assert len(losses) > 2
+    assert all(loss is not None and math.isfinite(loss) for loss in losses)

@@ -330,3 +330,46 @@ def test_no_row_is_bad_where_a_hook_makes_the_nan(tmp_path: Path) -> None:
         assert one.finding is not None
         assert (one.finding.rows, one.finding.samples) == ((), ())
         assert "on_after_batch_transfer" in one.finding.suggestion
+
+
+class Detects(LogTargets):
+    """Gets a list of images, of another height each, and a list of targets."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        images, targets = batch
+        x = torch.stack([image.mean(0) for image in images])
+        return super().training_step((x, torch.stack([target["y"] for target in targets])), index)
+
+
+def in_lists(samples: list[Sample]) -> Any:
+    images = [x.expand(int(y * 10) % 3 + 1, -1).clone() for x, y in samples]
+    return images, [{"y": y} for _, y in samples]
+
+
+def test_rows_of_a_list_of_images(tmp_path: Path) -> None:
+    """The image is named by its place in the list, and by its row of the data set."""
+    loader = DataLoader(rows(x13=math.nan), batch_size=8, collate_fn=in_lists)  # type: ignore[arg-type]
+    guard = trained(loader, tmp_path, Detects(), max_epochs=2)
+    for one in guard.interventions:
+        assert one.finding is not None
+        assert (one.finding.samples, one.finding.rows) == ((5,), (13,))
+    assert [(one.row, one.times) for one in listed(guard)] == [(13, 2)]
+
+
+class DrawsZeros(LogTargets):
+    """Its noise is infinite where a random number is 0."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        noise = -(torch.randint(0, 100, y.shape) / 100).log()
+        return super().training_step((x, y + 0.01 * noise), index)
+
+
+def test_a_fault_by_chance_names_no_row(tmp_path: Path) -> None:
+    """With other random numbers the same samples are good, so that none is listed or left out."""
+    module = DrawsZeros()
+    module.net = nn.Linear(4, 1)  # type: ignore[assignment]
+    loader = DataLoader(rows(), batch_size=1)  # type: ignore[arg-type]
+    guard = trained(loader, tmp_path, module, guard={"quarantine": True}, max_epochs=3)
+    assert {one.cause for one in guard.interventions} == {"random_draw"}
+    assert listed(guard) == []

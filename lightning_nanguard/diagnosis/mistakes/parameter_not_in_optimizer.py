@@ -11,11 +11,13 @@ def parameter_not_in_optimizer(seen: Observation, thresholds: DiagnosisThreshold
     """Parts get a gradient in each update and are in no optimizer, so they are never trained.
 
     A part without a gradient is intended not to learn. A part with weights of an earlier training is no finding either:
-    only later layers are trained.
+    only later layers are trained. A part that changes is trained in another way, such as a copy in half precision.
     """
     if seen.unfreezes:
         return None
-    missed = seen.parts(lambda one: one.trainable and one.gradient and not one.optimized and bool(one.untrained))
+    missed = seen.parts(
+        lambda one: one.trainable and one.gradient and not (one.optimized or one.moved) and bool(one.untrained)
+    )
     if not missed:
         return None
     parts = named(missed, thresholds.mistakes.named_parts)

@@ -17,6 +17,9 @@ _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAXES = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
 _ROOTS = ("sqrt", "pow", "rsqrt", "linalg_vector_norm", "norm", "cdist", "acos", "asin")
 
+RANDOM_DRAW = "random_draw"
+"""The cause of a fault that comes from random numbers and not from the samples."""
+
 
 def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The logarithm of zero, or its derivative at zero."""
@@ -180,7 +183,7 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
         return None
     where = "" if origin is None else f" It begins in {origin.place}."
     return Finding(
-        "random_draw",
+        RANDOM_DRAW,
         thresholds.confidence.random_draw,
         evidence={} if origin is None else origin_evidence(origin),
         place=case.fault.place if origin is None else origin.place,

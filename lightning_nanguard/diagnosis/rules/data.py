@@ -44,15 +44,15 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     first = clues.bad_fields[0]
     columns = f", {listed('column', first.columns)}" if first.columns else ""
     more = f", and in {len(clues.bad_fields) - 1} more fields" if len(clues.bad_fields) > 1 else ""
-    who = listed("sample", first.samples) or "the batch"
-    verb = "holds" if len(first.samples) == 1 or not first.samples else "hold"
+    who = f"{listed('sample', first.samples)} of this batch" if first.samples else "this batch"
+    verb = "hold" if len(first.samples) > 1 else "holds"
     return Finding(
         "non_finite_input",
         confidence,
         evidence={"field": first.field, "bad_samples": float(len(first.samples))},
         place=f"field {first.field} of the batch",
         samples=first.samples,
-        suggestion=f"{who} of this batch {verb} NaN or Inf in field {first.field}{columns}{more}. "
+        suggestion=f"{who} {verb} NaN or Inf in field {first.field}{columns}{more}. "
         + (
             "The loss leaves it out, but the gradient does not: 0 times NaN is NaN. Replace it before it is used "
             "(nan_to_num), and not later with torch.where."

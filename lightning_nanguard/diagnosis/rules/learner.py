@@ -159,9 +159,15 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence,
         evidence=numbers,
         place=fault.place,
-        suggestion=f"{found}. Use a warm-up of the learning rate, or lower it{_to(case, thresholds)}.",
+        suggestion=f"{found}. {_how_to_lower(case, rate)}{_to(case, thresholds)}.",
         scope="learner",
     )
+
+
+def _how_to_lower(case: Case, rate: float | None) -> str:
+    now = case.evidence.lr
+    peaked = rate is not None and now is not None and now < rate
+    return "Lower the peak of the learning rate" if peaked else "Use a warm-up of the learning rate, or lower it"
 
 
 def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
@@ -209,7 +215,12 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
-        parts.append(f"a restart with {trial.factor:.3g} times the rate has a lower loss after equally many updates")
+        restart = (
+            "an earlier state, trained at the present rate,"
+            if trial.factor == 1
+            else f"a restart with {trial.factor:.3g} times the rate"
+        )
+        parts.append(f"{restart} has a lower loss after equally many updates")
     comparison = evidence.comparison
     if comparison is not None and worse_than_before(evidence, thresholds):
         numbers |= {"loss_now": comparison.now, "loss_before": comparison.then}

@@ -11,7 +11,7 @@ import torch
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.patches import wrap_method
-from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.repeat.parts import RepeatParts
 from lightning_nanguard.trainer.repeat.window import WindowEntry
@@ -76,7 +76,8 @@ class Attempts:
         try:
             return original(*args, **kwargs)
         except Exception as error:
-            numeric = is_numeric(error) and not is_from_callback(error, self._parts.listens)
+            batch = self._window.micros[-1].run.batch if self._window.micros else None
+            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.listens)
             if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
                 raise
             self._caught = error
@@ -112,7 +113,8 @@ class Attempts:
         except BadLossError as bad:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
-            if is_from_callback(error, self._parts.listens) or not (self.repeats or is_numeric(error)):
+            numeric = self.repeats or may_be_numeric(error, micro.run.batch)
+            if is_from_callback(error, self._parts.listens) or not numeric:
                 raise
             return Outcome(error=error, early=not self._forward_over)
         if not self.repeats:

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
 
 # Messages of checks in the user's code or in packages, and of anomaly mode.
 _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+# Errors of devices and of communication, which are RuntimeErrors, too.
+_OF_DEVICES = re.compile(r"\b(cuda|hip|xpu|mps|cublas|cudnn|nccl|gloo|device-side|out of memory)\b", re.IGNORECASE)
 _WITHOUT_GRADIENTS = frozenset(
     {TypeError, AttributeError, AssertionError, ValueError, IndexError, KeyError, ZeroDivisionError, RuntimeError}
 )
@@ -48,6 +50,23 @@ def is_numeric(error: BaseException) -> bool:
         return False
     message = str(error)
     return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
+
+
+def may_be_numeric(error: BaseException, batch: Any) -> bool:
+    """Whether the numbers of a batch may be the cause of an exception.
+
+    If the batch holds NaN or Inf, it may be any exception but those of memory, files, imports, devices and
+    communication: NaN as an index is out of range, and own checks raise exceptions of their own.
+
+    Args:
+        error: The exception.
+        batch: The batch that was run.
+    """
+    if is_numeric(error):
+        return True
+    if not isinstance(error, Exception) or isinstance(error, (OSError, MemoryError, ImportError, OutOfMemory)):
+        return False
+    return _OF_DEVICES.search(str(error)) is None and not _is_finite(batch)
 
 
 def may_lack_gradients(error: BaseException) -> bool:
@@ -139,10 +158,14 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
 
 def finite_in(batch: Any) -> Any:
     """The batch with zeros in place of numbers that are not finite; ``None`` if all of them are finite."""
-    floating = [tensor for tensor in nested_tensors(batch) if tensor.is_floating_point()]
-    if all(bool(torch.isfinite(tensor).all()) for tensor in floating):
+    if _is_finite(batch):
         return None
     return mapped(batch, lambda one: one.nan_to_num(0.0, 0.0, 0.0) if one.is_floating_point() else one)
+
+
+def _is_finite(batch: Any) -> bool:
+    floating = (tensor for tensor in nested_tensors(batch) if tensor.is_floating_point())
+    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
 
 
 def _comparable(one: Tensor, other: Tensor) -> bool:

@@ -22,7 +22,7 @@ from lightning_nanguard.trainer.private.closures import (
 )
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
-from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric
+from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.repeat.parts import RepeatParts
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
@@ -127,7 +127,7 @@ class StepRunner:
                     call_after_backward(self._parts.trainer, self._parts.listens)
                 self._check.record_transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
-            if last.error is not None and not is_numeric(last.error):
+            if last.error is not None and not may_be_numeric(last.error, micro.run.batch):
                 self._parts.memory.repeatable = False
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break

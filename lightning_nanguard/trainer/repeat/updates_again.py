@@ -246,7 +246,8 @@ class UpdatesAgain:
                 inside.enter_context(uncounted(self._trainer, lambda callback: False))
                 restore(learner, snapshot)
                 if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
-                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
+                    made = any(self._make(updates, start, bad=bad) for start, updates in ways)
+                    if made and not self._is_written_again(snapshot, then):
                         after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                         measures = self._measures.now()
@@ -304,6 +305,7 @@ class UpdatesAgain:
                 continue
             for known, now in self._losses(update, spoilt=differs or (bad is not None and update.number > bad.step)):
                 if not bool(torch.isfinite(now).all()):
+                    self._is_written_again(snapshot, None)
                     return False
                 differs = differs or not _is_same(known, now)
                 same += not differs
@@ -317,6 +319,19 @@ class UpdatesAgain:
                 return False
             self._average_again(update.number, update.global_step)
         return self._context.corrupt()[0] is None
+
+    def _is_written_again(self, snapshot: Snapshot, then: WindowEntry | None) -> bool:
+        """Whether the repeated updates wrote NaN into a buffer on which the next loss depends; if so, note the cause.
+
+        Args:
+            snapshot: The state before the updates.
+            then: The next micro-batch; ``None`` if its loss is known to be bad.
+        """
+        written = self._context.finite.spoilt_buffer(self._context.learner.leaves(), snapshot.leaves)
+        if written is None or (then is not None and self._is_finite(then)):
+            return False
+        self._context.state.again = "forward_writes_buffer", buffer_in_words(self._module, written)
+        return True
 
     def _measure_from(self, update: _Update, *, first: bool) -> None:
         """Restore the metrics and means before the first update. Later ones follow from the repeated updates."""

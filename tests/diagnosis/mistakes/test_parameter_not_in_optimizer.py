@@ -18,6 +18,7 @@ from tests.diagnosis.mistakes.seen import BIAS, BODY, HEAD, WELL, body, said
         (body(optimized=False, untrained=True), "body"),
         (body(optimized=False, untrained=False), None),
         (body(optimized=False, untrained=None), None),
+        (body(optimized=False, untrained=True, moved=True), None),
         (body(optimized=False, untrained=True, gradient=False), None),
         (replace(body(optimized=False, untrained=True), unfreezes=True), None),
         (replace(WELL, parameters=(replace(BODY, optimized=False, untrained=True), BIAS, HEAD)), "body.0.weight"),

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, is_numeric, with_values_of
+from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, is_numeric, may_be_numeric, with_values_of
 from tests.helpers import Task, batches, fit, mlp, with_bad, with_nan
 
 
@@ -150,3 +150,70 @@ def test_a_loss_that_never_has_a_graph_is_the_users_error() -> None:
     """The same exception is raised where the numbers are not its cause."""
     with pytest.raises(RuntimeError, match="does not require grad"):
         fit(ChecksItsLoss("no graph"), with_bad(), NaNGuard())
+
+
+@pytest.mark.parametrize(
+    ("error", "numeric"),
+    [
+        (IndexError("index out of range in self"), True),
+        (KeyError(-9223372036854775808), True),
+        (RuntimeError("Class values must be non-negative."), True),
+        (RuntimeError("CUDA error: device-side assert triggered"), False),
+        (RuntimeError("NCCL communicator was aborted"), False),
+        (OSError("disk full"), False),
+        (ImportError("no module"), False),
+        (MemoryError(), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_a_batch_with_nan_may_cause_any_exception_of_code(error: BaseException, numeric: bool) -> None:
+    """NaN as an index is out of range. Files, memory, devices and communication fail for other reasons."""
+    assert may_be_numeric(error, {"x": torch.tensor([1.0, math.nan])}) is numeric
+    assert not may_be_numeric(error, {"x": torch.tensor([1.0])})
+
+
+class DivergedError(Exception):
+    """An exception of the user's own."""
+
+
+class LooksUp(Task):
+    """Uses an input as a key, or raises an exception of its own."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__(mlp())
+        self.way = way
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        loss = super().training_step(batch, batch_idx)
+        column = batch[0][:, 0].clamp(-1, 1) * 4 + 4
+        if self.way == "index":
+            torch.nn.functional.embedding(column.long(), torch.zeros(9, 1))
+        elif not torch.isfinite(loss):
+            raise DivergedError("stop here")
+        return loss
+
+
+@pytest.mark.usefixtures("own_folder")
+@pytest.mark.parametrize("way", ["index", "own exception"])
+def test_an_exception_because_of_nan_in_a_batch_is_a_bad_batch(way: str) -> None:
+    """The batch is skipped, and the NaN in it is the cause. Without NaN the exception is the user's."""
+    data = batches(count=12)
+    data[7] = with_nan(data[7])
+    guard = NaNGuard()
+    fit(LooksUp(way), data, guard)
+    (found,) = guard.interventions
+    assert (found.remedies, found.cause) == (("skip",), "non_finite_input")
+
+
+class RaisesAtTen(Task):
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        if batch_idx == 10:
+            raise DivergedError("stop here")
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.usefixtures("own_folder")
+def test_an_exception_in_a_finite_batch_is_raised() -> None:
+    """An exception of the user's own, in a batch without NaN, reaches the user."""
+    with pytest.raises(DivergedError, match="stop here"):
+        fit(RaisesAtTen(mlp()), batches(count=12), NaNGuard())
