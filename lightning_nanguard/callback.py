@@ -231,10 +231,12 @@ class NaNGuard(DisplayedGuard):
     def _guard_other_optimizers(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on as in a resumed run. Snapshots from before do not fit the new optimizers."""
         fit.say_optimizers_changed()
-        fit.guard.flush()
+        fit.guard.check()
         self._resumed, self._resumed_run = fit.guard.state_dict(), fit.folder.run_id
+        before = self._memory.run.get("before")
         fit.close()
         self.on_train_start(trainer, pl_module)
+        self._memory.add_to_run(before=before)  # it is still the same fit
 
     def _note_resumed(self, fit: Fit) -> None:
         self._undo_gate()

@@ -12,7 +12,7 @@ from lightning_nanguard.checkpoints.mending import mended
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.distributed.ranks import Ranks, first_over_ranks
 from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.state.finite import FiniteCheck
+from lightning_nanguard.state.finite import FiniteCheck, own_buffers
 from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.ring import Ring
@@ -96,7 +96,7 @@ class SaveGuard:
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # only rank 0 writes
         weights = {key[1]: leaf for key, leaf in self._learner.weights()}
-        bad = poisoned(checkpoint, weights, self._finite.allowed, self._finite.own)
+        bad = poisoned(checkpoint, weights, self._finite.allowed, own_buffers(self._learner.module))
         if self._ranks.sharded:
             # Each rank has checked only its own shards. If one rank mended its checkpoint, it would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)

@@ -161,10 +161,9 @@ def lead(ahead: Sequence[float], behind: Sequence[float], limits: TrialThreshold
         0.0
     """
     gains = sorted(_gain(low, high) for low, high in zip(ahead, behind, strict=True))
-    kept = gains[: int(len(gains) * (1 - limits.left_out))]
-    if not kept or kept[0] == -math.inf:
+    if not gains or gains[0] == -math.inf:
         return -math.inf
-    return fmean(kept)
+    return fmean(gains[: max(1, int(len(gains) * (1 - limits.left_out)))])
 
 
 def _gain(low: float, high: float) -> float:

@@ -74,24 +74,33 @@ def _bad_field(name: str, tensor: Tensor, fields: Iterable[str], count: int | No
     if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
         return None
     values = local(tensor).detach()
-    if count is None or not is_plain(values) or values.shape[:1] == (count,):
+    if count is None or not is_plain(values):
         return BadField(name, *_bad_places(values))
-    sample = _place_among(name, fields, count)
+    sample, has_rows = _place_among(name, fields, count), values.shape[:1] == (count,)
     if sample is not None:
-        return BadField(name, (sample,))
+        return BadField(name, () if has_rows else (sample,))  # three images of three channels are ambiguous
+    if has_rows:
+        return BadField(name, *_bad_places(values))
     if values.shape[1:2] == (count,):  # time is the first axis
         return BadField(name, *_bad_places(values.transpose(0, 1)))
     return BadField(name, ())
 
 
 def _place_among(name: str, fields: Iterable[str], count: int) -> int | None:
-    """The place of a field in a list with one part for each sample, such as a list of images."""
+    """The place of a field in a list with one part for each sample, all of one structure, such as a list of images.
+
+    The parts of the batch itself may be its fields, so a tensor among these has no such place.
+    """
     parts = name.split(".")
     others = [other.split(".") for other in fields]
-    for depth, part in enumerate(parts):
-        places = {other[depth] for other in others if other[:depth] == parts[:depth] and len(other) > depth}
-        if len(places) == count and all(place.isdecimal() for place in places):
-            return int(part)
+    for depth in range(len(parts) if len(parts) > 1 else 0):
+        inside: dict[str, set[tuple[str, ...]]] = {}
+        for other in others:
+            if other[:depth] == parts[:depth] and len(other) > depth:
+                inside.setdefault(other[depth], set()).add(tuple(other[depth + 1 :]))
+        alike = all(one == inside[parts[depth]] for one in inside.values())
+        if len(inside) == count and alike and all(place.isdecimal() for place in inside):
+            return int(parts[depth])
     return None
 
 

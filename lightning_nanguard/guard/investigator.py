@@ -137,7 +137,7 @@ class Investigator:
         batch_finite, spoilt = self._batch_finite() if at_hand else (None, ())
         finite = reading.finite and reading.loss_finite and not fault.only_if_corrupt
         if bad is None and not (known.undo or finite or batch_finite is False):
-            bad, corrupted = first_over_ranks(self._ranks, self._spoilt_buffer(unchanged))
+            bad, corrupted = first_over_ranks(self._ranks, self._spoilt_buffer(unchanged, at_hand=at_hand))
         known = replace(
             known,
             corrupt=bad,
@@ -155,12 +155,25 @@ class Investigator:
         known = self._look_at_weights(fault, reading, history, known, target)
         return self._look_at_rates(fault, history, known, target)
 
-    def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]]) -> str | None:
-        newest = self._ring.newest()
+    def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]], *, at_hand: bool) -> str | None:
+        """Name of a buffer of the module's own that makes the loss of the present batch bad."""
+        newest, finite = self._ring.newest(), self._context.finite
         if newest is None:
             return None
         newest.wait()
-        return self._context.finite.spoilt_buffer(leaves, newest.leaves)
+        spoilt = finite.spoilt_buffer(leaves, newest.leaves)
+        if spoilt is None or not at_hand or self._context.many or self._context.settings.observe:
+            return spoilt
+        own = [(key, leaf) for key, leaf in self._learner.weights() if key[0] == "buffer" and key[1] in finite.own]
+        keys = {key for key, _ in own}
+        try:
+            mine = capture(self._learner, step=0, global_step=0, leaves=own, device=newest.device())
+        except OutOfMemory:
+            return spoilt
+        with part_of_snapshot(self._learner, newest, mine, keep=lambda key: key in keys):
+            loss = self._replay.probe()
+        # If the loss is bad with the buffers of the snapshot, too, the batch is at fault.
+        return spoilt if loss is None or math.isfinite(loss) else None
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
         """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""

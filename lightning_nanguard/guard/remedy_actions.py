@@ -66,14 +66,19 @@ class RemedyActions:
         if found.undo is not None:
             # The device has already undone an update that it skipped, and later batches have changed the buffers since.
             found.undo.undo(buffers=not found.late or found.reached)
-            self._restore_buffers(found.undo.written())
+            if not found.late:
+                self._restore_buffers(found.undo.written())
             self._skipper.undo()
 
     def _restore_buffers(self, names: Collection[str]) -> None:
-        """Restore buffers from the newest snapshot. They have not changed between it and the present batch."""
-        snapshot, keys = self._context.ring.newest(), {("buffer", name) for name in names}
-        if keys and snapshot is not None:
-            restore(self._context.learner, snapshot, keep=lambda key: key in keys)
+        """Restore those buffers that hold NaN from the newest snapshot. The present batch has changed them first."""
+        context, snapshot = self._context, self._context.ring.newest()
+        if not names or snapshot is None:
+            return
+        leaves = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "buffer" and key[1] in names]
+        spoilt = {one[0] for one in leaves if context.finite.spoilt_buffer([one], snapshot.leaves)}
+        if spoilt:
+            restore(context.learner, snapshot, keep=lambda key: key in spoilt)
 
     def skip(self) -> None:
         """Undo what the batch of the present fault changed."""

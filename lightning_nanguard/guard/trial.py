@@ -366,9 +366,11 @@ class TrialRunner:
         learns = bool(running.before or ahead)
         if not learns and lowest > limits.least_factor and self._raises_the_loss(running, best):
             # In ordered data it may be the newest batches that raise it. So the best arms go on beside the lower rates.
-            lower = [lowest * factor for factor in limits.factors[: max(0, self._room() - len(running.arms))]]
-            running.arms += self._arms(running.states["start"], lower)
-            running.updates, running.start = 0, []
+            lower = [lowest * factor for factor in limits.factors[: max(0, self._room())]]
+            more = self._arms(running.states["start"], lower)
+            if more:
+                running.arms += more
+                running.updates, running.start = 0, []
         return bool(running.arms)
 
     def _raises_the_loss(self, running: _Running, arm: _Arm) -> bool:

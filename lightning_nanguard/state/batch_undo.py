@@ -141,7 +141,7 @@ class BatchUndo:
         listed = set(map(id, self._module.modules()))
         found = (one for one in reach(self._module, 0).owners if isinstance(one, nn.Module) and id(one) not in listed)
         self._hidden_modules = list(found)
-        return [(f"{_HIDDEN}{number}", one) for number, one in enumerate(self._hidden_modules)]
+        return [(f"{_HIDDEN}{id(one)}", one) for one in self._hidden_modules]
 
     def _plan(self, buffers: list[Tensor | None]) -> None:
         # A lazy buffer keeps its identity when the forward pass makes it, so a plan with one must not last.
@@ -175,8 +175,8 @@ class BatchUndo:
                 yield prefix + key, buffer, normalises
         if self._thorough:
             hidden = (
-                (f"{_HIDDEN}{number}.{name}", parameter)
-                for number, one in enumerate(self._hidden_modules)
+                (f"{_HIDDEN}{id(one)}.{name}", parameter)
+                for one in self._hidden_modules
                 for name, parameter in one.named_parameters(recurse=False)
             )
             for name, parameter in (*self._module.named_parameters(), *hidden):
@@ -216,8 +216,8 @@ class BatchUndo:
 
     def _undo_buffers(self) -> None:
         for owned, key, before in self._places:
-            if key in owned and _has_other_shape(owned[key], before):
-                owned[key] = before
+            if key in owned and owned[key] is not before:
+                owned[key] = before  # the batch has put another tensor in its place
         buffers = {name: buffer for name, buffer, _ in self._touchable()}
         with torch.no_grad():
             for name, value in self._saved.items():
@@ -271,12 +271,6 @@ class _Copies:
             for buffer in live:
                 versions.enter_context(_unsafe_preserve_version_counter(buffer))
             torch._foreach_copy_(live, behind)
-
-
-def _has_other_shape(now: Tensor | None, before: Tensor | None) -> bool:
-    if before is None or now is None:
-        return now is not before
-    return not (is_lazy(before) or is_lazy(now)) and now.shape != before.shape
 
 
 def _copied(tensor: Tensor) -> bool:

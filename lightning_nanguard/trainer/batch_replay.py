@@ -159,7 +159,7 @@ class TrainerBatchReplay:
         if not self._repeatable():
             return None
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
-        return self._attempt(partial(self._rehearsed, run))
+        return self._attempt(partial(self._rehearsed, run), self.batch)
 
     def gradient_finite(self) -> bool | None:
         """Whether the present batch has a finite gradient under the present weights. It removes the gradients."""
@@ -167,7 +167,7 @@ class TrainerBatchReplay:
             return None
         optimizer = self._learner.optimizers[0]
         run = partial(forward_backward, self._trainer, optimizer, self.batch, self.batch_idx)
-        loss = self._averaged(optimizer, partial(self._rehearsed, run))
+        loss = self._averaged(optimizer, partial(self._rehearsed, run), self.batch)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
         finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
@@ -276,17 +276,18 @@ class TrainerBatchReplay:
         return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-        return self._averaged(optimizer, partial(forward_backward, self._trainer, optimizer, batch, batch_idx))
+        run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)
+        return self._averaged(optimizer, run, batch)
 
-    def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None]) -> float | None:
-        value = self._attempt(run)
+    def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None], batch: Any) -> float | None:
+        value = self._attempt(run, batch)
         if value is not None:
             _average_gradients(self._ranks, optimizer)
         return value
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
         # With gradients, because the loss itself may need some: of inputs, or of an inner step.
-        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx))
+        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx), batch)
 
     def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
         """Run the present batch in its own rehearsal, which needs memory for a copy."""
@@ -296,7 +297,7 @@ class TrainerBatchReplay:
                 self.batches.rewind(micro)
             return run()
 
-    def _attempt(self, run: Callable[[], float | None]) -> float | None:
+    def _attempt(self, run: Callable[[], float | None], batch: Any) -> float | None:
         value = None
         try:
             with self._silently():
@@ -305,7 +306,7 @@ class TrainerBatchReplay:
             # An error in a repeated pass must not end the run. All ranks must learn of it, because the ranks without
             # an error would wait.
             _logger.debug("NaNGuard: a batch could not be run again: %r", error)
-            value = math.nan if may_be_numeric(error, self.batch) else None
+            value = math.nan if may_be_numeric(error, batch) else None
         return mean_over_ranks(self._ranks, value)
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:

@@ -157,3 +157,4 @@ def test_losses_that_are_not_finite_are_the_highest() -> None:
     assert lead(lost, good, LIMITS) == lead(both, both, LIMITS) == lead([], [], LIMITS) == -math.inf
     assert lead(good, both, LIMITS) == math.inf
     assert lead(good, lost, LIMITS) == 0.0
+    assert lead([1.0], [2.0], LIMITS) == 1.0  # one batch is never left out

@@ -61,6 +61,21 @@ def test_fields_targets_and_samples(batch: Any, fields: list[str], targets: list
     assert samples(batch) == count
 
 
+def test_two_samples_in_two_fields_are_told_apart() -> None:
+    """A batch of two samples with two fields: the innermost list counts, and fields are no samples."""
+    net, bad, good = nn.Identity(), torch.full((3, 2, 2), NAN), torch.zeros(3, 2, 2)
+    for batch, field in (
+        (([good, bad], torch.zeros(2)), BadField("0.1", (1,))),
+        ((good[:, :, 0], torch.tensor([0.0, NAN])), BadField("1", (1,))),
+        ((torch.stack([good[:, 0], bad[:, 0]], 1), torch.zeros(2)), BadField("0", (1,))),
+        ((bad[:, 0, :1], torch.zeros(2)), BadField("0", ())),
+        ([(good, torch.zeros(1)), (bad, torch.zeros(1))], BadField("1.0", (1,))),
+    ):
+        assert batch_clues(batch, net, count=2).bad_fields == (field,), field
+    images = ([torch.zeros(3, 2, 2), torch.full((3, 2, 2), NAN), torch.zeros(3, 2, 2)], torch.zeros(3))
+    assert batch_clues(images, net, count=3).bad_fields == (BadField("0.1", ()),)  # samples or channels?
+
+
 def test_samples_lie_along_the_axis_that_counts_them() -> None:
     """In a list of images the element is the sample, and with time first the second axis counts the samples. Parts
     that are joined, such as the nodes of graphs, name no sample."""

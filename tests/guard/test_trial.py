@@ -298,3 +298,18 @@ def test_a_rate_that_falls_again_and_again_does_not_keep_a_trial_from_its_end() 
     loop.run(130, cycle)
     assert loop.records == []
     assert [one.outcome for one in loop.guard.context.trials.given][:2] == ["no result", "not confirmed"]
+
+
+def test_without_room_for_lower_rates_the_trial_goes_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The best arms go on to the end of the trial, and no further ones are tried."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(30)
+    trial, _ = with_trial(loop)
+    running = trial._running
+    assert running is not None
+    for arm in running.arms:
+        arm.losses = [0.6] * 16
+    running.updates, running.start = 16, [0.4] * 5
+    monkeypatch.setattr(trial._branches, "room", lambda: 4)
+    assert trial._pick(running)
+    assert (len(running.arms), running.updates) == (2, 16)

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim import SGD
 
@@ -66,6 +67,47 @@ def test_nan_that_no_loss_depends_on_is_left_alone(make: type[Task], tmp_path: P
     assert {one.cause for one in guard.interventions} == {"non_finite_input"}
 
 
+class TakesLogarithms(MeansOfClasses):
+    """Its loss is infinite for targets of zero. Which means are 0/0 depends on the batch."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        return super().training_step(batch, batch_idx) - batch[1].abs().sum().log() * self.net(batch[0]).mean()
+
+
+def test_a_buffer_is_not_blamed_for_a_finite_batch(tmp_path: Path) -> None:
+    """If the loss of a batch is bad with the buffers of the last snapshot, too, the batch is skipped."""
+    torch.manual_seed(0)
+    data, guard = batches(count=20), NaNGuard(snapshot_every_n_steps=3)
+    data[9] = [data[9][0], torch.zeros_like(data[9][1])]
+    fit(TakesLogarithms(), data, guard, folder=tmp_path)
+    (found,) = guard.interventions
+    assert (found.remedies, found.cause) == (("skip",), "target_out_of_domain")
+
+
+class MakesABuffer(Task):
+    """Fills a buffer that is ``None`` at the start, with NaN at some places."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.register_buffer("usage", None)
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Any:
+        self.usage = torch.tensor([float(batch_idx), NAN])
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_checkpoint_keeps_nan_of_the_modules_own(tmp_path: Path) -> None:
+    """Saving a run with such a buffer is no intervention, and the file holds what the module holds."""
+    guard = NaNGuard()
+    saves = ModelCheckpoint(tmp_path, every_n_train_steps=5, save_top_k=-1)
+    fit(MakesABuffer(), batches(count=12), guard, folder=tmp_path, callbacks=[saves], enable_checkpointing=True)
+    assert guard.interventions == []
+    files = sorted(tmp_path.glob("*.ckpt"))
+    assert files
+    for file in files:
+        assert bool(torch.isnan(torch.load(file, weights_only=True)["state_dict"]["usage"][1]))
+
+
 class Subtracts(nn.Module):
     """Subtracts a buffer that nobody writes."""
 
@@ -109,11 +151,11 @@ class Remembers(Task):
         self.register_buffer("bank", None if size is None else torch.zeros(size, 6))
 
     def training_step(self, batch: Batch, batch_idx: int) -> Any:
-        self.bank = batch[0] if self.bank is None else torch.cat([self.bank, batch[0]])[-64:]
+        self.bank = batch[0] if self.bank is None else torch.cat([self.bank, batch[0]])[-4096:]
         return super().training_step(batch, batch_idx) + 0.01 * self.net(self.bank).square().mean()
 
 
-@pytest.mark.parametrize("size", [None, 0, 64])
+@pytest.mark.parametrize("size", [None, 0, 64, 4096])
 def test_a_skipped_batch_leaves_a_growing_buffer(size: int | None, tmp_path: Path) -> None:
     """The bank is as before the bad batch, whatever its shape, so that one NaN sample costs one batch."""
     data, ends = batches(count=14), []

@@ -51,3 +51,5 @@ def test_a_bad_batch_costs_itself_alone(tmp_path: Path) -> None:
     assert words(guard) == [("skip",)] * 3
     assert [(one.epoch, one.batch_idx) for one in guard.interventions] == [(0, BAD), (1, BAD), (2, BAD)]
     assert len({one.run for one in guard.interventions}) == 1
+    assert "30 updates watched in this fit" in guard.summary()
+    assert "3 batches skipped" in guard.summary()

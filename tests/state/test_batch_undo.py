@@ -192,3 +192,34 @@ def test_modules_added_later_are_found() -> None:
     assert not any(name.startswith("1.") for name in undo.before())
     undo.open()
     assert any(name.startswith("1.") for name in undo.before())
+
+
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_a_nested_buffer_comes_back() -> None:
+    """A nested buffer has no shape, and is the one from before the batch all the same."""
+    net = Net()
+    before = torch.nested.nested_tensor([torch.zeros(2), torch.zeros(3)])
+    net.register_buffer("ragged", before)
+    undo = BatchUndo(net)
+    undo.open()
+    undo.undo()
+    assert net.ragged is before
+    net.ragged = torch.nested.nested_tensor([torch.ones(4)])
+    undo.undo()
+    assert net.ragged is before
+
+
+def test_hidden_modules_keep_their_own_copies() -> None:
+    """If one of several networks in a list goes, the copies of the others are still theirs."""
+    net = Net()
+    net.hidden = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
+    undo = BatchUndo(net, thresholds=BatchUndoThresholds(modules_counted_every=1))
+    for number, one in enumerate(net.hidden):
+        one.running_mean.fill_(float(number))
+    undo.open()
+    last = net.hidden.pop()
+    net.hidden[:] = [last]
+    undo.open()
+    last.running_mean.fill_(7.0)
+    undo.undo()
+    assert last.running_mean.tolist() == [1.0, 1.0]

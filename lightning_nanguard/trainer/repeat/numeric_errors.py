@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.batches import mapped, nested_tensors
+from lightning_nanguard.measure.finite import batch_finite
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import capture
@@ -66,7 +67,7 @@ def may_be_numeric(error: BaseException, batch: Any) -> bool:
         return True
     if not isinstance(error, Exception) or isinstance(error, (OSError, MemoryError, ImportError, OutOfMemory)):
         return False
-    return _OF_DEVICES.search(str(error)) is None and not _is_finite(batch)
+    return _OF_DEVICES.search(str(error)) is None and _holds_non_finite(batch)
 
 
 def may_lack_gradients(error: BaseException) -> bool:
@@ -158,14 +159,16 @@ def with_values_of(batch: Any, healthy: Any) -> Any:
 
 def finite_in(batch: Any) -> Any:
     """The batch with zeros in place of numbers that are not finite; ``None`` if all of them are finite."""
-    if _is_finite(batch):
+    if not _holds_non_finite(batch):
         return None
     return mapped(batch, lambda one: one.nan_to_num(0.0, 0.0, 0.0) if one.is_floating_point() else one)
 
 
-def _is_finite(batch: Any) -> bool:
-    floating = (tensor for tensor in nested_tensors(batch) if tensor.is_floating_point())
-    return all(bool(torch.isfinite(tensor).all()) for tensor in floating)
+def _holds_non_finite(batch: Any) -> bool:
+    try:
+        return batch_finite(batch) is False
+    except Exception:  # a kind of tensor that cannot be checked must not hide the user's exception
+        return False
 
 
 def _comparable(one: Tensor, other: Tensor) -> bool:

@@ -246,11 +246,12 @@ class UpdatesAgain:
                 inside.enter_context(uncounted(self._trainer, lambda callback: False))
                 restore(learner, snapshot)
                 if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
-                    made = any(self._make(updates, start, bad=bad) for start, updates in ways)
-                    if made and not self._is_written_again(snapshot, then):
+                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
                         after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                         measures = self._measures.now()
+                        if self._is_written_again(snapshot, then):
+                            after = None
                     self.futile = after is None and not self._context.state.again[0]
         except Exception as error:  # an error in a repeated pass must not end the run
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
