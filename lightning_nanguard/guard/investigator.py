@@ -22,10 +22,9 @@ from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.measure.tensors import is_strided, local
-from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import StateKey, describe
-from lightning_nanguard.state.restore import part_of_snapshot
-from lightning_nanguard.state.snapshot import Snapshot, capture
+from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Comparison, Evidence, Fault, Reading
 
 
@@ -164,13 +163,14 @@ class Investigator:
         spoilt = finite.spoilt_buffer(leaves, newest.leaves)
         if spoilt is None or not at_hand or self._context.many or self._context.settings.observe:
             return spoilt
-        own = [(key, leaf) for key, leaf in self._learner.weights() if key[0] == "buffer" and key[1] in finite.own]
-        keys = {key for key, _ in own}
-        try:
-            mine = capture(self._learner, step=0, global_step=0, leaves=own, device=newest.device())
-        except OutOfMemory:
+
+        def is_own(key: StateKey) -> bool:
+            return key[0] == "buffer" and key[1] in finite.own
+
+        mine = weights_if_room(self._learner, is_own, newest.device())
+        if mine is None:
             return spoilt
-        with part_of_snapshot(self._learner, newest, mine, keep=lambda key: key in keys):
+        with part_of_snapshot(self._learner, newest, mine, is_own):
             loss = self._replay.probe()
         # If the loss is bad with the buffers of the snapshot, too, the batch is at fault.
         return spoilt if loss is None or math.isfinite(loss) else None
@@ -279,10 +279,7 @@ class Investigator:
             # The question is whether the weights were bad before the faulty update, which may have made them worse. So
             # the lower of the loss now and the loss read before that update counts.
             now = min(filter(math.isfinite, (now, reading.loss)), default=now)
-        try:
-            mine = capture(self._learner, step=0, global_step=0, leaves=[*self._learner.weights()])
-        except OutOfMemory:
-            mine = None
+        mine = weights_if_room(self._learner)
         if not all(self._ranks.gather(mine is not None)) or mine is None:
             return None
         with part_of_snapshot(self._learner, target, mine):

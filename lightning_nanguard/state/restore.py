@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
-from lightning_nanguard.state.snapshot import Snapshot, clone, copy_all, fits, put, writable
+from lightning_nanguard.state.snapshot import Snapshot, capture, clone, copy_all, fits, put, writable
 from lightning_nanguard.thresholds.detection import NonFiniteThresholds
 
 _Pair = tuple[Tensor, Tensor]
@@ -64,6 +65,23 @@ def restore(
 
 def _everything(key: StateKey) -> bool:
     return True
+
+
+def weights_if_room(
+    learner: Learner, keep: Callable[[StateKey], bool] = is_weight, device: torch.device | None = None
+) -> Snapshot | None:
+    """A copy of weights and buffers, to restore them after :func:`part_of_snapshot`; ``None`` without room for it.
+
+    Args:
+        learner: The learner.
+        keep: Says which of their state keys are copied.
+        device: Where the copy is kept; ``None`` for the device of each tensor.
+    """
+    leaves = [(key, leaf) for key, leaf in learner.weights() if keep(key)]
+    try:
+        return capture(learner, step=0, global_step=0, leaves=leaves, device=device)
+    except OutOfMemory:
+        return None
 
 
 @contextmanager

@@ -14,8 +14,7 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.batches import mapped, nested_tensors
 from lightning_nanguard.measure.finite import batch_finite
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.restore import part_of_snapshot
-from lightning_nanguard.state.snapshot import capture
+from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -119,9 +118,8 @@ class NumericErrors:
         if not self._context.ring.certified:
             return False
         learner, good = self._context.learner, self._context.ring.certified[0]
-        try:
-            mine = capture(learner, step=0, global_step=0, leaves=[*learner.weights()], device=good.device())
-        except OutOfMemory:
+        mine = weights_if_room(learner, device=good.device())
+        if mine is None:
             return False
         with part_of_snapshot(learner, good, mine):
             # Batch and weights may both be bad.
