@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.state import batch_undo
-from lightning_nanguard.trainer.repeat import gradients, numeric_errors, updates_again
+from lightning_nanguard.state import batch_undo, restore
+from lightning_nanguard.trainer.repeat import gradients, updates_again
 from tests.helpers import FaultAt, batches, fit, task, words
 from tests.trainer.faulty_steps import Fault, Faulty
 from tests.trainer.repeat.test_updates_again import Struck
@@ -78,7 +78,7 @@ class Checks(Faulty):
 
 def test_an_exception_stays_the_users(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is raised where the last good weights cannot be tried, and not an error of memory."""
-    monkeypatch.setattr(numeric_errors, "capture", out_of_memory)
+    monkeypatch.setattr(restore, "capture", out_of_memory)
     monkeypatch.setattr(updates_again, "capture", out_of_memory)
 
     class Spoilt(Checks):
