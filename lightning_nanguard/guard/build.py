@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
@@ -22,6 +21,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.caution import Caution
@@ -48,8 +48,11 @@ from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.step_parts import StepParts
 from lightning_nanguard.guard.step_readback import StepReadback
+from lightning_nanguard.guard.step_records import StepRecords
 from lightning_nanguard.guard.trial import TrialRunner
+from lightning_nanguard.guard.unused_batch import UnusedBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.device import Device
 from lightning_nanguard.state.learner import Learner
@@ -99,9 +102,10 @@ def build_guard(
     receipts = Receipts(context, branches, recorder, snapshots)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
     # With late readings a batch is judged up to two updates later.
-    open_batches = MAX_DELAY + 2 if context.many or context.settings.deferred else 1
-    undos = deque(make_undo() for _ in range(open_batches))
-    steps = StepCheck(context, loop, meter, caution, recorder, policy, undos, make_undo(), readback)
+    undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
+    records = StepRecords(context, loop, recorder, policy, readback)
+    check = StepCheck(context, meter, caution, policy, undos, readback)
+    steps = StepParts(check, undos, records, UnusedBatch(context, undos, records))
     late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
         GuardParts(
@@ -124,7 +128,6 @@ def build_guard(
             saving=_saving(context, recorder),
             beside=Beside(context, trials, receipts),
             steps=steps,
-            undos=undos,
         )
     )
 

@@ -104,6 +104,11 @@ class GuardContext:
         return first_over_ranks(self.ranks, self.finite.corrupt(self.learner.leaves()))
 
     @property
+    def acts_alone(self) -> bool:
+        """Whether the guard may change the run without other ranks: one process, whole parameters, not ``observe``."""
+        return not (self.many or self.ranks.sharded or self.settings.observe)
+
+    @property
     def many(self) -> bool:
         """Whether there are several processes."""
         return self.ranks.world > 1

@@ -20,7 +20,7 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.parts import GuardParts
-from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.step_parts import StepParts
 from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
@@ -44,7 +44,7 @@ class Guard:
         self._readback = parts.readback
         self._runner = parts.runner
         self._snapshots = parts.snapshots
-        self._undos = parts.undos
+        self._undos = parts.steps.undos
         self._judge = parts.judge
         # Whether weights and averages are swapped, as WeightAveraging does in validation.
         self.swapped = False
@@ -88,9 +88,7 @@ class Guard:
         self._running = True
         self._loss_seen = False
         within, self._open = self._open, True
-        if not within:
-            self._undos.rotate(1)
-        self._parts.steps.open_batch(within=within)
+        self._undos.open(within=within)
         if not within:
             self._parts.skipper.open()
 
@@ -118,7 +116,7 @@ class Guard:
             self._parts.meter.drop_losses()
             self._parts.skipper.skip(optimizer_index)
             return
-        arrived = self._readback.submit(optimizer_index, self._undos[0])
+        arrived = self._readback.submit(optimizer_index, self._undos.present)
         if self._parts.meter.has_new_size and self._parts.certification.start_again_if_resized():
             self._parts.meter.forget_sizes()
         if arrived is not None:
@@ -126,7 +124,7 @@ class Guard:
         self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
         reading = self._readback.at_hand
         if reading is not None:
-            self._judge.look_at_statistics(reading, self._undos[0])
+            self._judge.look_at_statistics(reading, self._undos.present)
         if self._context.clipper.value is not None:
             self._clip(optimizer_index, None if reading is None else reading.grad_norm)
 
@@ -142,7 +140,7 @@ class Guard:
         self._running = False
         alone = self._parts.loop.micro_batches() == 1
         if not self._loss_seen or (alone and not self._updated and not self._context.settings.deferred):
-            self._parts.steps.undo_spoilt_buffers()
+            self._parts.steps.unused.undo_spoilt_buffers()
         if not self._updated:
             if alone or not self._context.learner.optimizers:
                 self._open = False
@@ -327,7 +325,7 @@ class Guard:
         fault = Fault("corrupted_state", "state", bad, None, f"{bad} is no longer finite")
         if self._open and not context.settings.observe:
             # An unfinished batch may have made the statistics of batch norm bad.
-            self._undos[0].undo()
+            self._undos.undo()
             if context.corrupt()[0] is None:
                 self.note(fault, "undo")
                 return False
@@ -375,8 +373,8 @@ class Guard:
         return self._context
 
     @property
-    def steps(self) -> StepCheck:
-        """Checks an update while it can still be made again."""
+    def steps(self) -> StepParts:
+        """What a loop needs to make a step again."""
         return self._parts.steps
 
     @property

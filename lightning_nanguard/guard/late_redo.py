@@ -9,7 +9,7 @@ from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.step_parts import StepParts
 from lightning_nanguard.state.snapshot import Snapshot
 
 
@@ -19,7 +19,7 @@ class LateRedo:
 
     Args:
         context: Objects and settings that the parts of the guard share.
-        steps: Decides whether a rollback is allowed, and records.
+        steps: Decide whether a rollback is allowed, and record.
         skipper: Skips updates.
         snapshots: Is told about the rollback.
         caution: Is told about the rollback.
@@ -28,7 +28,7 @@ class LateRedo:
     def __init__(
         self,
         context: GuardContext,
-        steps: StepCheck,
+        steps: StepParts,
         skipper: StepSkipper,
         snapshots: SnapshotManager,
         caution: Caution,
@@ -57,7 +57,7 @@ class LateRedo:
             return False
         self._snapshots.count_from(state.step)
         self._caution.update_undone(found, statistics=False)
-        self._steps.record_transient(found.fault, since=snapshot, late=found.reading.step)
+        self._steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
         state.restored = snapshot
         return True
 
@@ -66,6 +66,6 @@ class LateRedo:
         fault, reading, certified = found.fault, found.reading, self._context.ring.certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None
-        if not certified or certified[0].step >= reading.step or not self._steps.may_go_back(fault):
+        if not certified or certified[0].step >= reading.step or not self._steps.check.may_go_back(fault):
             return None
         return certified[0]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from dataclasses import dataclass
 from typing import final
 
@@ -23,8 +22,7 @@ from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.guard.step_parts import StepParts
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 
 
@@ -52,8 +50,7 @@ class GuardParts:
         recorder: Makes records.
         saving: Checks checkpoints before they are written.
         beside: Trains other states beside the run, to compare them with it.
-        steps: Checks an update while it can still be made again.
-        undos: One object for each batch that may still have to be undone.
+        steps: What a loop needs to make a step again.
     """
 
     context: GuardContext
@@ -74,5 +71,4 @@ class GuardParts:
     recorder: InterventionRecorder
     saving: SaveGuard
     beside: Beside
-    steps: StepCheck
-    undos: deque[BatchUndo]
+    steps: StepParts

@@ -106,7 +106,7 @@ def build_fit(
     keeper = (
         None
         if keeps_good is False
-        else SampleKeeper(module, replay, samples, guard.steps, arguments.thresholds.samples, always=bool(keeps_good))
+        else SampleKeeper(module, replay, samples, guard, arguments.thresholds.samples, always=bool(keeps_good))
     )
     return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
 

@@ -7,7 +7,7 @@ from typing import final
 
 from torch import nn
 
-from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.state.attribute_memory import AttributeMemory
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.random_state import is_checked
@@ -20,14 +20,14 @@ class CarriedAttributes:
 
     Args:
         module: The trained module.
-        check: Restores them if the batch is skipped.
+        undos: Restore them if the batch is skipped.
         thresholds: Which steps are checked, and which attributes are copied.
     """
 
-    def __init__(self, module: nn.Module, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
+    def __init__(self, module: nn.Module, undos: BatchUndos, thresholds: RepeatedStepsThresholds) -> None:
         self._memory = AttributeMemory(module, thresholds)
         self._numbers = AttributeNumbers(thresholds)
-        self._check = check
+        self._undos = undos
         self._every = thresholds.checked_every
         self._opened = 0
 
@@ -36,8 +36,8 @@ class CarriedAttributes:
         self._numbers.begin()
         before = self._memory.open(checked=is_checked(self._opened, self._every))
         self._opened += 1
-        self._check.undo_also(partial(before.restore, plain=False))
-        self._check.undo_also(self._numbers.undo)
+        self._undos.also(partial(before.restore, plain=False))
+        self._undos.also(self._numbers.undo)
         self._numbers.open(before)
 
     def close(self) -> None:

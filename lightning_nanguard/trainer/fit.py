@@ -130,7 +130,7 @@ class Fit:
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)
         elif not (module.automatic_optimization or self.context.settings.observe):
-            self.carried = CarriedAttributes(module, self.guard.steps, limits)
+            self.carried = CarriedAttributes(module, self.guard.steps.undos, limits)
         later(
             guard_saves(
                 self._trainer,
@@ -153,7 +153,7 @@ class Fit:
 
     def _keeps_whole(self, module: LightningModule) -> bool:
         """Whether bad batches are skipped as a whole. If the user asked to keep good samples, a message says so."""
-        late = self.context.settings.deferred or not self.guard.steps.allowed() or not module.automatic_optimization
+        late = self.context.settings.deferred or not self.context.acts_alone or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
         if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
             self._keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
@@ -245,7 +245,7 @@ class Fit:
 
     def _skips_windows(self, module: Any) -> bool:
         """Whether there are windows of accumulation, but no single micro-batch can be left out."""
-        steps, accumulates = self.guard.steps, self._trainer.accumulate_grad_batches > 1
+        steps, accumulates = self.guard.steps.check, self._trainer.accumulate_grad_batches > 1
         apart = self.context.many or self.context.ranks.sharded
         return accumulates and apart and module.automatic_optimization and not steps.together()
 

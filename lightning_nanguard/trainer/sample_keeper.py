@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, final
 from torch import nn
 
 from lightning_nanguard.diagnosis.batch import samples
-from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.sample_parts import is_separable, part_of
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
@@ -53,7 +53,7 @@ class SampleKeeper:
         module: The trained module.
         replay: Runs batches again.
         finder: Finds the bad samples.
-        check: Finds causes, and checks the state.
+        guard: Finds causes, and checks the state.
         thresholds: When a loss counts as a mean, and which share of skipped updates counts as most.
         always: Whether to keep the good samples of every bad batch. Otherwise they are kept once most updates were
             skipped.
@@ -64,7 +64,7 @@ class SampleKeeper:
         module: LightningModule,
         replay: TrainerBatchReplay,
         finder: SampleFinder,
-        check: StepCheck,
+        guard: Guard,
         thresholds: SamplesThresholds,
         *,
         always: bool,
@@ -72,7 +72,8 @@ class SampleKeeper:
         self._module = module
         self._replay = replay
         self._finder = finder
-        self._check = check
+        self._check = guard.steps.check
+        self._records = guard.steps.records
         self._limits = thresholds
         # Whether the loss of a batch is the mean of its parts' losses; ``None`` before the test.
         self._is_mean: bool | None = None
@@ -101,7 +102,7 @@ class SampleKeeper:
             return None
         batch = micro.run.batch
         with self._replay.suspecting(micro.run.batch_idx):
-            finding = self._check.diagnosis(fault)
+            finding = self._records.diagnosis(fault)
         known = next((one for one in reversed(self._replay.batches.newest()) if one.batch is batch), None)
         if known is None or known.origin is None:
             return None

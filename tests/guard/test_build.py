@@ -82,7 +82,7 @@ def test_the_readback_fits_settings_and_ranks(settings: Settings, ranks: int, ki
     """Readings arrive at once, late, or from all ranks; as many batches can be undone as may still be judged."""
     parts = PlainLoop(settings=settings, ranks=memory_ranks(ranks)[0]).guard._parts
     assert type(parts.readback) is kind
-    assert len(parts.undos) == batches
+    assert len(parts.steps.undos._undos) == batches
 
 
 class Never(Detector):

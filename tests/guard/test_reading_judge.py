@@ -25,7 +25,7 @@ def started() -> PlainLoop:
 def test_a_healthy_reading_waits_for_the_end_of_its_batch() -> None:
     """It is kept, and nothing is found."""
     loop = started()
-    judge, undo = loop.guard._parts.judge, loop.guard._parts.undos[0]
+    judge, undo = loop.guard._parts.judge, loop.guard._parts.steps.undos.present
     healthy = Reading(50, 0, 0.01, 0.01)
     judge.judge(Arrived(healthy, undo), 0)
     assert judge.readings == [healthy]
@@ -36,7 +36,7 @@ def test_a_bad_reading_is_found_and_its_step_is_skipped() -> None:
     """It is no history, it is counted, and a bad batch in a row is counted once when the fault is taken."""
     loop = started()
     parts = loop.guard._parts
-    parts.judge.judge(Arrived(BAD, parts.undos[0]), 0)
+    parts.judge.judge(Arrived(BAD, parts.steps.undos.present), 0)
     assert parts.skipper.skipped == {0}
     assert parts.judge.readings == []
     [found] = parts.judge.take_found()
@@ -49,18 +49,23 @@ def test_late_readings_are_judged_up_to_the_first_fault() -> None:
     """What comes after it is left where it was, and the weights are known to be bad."""
     loop = started()
     parts = loop.guard._parts
-    readings = iter([Arrived(BAD, parts.undos[0], reached=True, late=True), Arrived(BAD, parts.undos[0], late=True)])
+    readings = iter(
+        [
+            Arrived(BAD, parts.steps.undos.present, reached=True, late=True),
+            Arrived(BAD, parts.steps.undos.present, late=True),
+        ]
+    )
     parts.judge.judge_late(readings, 0)
     assert len(list(readings)) == 1
     assert parts.judge.weights_are_bad()
-    parts.judge.judge_late(iter([Arrived(BAD, parts.undos[0])]), 0)
+    parts.judge.judge_late(iter([Arrived(BAD, parts.steps.undos.present)]), 0)
     assert len(parts.judge.take_found()) == 1
 
 
 def test_a_further_evaluation_of_one_step_is_no_history() -> None:
     """LBFGS looks at places far off on purpose: a healthy reading of one is not kept."""
     loop = started()
-    judge, undo = loop.guard._parts.judge, loop.guard._parts.undos[0]
+    judge, undo = loop.guard._parts.judge, loop.guard._parts.steps.undos.present
     judge.judge(Arrived(Reading(50, 0, 0.01, 0.01), undo, line_search=True), 0)
     assert judge.readings == []
 

@@ -10,7 +10,6 @@ import torch
 
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.step_check import StepCheck
-from lightning_nanguard.types import Fault
 from tests.guard.plain_loop import PlainLoop
 
 
@@ -22,7 +21,7 @@ def at_step(loss: float = 1.0, gradient: float = 0.1, **options: Any) -> tuple[P
     for parameter in loop.net.parameters():
         parameter.grad = torch.full_like(parameter, gradient)
     loop.guard.see_loss(torch.tensor(loss))
-    return loop, loop.guard.steps
+    return loop, loop.guard.steps.check
 
 
 @pytest.mark.parametrize(
@@ -63,8 +62,8 @@ def test_nothing_is_read_where_readings_are_late() -> None:
 
 def test_a_guard_that_observes_makes_no_step_again() -> None:
     """Nothing is run again."""
-    assert at_step()[1].allowed()
-    assert not at_step(settings=Settings(observe=True))[1].allowed()
+    assert at_step()[0].guard.context.acts_alone
+    assert not at_step(settings=Settings(observe=True))[0].guard.context.acts_alone
 
 
 def test_losses_of_micro_batches() -> None:
@@ -77,17 +76,6 @@ def test_losses_of_micro_batches() -> None:
     assert fault is not None
     assert fault.kind == "non_finite_loss"
     assert check.fault_of_gradients() is None
-
-
-def test_records_say_how_often() -> None:
-    """Counted by place; from the third time on the device is suspected."""
-    loop, check = at_step()
-    for place in ("loss", "gradient", "loss", "loss"):
-        check.record_transient(Fault("non_finite_loss", "batch", place))
-    findings = [record.finding for record in loop.records]
-    assert [one.evidence["times"] for one in findings if one] == [1.0, 1.0, 2.0, 3.0]
-    assert ["test the device" in one.suggestion for one in findings if one] == [False, False, False, True]
-    assert {record.remedies for record in loop.records} == {("redo",)}
 
 
 def test_an_exception_is_told_in_the_place_of_a_loss() -> None:

@@ -40,7 +40,7 @@ class Attempts:
         self._extreme = parts.keeper is not None and parts.keeper.always
         self._careful = changes_gradients(parts.trainer, parts.module)
         self.together = self._check.together()
-        self.allowed = self._check.allowed() or self.together
+        self.allowed = parts.guard.context.acts_alone or self.together
         self.repeats = self.may_pass = False
         # Whether the present forward pass is over, and the function that replaces it.
         self._forward_over = False

@@ -46,7 +46,7 @@ class RepeatParts:
     @property
     def check(self) -> StepCheck:
         """Checks losses and gradients."""
-        return self.guard.steps
+        return self.guard.steps.check
 
 
 def made_parts(
@@ -68,6 +68,6 @@ def made_parts(
         keeper: Gives the good samples of a bad batch.
     """
     thresholds = guard.context.thresholds.batches.repeated
-    window, memory = Window(trainer, guard.steps, thresholds), StepMemory(module, thresholds)
+    window, memory = Window(trainer, guard.steps.undos, thresholds), StepMemory(module, thresholds)
     errors = NumericErrors(trainer, module, guard, replay)
     return RepeatParts(trainer, module, guard, replay, listens, window, memory, errors, keeper)

@@ -34,6 +34,8 @@ class RanksAgain:
     def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
         self._parts = parts
         self._check = parts.check
+        self._records = parts.guard.steps.records
+        self._undos = parts.guard.steps.undos
         self._ranks = parts.guard.context.ranks
         self._window = parts.window
         self._runs = runs
@@ -70,7 +72,7 @@ class RanksAgain:
             if last.good:
                 if keeps:
                     after.restore_counters()
-                self._check.record_transient(fault_of(first))
+                self._records.transient(fault_of(first), ranks=self._check.seen_by)
                 return last.result
         self._tell_errors([] if last.caught is None else [micro])
         return last.result  # backward has run on all ranks; the guard handles the result
@@ -96,7 +98,7 @@ class RanksAgain:
         if not all(self._ranks.gather(trace is not None)) or trace is None:
             return first.result
         self._check.drop_losses()
-        self._check.rewind()
+        self._undos.undo()
         with self._runs.repeating(counted=True):
             with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
@@ -104,7 +106,7 @@ class RanksAgain:
             good = [micro for micro in window.micros if micro.left_out is None]
             total, every = sum(self._ranks.gather(len(good))), len(window.micros) * self._ranks.world
             self._check.drop_losses()
-            self._check.rewind()
+            self._undos.undo()
             if not total:
                 after.restore()
                 self._spoil(first, parameters)
@@ -116,7 +118,7 @@ class RanksAgain:
             after.restore()
         window.micros[-1].loss = getattr(outcome.result, "loss", None)
         if outcome.good and total == every:
-            self._check.record_transient(fault_of(first))
+            self._records.transient(fault_of(first), ranks=self._check.seen_by)
         elif outcome.good:
             self._record_left_out()
         return outcome.result if first.result is None or window.micros[-1].left_out is None else first.result
@@ -178,5 +180,5 @@ class RanksAgain:
                 fault = Fault(kind, scope, place, None, message)
                 with self._parts.replay.suspecting(batch_idx):
                     # Every rank diagnoses its micro-batch of this index, because the diagnosis calls collectives.
-                    finding = most_confident_over_ranks(self._ranks, self._check.diagnosis(fault))
-                    self._check.record_left_out(fault, finding, (rank,))
+                    finding = most_confident_over_ranks(self._ranks, self._records.diagnosis(fault))
+                    self._records.left_out(fault, finding, (rank,))

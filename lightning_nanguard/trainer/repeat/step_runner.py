@@ -51,7 +51,9 @@ class StepRunner:
         thresholds = parts.guard.context.thresholds.batches.repeated
         self._parts = parts
         self._check = parts.check
-        self._alone = self._check.allowed()
+        self._records = parts.guard.steps.records
+        self._undos = parts.guard.steps.undos
+        self._alone = parts.guard.context.acts_alone
         self._window = parts.window
         self._numbers = AttributeNumbers(thresholds)
         self._updates = UpdatesAgain(parts.trainer, parts.module, parts.guard.context, parts.replay, thresholds)
@@ -77,8 +79,8 @@ class StepRunner:
                 self._numbers.begin()
             start = self._parts.memory.open(run.batch, random)
             if run.zero_grad is not None:
-                self._check.undo_also(start.carried_back)
-                self._check.undo_also(self._numbers.undo)
+                self._undos.also(start.carried_back)
+                self._undos.also(self._numbers.undo)
                 self._numbers.open(start.attributes)
             if self._alone and self._parts.replay.batches.nothing_left():
                 return self._pass_over(run, start)
@@ -125,7 +127,7 @@ class StepRunner:
                     after.restore_counters()
                 if first.error is not None and not first.early:
                     call_after_backward(self._parts.trainer, self._parts.listens)
-                self._check.record_transient(fault_of(first), counters=after.names if keeps else ())
+                self._records.transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
             if last.error is not None and not may_be_numeric(last.error, micro.run.batch):
                 self._parts.memory.repeatable = False
@@ -206,24 +208,24 @@ class StepRunner:
         gradients = gradients_if_room(parameters)
         if gradients is None:
             return first
-        self._check.rewind()
+        self._undos.undo()
         before = self._updates.go(snapshot, self._check.number - 1, then=micro)
         give_gradients(parameters, gradients)
         again = first
         if before is not None:
-            self._check.begin_again(earliest.carried_back)
+            self._undos.begin_again(earliest.carried_back)
             self._window.rewind(micro)
             with self._runs.repeating(counted=counted):
                 again = self._runs.attempt(micro, steps=steps)
             if again.good:
                 if first.error is not None and not first.early:
                     call_after_backward(self._parts.trainer, self._parts.listens)
-                self._check.record_transient(fault_of(first), spoilt=spoilt, since=snapshot)
+                self._records.transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 self._updates.log_again()
                 return again
             self._runs.rewind(micro, again)
             before()
-            self._check.begin_again(earliest.carried_back)
+            self._undos.begin_again(earliest.carried_back)
             give_gradients(parameters, gradients)
             self._updates.futile = True
         self._window.rewind(micro)
@@ -306,13 +308,13 @@ class StepRunner:
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._parts.replay.suspecting(micro.run.batch_idx):
-                        self._check.record_left_out(fault, self._check.diagnosis(fault))
+                        self._records.left_out(fault, self._records.diagnosis(fault))
             for micro, (fault, finding) in self._window.kept():
                 with self._parts.replay.suspecting(micro.run.batch_idx):
-                    self._check.record_kept(fault, finding)
+                    self._records.kept_good_samples(fault, finding)
         return result
 
     def _keep(self, *, steps: bool) -> None:
         """Keep the data of the next update, so that it can be repeated."""
         if steps:
-            self._updates.keep(self._check.number, self._window.whole(), self._check.measures)
+            self._updates.keep(self._check.number, self._window.whole(), self._undos.measures)

@@ -113,7 +113,7 @@ class UpdatesAgain:
         self._rows: list[LoggedRow] = []
         self.futile = False
         learner = context.learner
-        alone = not (context.many or context.ranks.sharded or context.settings.observe)
+        alone = context.acts_alone
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
         self._possible = alone and plain and thresholds.updates_again > 0
 

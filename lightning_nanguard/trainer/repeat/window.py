@@ -10,7 +10,7 @@ from typing import final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
@@ -50,7 +50,7 @@ class Window:
 
     Args:
         trainer: The trainer.
-        check: Restores the state before the window.
+        undos: Restore the state before the window.
         thresholds: Bytes up to which batches are kept.
 
     Attributes:
@@ -58,9 +58,9 @@ class Window:
         shares: Over all ranks, the micro-batches of the update and the good ones among them; ``None`` with one process.
     """
 
-    def __init__(self, trainer: Trainer, check: StepCheck, thresholds: RepeatedStepsThresholds) -> None:
+    def __init__(self, trainer: Trainer, undos: BatchUndos, thresholds: RepeatedStepsThresholds) -> None:
         self._trainer = trainer
-        self._check = check
+        self._undos = undos
         self._limits = thresholds
         # Bytes of the micro-batches so far, and the number of micro-batches that were released to save memory.
         self._bytes, self._let_go = 0.0, 0
@@ -104,7 +104,7 @@ class Window:
 
         Changes by earlier micro-batches, such as running statistics, are made again by their forward passes.
         """
-        self._check.rewind()
+        self._undos.undo()
         for earlier in self.micros:
             if earlier is micro:
                 break

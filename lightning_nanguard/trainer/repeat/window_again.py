@@ -27,6 +27,7 @@ class WindowAgain:
     def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
         self._parts = parts
         self._check = parts.check
+        self._undos = parts.guard.steps.undos
         self._window = parts.window
         self._runs = runs
 
@@ -46,7 +47,7 @@ class WindowAgain:
             return given(first)
         known, kept = len(window.left_out()), len(window.kept())
         self._check.drop_losses()
-        self._check.rewind()
+        self._undos.undo()
         with self._runs.repeating(counted=True):
             for micro in window.micros:
                 last = steps and micro is window.micros[-1]
@@ -60,7 +61,7 @@ class WindowAgain:
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             if first.error is not None:
                 call_after_backward(self._parts.trainer, self._parts.listens)
-            self._check.record_transient(fault_of(first))
+            self._parts.guard.steps.records.transient(fault_of(first))
         return first.result if result is None else result
 
     def _one(self, micro: WindowEntry, known: int, trace: BatchUndo, *, last: bool) -> Any:
