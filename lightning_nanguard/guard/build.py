@@ -90,7 +90,7 @@ def build_guard(
     may_lower = any(remedy.role == "rate" for remedy in remedies)
     recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
     plausibility = _plausibility(context, investigator)
-    snapshots = _snapshots(context, plausibility)
+    snapshots = SnapshotManager(context, plausibility)
     meter = _meter(context, loop)
     skipper = StepSkipper(context.learner, snapshots.where)
     caution = Caution(context, skipper)
@@ -162,24 +162,6 @@ def _saving(context: GuardContext, recorder: InterventionRecorder) -> SaveGuard:
     return SaveGuard(
         context.learner, context.ring, context.finite, recorder.note, observe=observe, ranks=context.ranks
     )  # fmt: skip
-
-
-def _snapshots(context: GuardContext, plausibility: PlausibilityCheck) -> SnapshotManager:
-    settings = context.settings
-    return SnapshotManager(
-        context.learner,
-        context.ring,
-        context.finite,
-        plausibility,
-        every=settings.snapshot_every,
-        device=settings.snapshot_device,
-        choose=settings.choose_place,
-        limit=settings.snapshot_bytes,
-        others=context.replay.bytes_kept,
-        ranks=context.ranks,
-        thresholds=context.thresholds.snapshots,
-        clock=settings.clock,
-    )
 
 
 def guard_for(

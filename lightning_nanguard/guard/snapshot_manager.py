@@ -3,32 +3,26 @@
 from __future__ import annotations
 
 import logging
-import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
 import torch
 
-from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.distributed.report import Report
+from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
 from lightning_nanguard.state.device import DeviceTimer
-from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.interval import Interval
-from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.learner import StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentScreen
 from lightning_nanguard.state.norm_screen import NormScreen
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import average_of, bad_averages
-from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot, clone
 from lightning_nanguard.state.snapshot_placement import SnapshotPlacement
-from lightning_nanguard.thresholds.snapshots import SnapshotsThresholds
 from lightning_nanguard.types import Fault
 
 _logger = logging.getLogger("lightning_nanguard")
-_DEFAULTS = SnapshotsThresholds()
 
 
 @final
@@ -36,55 +30,31 @@ class SnapshotManager:
     """Takes snapshots of the learner for the guard, and checks them before they are certified.
 
     Args:
-        learner: The learner of the run.
-        ring: Stores the snapshots.
-        finite: Finds tensors that are not finite.
+        context: Objects and settings that the parts of the guard share.
         plausibility: Finds finite tensors that are far out of range.
-        every: Updates between snapshots; ``None`` chooses so that they take at most 1 % of the time, and less later.
-        device: Where snapshots are kept; ``None`` for the device of the originals.
-        choose: Whether snapshots move to host memory if a device has no room for them.
-        limit: Limit in bytes for all snapshots together.
-        others: Bytes that count in the limit beside snapshots.
-        ranks: All processes. They take and certify the same snapshots.
-        thresholds: When snapshots are taken, and where they are kept.
-        clock: Gives the time in seconds.
     """
 
-    def __init__(
-        self,
-        learner: Learner,
-        ring: Ring,
-        finite: FiniteCheck,
-        plausibility: PlausibilityCheck,
-        *,
-        every: int | None = None,
-        device: torch.device | None = None,
-        choose: bool = False,
-        limit: float = math.inf,
-        others: Callable[[], int] = int,
-        ranks: Ranks | None = None,
-        thresholds: SnapshotsThresholds = _DEFAULTS,
-        clock: Callable[[], float] = time.perf_counter,
-    ) -> None:
-        self._ranks: Ranks = SingleProcess() if ranks is None else ranks
-        self._many = self._ranks.world > 1
+    def __init__(self, context: GuardContext, plausibility: PlausibilityCheck) -> None:
+        settings, limits, learner = context.settings, context.thresholds.snapshots, context.learner
+        self._ranks = context.ranks
+        self._many = context.many
         self._learner = learner
-        self._ring = ring
-        self._finite = finite
+        self._ring = context.ring
+        self._finite = context.finite
         self._plausibility = plausibility
-        self._clock = clock
-        self._interval = Interval(every, thresholds.interval, clock)
+        self._clock = settings.clock
+        self._interval = Interval(settings.snapshot_every, limits.interval, settings.clock)
         self._placement = SnapshotPlacement(
             learner,
-            ring,
-            device,
-            choose=choose,
+            context.ring,
+            settings.snapshot_device,
+            choose=settings.choose_place,
             alone=not self._many,
             sharers=self._ranks.sharers,
             parts=self._ranks.snapshot_parts,
-            limit=limit,
-            others=others,
-            thresholds=thresholds.placement,
+            limit=settings.snapshot_bytes,
+            others=context.replay.bytes_kept,
+            thresholds=limits.placement,
         )
         self._agreement = SnapshotAgreement(self._ranks, self._interval.updates)
         self._device_timer = DeviceTimer(learner.device)
@@ -98,7 +68,7 @@ class SnapshotManager:
         self._next = self._interval.until_next(0)
         self._wanted = False
         self._measured = 0
-        self._announced_after = thresholds.interval.announced_after
+        self._announced_after = limits.interval.announced_after
 
     def count_from(self, step: int) -> None:
         """Make the next snapshot due one interval after update ``step``."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +14,13 @@ from pytorch_lightning import Callback
 
 from benchmarks.plain import PlainHost
 from lightning_nanguard import NaNGuard, NonFinite
-from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.act.learning_rate import LearningRate
+from lightning_nanguard.detect.monitors import Monitors
+from lightning_nanguard.guard.context import GuardContext, Settings
+from lightning_nanguard.guard.loop import NoReplay
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.plausibility import PlausibilityCheck
-from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.side_copy import SideCopy
 from lightning_nanguard.state.snapshot import capture
 from tests.fake_device import fake_device
@@ -33,12 +36,17 @@ class Managed:
     def __init__(self, every: int | None = None) -> None:
         self.now = 0.0
         self.net, self.optimizer, self.learner = made("adam")
-        self.ring, finite = Ring(), FiniteCheck()
-        finite.begin(self.learner)
-        plausibility = PlausibilityCheck(self.learner, self.ring, lambda state, than: False)
-        self.manager = SnapshotManager(
-            self.learner, self.ring, finite, plausibility, every=every, clock=lambda: self.now
+        self.context = GuardContext(
+            self.learner,
+            NoReplay(),
+            Monitors([]),
+            LearningRate([self.optimizer]),
+            settings=Settings(snapshot_every=every, clock=lambda: self.now),
         )
+        self.ring = self.context.ring
+        self.context.finite.begin(self.learner)
+        self.plausibility = PlausibilityCheck(self.learner, self.ring, lambda state, than: False)
+        self.manager = SnapshotManager(self.context, self.plausibility)
 
     def certify(self, step: int) -> str | None:
         """Take a snapshot, and certify it where nothing speaks against it."""
@@ -164,9 +172,8 @@ def test_a_torn_snapshot_is_replaced() -> None:
     """Where somebody wrote to the weights while they were copied, another snapshot is due at once."""
     managed = Managed(every=5)
     managed.learner.device, driver = fake_device()
-    manager = SnapshotManager(
-        managed.learner, managed.ring, FiniteCheck(), managed.manager._plausibility, every=5, device=torch.device("cpu")
-    )
+    settings = Settings(snapshot_every=5, snapshot_device=torch.device("cpu"))
+    manager = SnapshotManager(replace(managed.context, settings=settings), managed.plausibility)
     for step, writes in ((5, False), (10, True)):
         pending = manager.capture(step, step, 0.1)
         assert pending is not None

@@ -21,7 +21,7 @@ def test_the_parts_of_a_fit_are_made_once_and_belong_together(tmp_path: Path) ->
             assert guard._fit is not None
             mine, replay = guard._fit.guard, guard._fit.replay
             made.append(made_parts(trainer, pl_module, mine, replay, lambda callback: False, None))
-            assert made[0].check is mine.steps
+            assert made[0].check is mine.steps.check
 
     guard = NaNGuard()
     fit(task("norm"), data_for("norm", 2), guard, folder=tmp_path, callbacks=[Make()])
