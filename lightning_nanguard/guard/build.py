@@ -51,6 +51,7 @@ from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_parts import StepParts
 from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.guard.step_records import StepRecords
+from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.guard.unused_batch import UnusedBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
@@ -59,6 +60,7 @@ from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import PlanStep
 
 
 def build_guard(
@@ -80,15 +82,13 @@ def build_guard(
         make_undo: Makes an object that undoes what a batch changed.
         schedulers: Name of each optimizer's scheduler, by the optimizer's index.
     """
-    carried_out_by = executors(remedies)
+    by_step = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
     trials = TrialRunner(context, branches, loop)
     investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
-    reduce, clip = carried_out_by[ReduceLR.step], carried_out_by[ClipGradients.step]
-    may_lower = any(remedy.role == "rate" for remedy in remedies)
-    recovery = Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
+    recovery = _recovery(context, rehearsal, recorder, remedies, by_step)
     plausibility = _plausibility(context, investigator)
     snapshots = SnapshotManager(context, plausibility)
     meter = _meter(context, loop)
@@ -98,13 +98,14 @@ def build_guard(
     runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
-        runner = ActingRunner(context, actions, carried_out_by, recovery, skipper, plausibility, caution)
+        runner = ActingRunner(context, actions, by_step, recovery, skipper, plausibility, caution)
     receipts = Receipts(context, branches, recorder, snapshots)
-    interventions = Interventions(context, loop, policy, investigator, recorder, runner, carried_out_by, receipts)
+    suspicions = Suspicions(context, loop, investigator)
+    interventions = Interventions(context, loop, policy, investigator, recorder, runner, by_step, receipts, suspicions)
     # With late readings a batch is judged up to two updates later.
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
-    records = StepRecords(context, loop, recorder, policy, readback)
     check = StepCheck(context, meter, caution, policy, undos, readback)
+    records = StepRecords(context, loop, recorder, policy, readback)
     steps = StepParts(check, undos, records, UnusedBatch(context, undos, records))
     late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
@@ -119,7 +120,7 @@ def build_guard(
             plausibility=plausibility,
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
-            judge=ReadingJudge(context, meter, runner, interventions, plausibility, late),
+            judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),
             runner=runner,
             recovery=recovery,
             rates=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
@@ -130,6 +131,18 @@ def build_guard(
             steps=steps,
         )
     )
+
+
+def _recovery(
+    context: GuardContext,
+    rehearsal: Rehearsal,
+    recorder: InterventionRecorder,
+    remedies: Sequence[Remedy],
+    by_step: Mapping[type[PlanStep], Remedy],
+) -> Recovery:
+    reduce, clip = by_step[ReduceLR.step], by_step[ClipGradients.step]
+    may_lower = any(remedy.role == "rate" for remedy in remedies)
+    return Recovery(context, rehearsal, recorder, reduce, clip, may_lower=may_lower)
 
 
 def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:

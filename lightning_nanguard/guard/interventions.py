@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,11 +15,12 @@ from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.loop import Clock, TrainingLoop
+from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Reading, Skip, Stop
+from lightning_nanguard.guard.suspicions import Suspicions
+from lightning_nanguard.types import Evidence, Finding, Plan, PlanStep, Skip, Stop
 
 
 @final
@@ -36,6 +36,7 @@ class Interventions:
         runner: Carries the plan out.
         remedies: The remedy for each kind of plan step. It gives the word for the record.
         receipts: Compares the run with the branch that an intervention gave up.
+        suspicions: Tells the user of faults that are left alone.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class Interventions:
         runner: PlanRunner,
         remedies: Mapping[type[PlanStep], Remedy],
         receipts: Receipts,
+        suspicions: Suspicions,
     ) -> None:
         self._context = context
         self._loop = loop
@@ -57,11 +59,7 @@ class Interventions:
         self._runner = runner
         self._remedies = remedies
         self._receipts = receipts
-
-    @property
-    def patience(self) -> int:
-        """Number of bad batches in a row after which their values count as usual for the data."""
-        return self._policy.thresholds.blame.patience
+        self._suspicions = suspicions
 
     def handle(self, found: FoundFault) -> bool:
         """Handle a fault.
@@ -96,98 +94,18 @@ class Interventions:
         if not plan:
             state.arm = None
             if not (fault.certain or fault.doubtful or self._investigator.trial_runs):
-                self._tell(fault)  # no trial was possible, or a trial has shown nothing
+                self._suspicions.tell(fault)  # no trial was possible, or a trial has shown nothing
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan, before_plan)
         state.arm = None
-        lasts = state.bad_in_a_row >= self.patience and not evidence.batch_strange
+        lasts = state.bad_in_a_row >= context.thresholds.decision.blame.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
             context.monitors.accept(reading)  # a lasting rise is the new usual level
         stays = fault.scope == "learner" and state.restored is None
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
-
-    def advise(self, fault: Fault, reading: Reading) -> None:
-        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while."""
-        self._context.monitors.dismiss(reading)
-        self._tell(fault)
-
-    def _tell(self, fault: Fault) -> None:
-        if fault.since is not None:
-            return  # the rise is over, and nothing else speaks against the weights
-        self._leave(fault, self._loop.clock(), "finite, so nothing was done", "Clip gradients, or look at that batch")
-        found = self._shown_by_weights(fault)
-        if found is not None:
-            self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
-            return
-        evidence = {} if fault.value is None else {"value": fault.value}
-        confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        suggestion = (
-            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
-        )
-        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
-
-    def _unchanged(self) -> str:
-        if self._context.settings.act_on == "evidence":
-            return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
-        return (
-            "Nothing was changed: every number is finite. "
-            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
-        )
-
-    def _shown_by_weights(self, fault: Fault) -> Finding | None:
-        """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""
-        if fault.scope != "learner":
-            return None
-        context, growth = self._context, self._investigator.growth()
-        if growth <= context.thresholds.diagnosis.learner.ruined:
-            return None
-        rates, unit = context.rate.effective(), context.monitors.loss_unit()
-        lr, highest = next(iter(rates), None), max(rates, default=None)
-        evidence = Evidence(context.state.step, growth=growth, loss_unit=unit, lr=lr, group_lr=highest)
-        mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
-        found = most_confident_over_ranks(context.ranks, mine)
-        told = context.thresholds.diagnosis.confidence.told
-        return found if found is not None and found.confidence > told else None
-
-    def _leave(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
-        """Remember a fault whose update was made, because it may explain a state that becomes bad later."""
-        words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
-        self._context.state.told = self._context.state.step, words
-
-    def tell_of_bad_losses(self, reading: Reading) -> None:
-        """Tell the user once that losses are not finite while gradients are."""
-        infinite = reading.loss is not None and math.isinf(reading.loss)
-        what, remedy = (
-            ("infinite", "Look for the term that is infinite. If it overflows, compute it in a wider number format.")
-            if infinite
-            else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
-        )
-        suggestion = (
-            f"the loss of {self.patience} updates in a row is not finite (the last is {what}), and their gradients are "
-            "finite. "
-            f"{self._from_now_on('because they do not harm the weights')} {remedy}"
-        )
-        confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        self._loop.advise(
-            Finding("infinite_loss" if infinite else "nan_loss", confidence, {}, "loss", suggestion=suggestion)
-        )
-
-    def tell_of_large_gradients(self, fault: Fault) -> None:
-        """Tell the user once that every gradient so far was finite and too large."""
-        state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
-        suggestion = (
-            f"{fault.message}. The same is true of all {state.step} updates so far. "
-            f"{self._from_now_on('because otherwise no update would ever be made')} "
-            "Scale the loss down and the learning rate up."
-        )
-        evidence = {} if fault.value is None else {"value": fault.value}
-        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
-
-    def _from_now_on(self, why: str) -> str:
-        return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
 
     def _dismiss(self, found: FoundFault) -> bool:
         return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
@@ -239,7 +157,7 @@ class Interventions:
             found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock, restored
         )
         if context.settings.observe and state.told is None:
-            self._leave(found.fault, clock, "only observed", "Look at the batch of that update")
+            self._suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
             self._recorder.stop(found.fault, place, reason, finding, clock, restored)

@@ -14,6 +14,7 @@ from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.readback import Arrived
+from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.types import Fault, Reading
@@ -28,6 +29,7 @@ class ReadingJudge:
         meter: Names the gradient that is not finite.
         runner: Blocks updates.
         interventions: Handles faults.
+        suspicions: Tells the user of faults that are left alone.
         plausibility: Checks running statistics.
         late: Makes updates again whose fault happened by chance.
 
@@ -42,6 +44,7 @@ class ReadingJudge:
         meter: Meter,
         runner: PlanRunner,
         interventions: Interventions,
+        suspicions: Suspicions,
         plausibility: PlausibilityCheck,
         late: LateRedo,
     ) -> None:
@@ -51,6 +54,8 @@ class ReadingJudge:
         self._meter = meter
         self._runner = runner
         self._interventions = interventions
+        self._suspicions = suspicions
+        self._patience = context.thresholds.decision.blame.patience
         self._plausibility = plausibility
         self._late = late
         self._found: list[FoundFault] = []
@@ -128,8 +133,8 @@ class ReadingJudge:
         """Remove from a reading the numbers that are usual in this run; tell the user once about them."""
         state = self._context.state
         new = reading.loss_is_bad_alone and not state.bad_losses_usual
-        if new and state.note_bad_loss(reading.step, self._interventions.patience):
-            self._interventions.tell_of_bad_losses(reading)
+        if new and state.note_bad_loss(reading.step, self._patience):
+            self._suspicions.tell_of_bad_losses(reading)
         return state.unusual(reading)
 
     def _large_is_usual(self, fault: Fault, reading: Reading) -> bool:
@@ -138,7 +143,7 @@ class ReadingJudge:
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False
-        self._interventions.tell_of_large_gradients(fault)
+        self._suspicions.tell_of_large_gradients(fault)
         return True
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
@@ -146,7 +151,7 @@ class ReadingJudge:
         looks = fault.scope == "batch" and (fault.extreme if certain_only else fault.doubtful)
         pursued = self._batch_is_strange(fault, arrived, extreme=certain_only) if looks else not certain_only
         if certain_only and not pursued and not fault.doubtful:
-            self._interventions.advise(fault, arrived.reading)
+            self._suspicions.advise(fault, arrived.reading)
         return pursued
 
     def _batch_is_strange(self, fault: Fault, arrived: Arrived, *, extreme: bool) -> bool:
@@ -166,7 +171,7 @@ class ReadingJudge:
             return
         fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
         # A value that occurs in many batches in a row is usual for the data.
-        if fault is not None and self._context.state.bad_in_a_row < self._interventions.patience:
+        if fault is not None and self._context.state.bad_in_a_row < self._patience:
             self._runner.block(reading.optimizer_index)
             self._found.append(FoundFault(fault, reading, undo))
 

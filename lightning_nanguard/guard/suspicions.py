@@ -1,0 +1,117 @@
+"""Tells the user of readings that are unusual but did no harm, so that nothing is done about them."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import final
+
+from lightning_nanguard.distributed.ranks import most_confident_over_ranks
+from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.investigator import Investigator
+from lightning_nanguard.guard.loop import Clock, TrainingLoop
+from lightning_nanguard.types import Evidence, Fault, Finding, Reading
+
+
+@final
+class Suspicions:
+    """Tells the user of suspicions that the guard does not act on, and remembers the newest one.
+
+    Args:
+        context: Objects and settings that the parts of the guard share.
+        loop: Finds causes, gives advice to the user, and gives the trainer's step, epoch and batch.
+        investigator: Measures the growth of the weights.
+    """
+
+    def __init__(self, context: GuardContext, loop: TrainingLoop, investigator: Investigator) -> None:
+        self._context = context
+        self._loop = loop
+        self._investigator = investigator
+
+    def advise(self, fault: Fault, reading: Reading) -> None:
+        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while."""
+        self._context.monitors.dismiss(reading)
+        self.tell(fault)
+
+    def tell(self, fault: Fault) -> None:
+        """Give advice about a suspicion, and remember it."""
+        if fault.since is not None:
+            return  # the rise is over, and nothing else speaks against the weights
+        self.remember(fault, self._loop.clock(), "finite, so nothing was done", "Clip gradients, or look at that batch")
+        found = self._shown_by_weights(fault)
+        if found is not None:
+            self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
+            return
+        evidence = {} if fault.value is None else {"value": fault.value}
+        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        suggestion = (
+            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
+        )
+        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def remember(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
+        """Remember a fault whose update was made, because it may explain a state that becomes bad later.
+
+        Args:
+            fault: The fault.
+            clock: Its ``global_step``, epoch and batch.
+            why: Why its update was made.
+            advice: What the user may do.
+        """
+        words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
+        self._context.state.told = self._context.state.step, words
+
+    def tell_of_bad_losses(self, reading: Reading) -> None:
+        """Tell the user once that losses are not finite while gradients are."""
+        infinite = reading.loss is not None and math.isinf(reading.loss)
+        what, remedy = (
+            ("infinite", "Look for the term that is infinite. If it overflows, compute it in a wider number format.")
+            if infinite
+            else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
+        )
+        _, times = self._context.state.bad_alone
+        suggestion = (
+            f"the loss of {times} updates in a row is not finite (the last is {what}), and their gradients are finite. "
+            f"{self._from_now_on('because they do not harm the weights')} {remedy}"
+        )
+        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        self._loop.advise(
+            Finding("infinite_loss" if infinite else "nan_loss", confidence, {}, "loss", suggestion=suggestion)
+        )
+
+    def tell_of_large_gradients(self, fault: Fault) -> None:
+        """Tell the user once that every gradient so far was finite and too large."""
+        state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
+        suggestion = (
+            f"{fault.message}. The same is true of all {state.step} updates so far. "
+            f"{self._from_now_on('because otherwise no update would ever be made')} "
+            "Scale the loss down and the learning rate up."
+        )
+        evidence = {} if fault.value is None else {"value": fault.value}
+        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+
+    def _unchanged(self) -> str:
+        if self._context.settings.act_on == "evidence":
+            return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
+        return (
+            "Nothing was changed: every number is finite. "
+            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
+        )
+
+    def _from_now_on(self, why: str) -> str:
+        return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
+
+    def _shown_by_weights(self, fault: Fault) -> Finding | None:
+        """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""
+        if fault.scope != "learner":
+            return None
+        context, growth = self._context, self._investigator.growth()
+        if growth <= context.thresholds.diagnosis.learner.ruined:
+            return None
+        rates, unit = context.rate.effective(), context.monitors.loss_unit()
+        lr, highest = next(iter(rates), None), max(rates, default=None)
+        evidence = Evidence(context.state.step, growth=growth, loss_unit=unit, lr=lr, group_lr=highest)
+        mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
+        found = most_confident_over_ranks(context.ranks, mine)
+        told = context.thresholds.diagnosis.confidence.told
+        return found if found is not None and found.confidence > told else None

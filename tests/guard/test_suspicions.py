@@ -1,0 +1,70 @@
+"""What the user is told of readings that are unusual, and did no harm."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from lightning_nanguard import Fault, Reading
+from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.suspicions import Suspicions
+from tests.guard.plain_loop import EVIDENCE, PlainLoop
+
+FAULT = Fault("loss_spike", "batch", "loss", 9.0, "the loss rose to 9", certain=False)
+
+
+def trained(settings: Settings) -> tuple[PlainLoop, Suspicions]:
+    loop = PlainLoop(settings=settings)
+    loop.run(6)
+    parts = loop.guard._parts
+    return loop, Suspicions(loop.guard.context, loop, parts.investigator)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [(Settings(snapshot_every=4), 'NaNGuard(act_on="evidence") would'), (EVIDENCE, "no trial has shown")],
+    ids=["certain", "evidence"],
+)
+def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings, words: str) -> None:
+    """It is remembered, too, because it may explain a state that becomes bad later."""
+    loop, suspicions = trained(settings)
+    suspicions.advise(FAULT, Reading(6, 0, 9.0, 1.0))
+    (advice,) = loop.advice
+    assert (advice.cause, advice.evidence) == ("loss_spike", {"value": 9.0})
+    assert advice.suggestion.startswith("the loss rose to 9. If the run diverges")
+    assert words in advice.suggestion
+    told = loop.guard.context.state.told
+    assert told is not None
+    assert told[0] == 6
+    assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
+
+
+def test_a_rise_that_is_over_is_not_told() -> None:
+    """Nothing speaks against the weights then."""
+    loop, suspicions = trained(EVIDENCE)
+    suspicions.tell(Fault("diverging_loss", "learner", "loss", since=3, certain=False))
+    assert loop.advice == []
+    assert loop.guard.context.state.told is None
+
+
+@pytest.mark.parametrize(("loss", "cause"), [(math.inf, "infinite_loss"), (math.nan, "nan_loss")])
+@pytest.mark.parametrize("observe", [False, True])
+def test_losses_that_are_never_finite(loss: float, cause: str, observe: bool) -> None:
+    """The user is told how many there were in a row and, if the guard acts, that it lets them pass from now on."""
+    loop, suspicions = trained(Settings(observe=observe))
+    loop.guard.context.state.bad_alone = 6, 5
+    suspicions.tell_of_bad_losses(Reading(6, 0, loss, 1.0, finite=False, loss_finite=False))
+    (advice,) = loop.advice
+    assert advice.cause == cause
+    assert "the loss of 5 updates in a row is not finite" in advice.suggestion
+    assert ("From now on the guard makes such updates" in advice.suggestion) is not observe
+
+
+def test_gradients_that_are_always_too_large() -> None:
+    """The advice says that this is true of all updates, and what to change."""
+    loop, suspicions = trained(Settings())
+    suspicions.tell_of_large_gradients(Fault("gradient_overflow", "batch", "gradient", 1e25, "the norm is 1e25"))
+    (advice,) = loop.advice
+    assert advice.suggestion.startswith("the norm is 1e25. The same is true of all 6 updates so far.")
+    assert advice.suggestion.endswith("Scale the loss down and the learning rate up.")
