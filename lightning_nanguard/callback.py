@@ -23,6 +23,7 @@ from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
+from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
@@ -208,6 +209,7 @@ class NaNGuard(DisplayedGuard):
             self._undo_gate = before_resuming(trainer, self._gate)
             self._watch_data(trainer)
 
+    @leaves_run_if_it_fails(ValueError)
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and check the state before the first update."""
         given = self._given
@@ -245,6 +247,7 @@ class NaNGuard(DisplayedGuard):
             message = f"{gate.refused}; the run resumes from {gate.taken.path} (step {gate.taken.global_step}) instead"
             fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
+    @leaves_run_if_it_fails()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copy what the batch may change."""
         if self._fit is not None and self._fit.has_other_optimizers() and not self._fit.guard.in_window:
@@ -265,6 +268,7 @@ class NaNGuard(DisplayedGuard):
         if fit.carried is not None:
             fit.carried.open()
 
+    @leaves_run_if_it_fails()
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
         fit = self._fit
@@ -275,6 +279,7 @@ class NaNGuard(DisplayedGuard):
             first.see_loss(loss)
         fit.guard.see_loss(loss)
 
+    @leaves_run_if_it_fails()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and skip a bad update."""
         fit = self._fit
@@ -285,6 +290,7 @@ class NaNGuard(DisplayedGuard):
                 first.see_step(index)
             fit.guard.before_step(index)
 
+    @leaves_run_if_it_fails()
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -319,11 +325,13 @@ class NaNGuard(DisplayedGuard):
             if not guard.in_window:
                 replay.batches.clear()
 
+    @leaves_run_if_it_fails()
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a batch that an ``on_train_batch_start`` hook refused by returning -1, which ends the epoch."""
         if self._fit is not None:
             self._fit.end_epoch()
 
+    @leaves_run_if_it_fails()
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -337,12 +345,14 @@ class NaNGuard(DisplayedGuard):
         if self._fit is not None and not trainer.sanity_checking:
             self._fit.validation.see(outputs)
 
+    @leaves_run_if_it_fails()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the state before averaged weights replace it."""
         if self._fit is not None and swaps_weights(trainer):
             self._fit.guard.check()
             self._fit.guard.swapped = True
 
+    @leaves_run_if_it_fails()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle a validation loss that was not finite, before a checkpoint is saved because of it."""
         if self._fit is not None and not trainer.sanity_checking:
@@ -369,6 +379,7 @@ class NaNGuard(DisplayedGuard):
         except Exception as error:
             _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
+    @leaves_run_if_it_fails()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last readings, restore a good state if needed, and sum the counts of all ranks."""
         if self._fit is not None:

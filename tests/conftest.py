@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +22,28 @@ def _same_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # The commands add the folder of a user's file to the import path.
     monkeypatch.setattr(sys, "path", [*sys.path])
     monkeypatch.chdir(tmp_path)
+
+
+class _Errors(logging.Handler):
+    """Keeps the error messages of the guard."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.ERROR)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+@pytest.fixture(autouse=True)
+def _guard_never_fails(request: pytest.FixtureRequest) -> Iterator[None]:
+    """An error inside the guard ends no run, so it has to be looked for."""
+    logger, errors = logging.getLogger("lightning_nanguard"), _Errors()
+    logger.addHandler(errors)
+    yield
+    logger.removeHandler(errors)
+    if request.node.get_closest_marker("failing_guard") is None:
+        assert [one for one in errors.messages if "the guard failed" in one] == []
 
 
 @pytest.fixture

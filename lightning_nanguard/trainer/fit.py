@@ -21,6 +21,7 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.text import counted
+from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
@@ -46,6 +47,7 @@ from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.validation import ValidationWatch
+from lightning_nanguard.types import Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -272,6 +274,21 @@ class Fit:
         self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
+
+    def tell_of_failure(self, what: str) -> None:
+        """Keep as advice that the guard has failed and leaves the run.
+
+        Args:
+            what: What failed, in words.
+        """
+        suggestion = f"{what}. From here on the run went on without the guard. Please report it with the traceback."
+        self.diagnostics.advise("the guard failed", Finding("guard_failed", 1.0, {}, "guard", suggestion=suggestion))
+
+    def restore_finite(self) -> None:
+        """Restore the newest certified snapshot if the state is not finite, before the guard leaves the run."""
+        certified = self.context.ring.certified
+        if certified and not self.context.settings.observe and self.context.corrupt()[0] is not None:
+            restore(self.context.learner, certified[0])
 
     def end_epoch(self) -> None:
         """Forget a batch that began and did not run, and give advice about the module's own GradScaler."""

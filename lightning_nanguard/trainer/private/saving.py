@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from torch import Tensor
 
+from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+
+_logger = logging.getLogger("lightning_nanguard")
 
 
 class Mend(Protocol):
@@ -47,6 +52,7 @@ def guard_saves(
         A function that undoes this.
     """
     strategy = trainer.strategy
+    safely = partial(_unless_it_fails, alone=trainer.world_size == 1)
     writes_later = _writes_what_is_there_later(strategy)
     looked = False
 
@@ -54,11 +60,11 @@ def guard_saves(
         nonlocal looked
         outer, looked = looked, True
         try:
-            before()
+            safely(before)
             return collect(*args, **kwargs)
         finally:
             looked = outer
-            after()
+            safely(after)
 
     def write_checkpoint(
         write: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
@@ -66,12 +72,13 @@ def guard_saves(
         looks = collects and not looked
         try:
             if looks:
-                before()
-            good = mend(checkpoint, str(filepath), checked=looked or looks)
+                safely(before)
+            mended = safely(partial(mend, checkpoint, str(filepath), checked=looked or looks))
+            good = checkpoint if mended is None else mended
             return write(mapped(good, _copy) if writes_later else good, filepath, *args, **kwargs)
         finally:
             if looks:
-                after()
+                safely(after)
 
     return undo_all(
         [
@@ -79,6 +86,25 @@ def guard_saves(
             wrap_method(strategy, "save_checkpoint", write_checkpoint),
         ]
     )
+
+
+def _unless_it_fails(call: Callable[[], Any], *, alone: bool) -> Any:
+    """Call a function of the guard. If it fails, the checkpoint is written as without the guard."""
+    try:
+        return call()
+    except TrainingDivergedError:
+        raise
+    except Exception as error:
+        if not alone:  # the other ranks would wait for this one
+            raise
+        _logger.error(
+            "NaNGuard: the guard failed while a checkpoint was saved with %s: %s. The checkpoint is written without "
+            "it. Please report this with the traceback.",
+            type(error).__name__,
+            error,
+            exc_info=error,
+        )
+        return None
 
 
 def _writes_what_is_there_later(strategy: Any) -> bool:

@@ -1,0 +1,59 @@
+"""An error inside the guard does not end the run: the guard leaves the run, which goes on without it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import Any, TypeVar, cast
+
+from lightning_nanguard.diagnosis.isolation import errors_logged
+from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
+from lightning_nanguard.trainer.guard_copies import CopyableGuard
+from lightning_nanguard.trainer.private.packages import Trainer
+
+_logger = logging.getLogger("lightning_nanguard")
+
+_Hook = TypeVar("_Hook", bound=Callable[..., None])
+
+
+def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
+    """Decorate a hook of the guard, so that an error in it makes the guard leave the run instead of ending it.
+
+    The error is logged with its traceback, and kept as advice. With several ranks it is raised, because the other
+    ranks would wait for this one.
+
+    Args:
+        meant: Errors that the hook raises for the user, such as those of wrong arguments. Together with
+            ``TrainingDivergedError`` and ``BadCheckpointError`` they are always raised.
+    """
+    raised = (TrainingDivergedError, BadCheckpointError, *meant)
+
+    def decorated(hook: _Hook) -> _Hook:
+        @wraps(hook)
+        def wrapped(guard: CopyableGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+            try:
+                hook(guard, trainer, *args, **kwargs)
+            except Exception as error:
+                if isinstance(error, raised) or trainer.world_size > 1:
+                    raise
+                _leave(guard, hook.__name__, error)
+
+        return cast(_Hook, wrapped)
+
+    return decorated
+
+
+def _leave(guard: CopyableGuard, hook: str, error: Exception) -> None:
+    what = f"the guard failed in {hook} with {type(error).__name__}: {error}"
+    _logger.error(
+        "NaNGuard: %s. The run goes on without the guard. Please report this with the traceback.", what, exc_info=error
+    )
+    fit, guard._fit = guard._fit, None
+    if fit is None:
+        return
+    told = partial(fit.tell_of_failure, what)
+    # The error may make each of these fail, too.
+    for step in (fit.restore_finite, told, partial(fit.say_how_it_went, guard._memory), fit.close):
+        with errors_logged("the guard could not leave the run cleanly"):
+            step()
