@@ -167,8 +167,6 @@ class Policy:
         comparison = evidence.comparison
         lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
         if not restoring and (lost or not steps):
-            if fault.since is not None and not lost:
-                return (), state  # the loss may have recovered by itself
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
             return (Stop("the learner is at fault, and no remedy in the list can help"),), state

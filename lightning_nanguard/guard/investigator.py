@@ -125,8 +125,7 @@ class Investigator:
             before: Buffers as they were before the faulty batch, if the batch has not been undone.
         """
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
-        sound = self._sound(fault)
-        target = self._ring.good(sound, history.loss_unit())
+        target = self._ring.good(None, history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
         # If the faulty update was made, bad weights now do not prove that the weights were bad before it.
@@ -144,7 +143,6 @@ class Investigator:
             scale_alone=bad is None and fault.place == LOSS_SCALE,
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
-            sound=sound,
             ranks=corrupted or spoilt,
             comparable=self._replay.comparable(),
             clippable=reading.optimizer_index not in self._learner.quasi_newton,
@@ -209,8 +207,7 @@ class Investigator:
         if fault.scope == "learner":
             return known if fault.proof == "none" else self._try(fault, known, target)
         if (
-            fault.since is None  # else the present batch is not the faulty one
-            and known.batch_finite is not False  # else its loss says nothing about the weights
+            known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             found = self._compare(fault, reading, target, undo=known.undo)
@@ -262,11 +259,6 @@ class Investigator:
             again=self._context.state.again,
             told="" if told is None or told[0] < since else told[1],
         )
-
-    def _sound(self, fault: Fault) -> int | None:
-        certified = self._ring.certified
-        since = -math.inf if fault.since is None else fault.since
-        return next((depth for depth, snapshot in enumerate(certified) if snapshot.step < since), None)
 
     def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
         if reading.loss is None:

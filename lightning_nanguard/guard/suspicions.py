@@ -35,8 +35,6 @@ class Suspicions:
 
     def tell(self, fault: Fault) -> None:
         """Give advice about a suspicion, and remember it."""
-        if fault.since is not None:
-            return  # the rise is over, and nothing else speaks against the weights
         self.remember(fault, self._loop.clock(), "finite, so nothing was done", "Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:

@@ -76,8 +76,7 @@ class Evidence:
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
         snapshots: Number of certified snapshots.
         levels: Loss level of every certified snapshot, newest first.
-        sound: Depth (0 is the newest) of the newest certified snapshot from before ``Fault.since``, or of a trial's
-            base; ``None`` without either.
+        sound: Depth (0 is the newest) of the certified snapshot from which a trial says to go on; ``None`` without one.
         usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.

@@ -74,9 +74,6 @@ class Fault:
         message: One sentence for the user.
         doubtful: True if it counts as a fault only when the batch holds numbers far larger than recent healthy batches;
             otherwise the reading is accepted. Example: a high gradient norm during warm-up.
-        since: For a fault that is reported some readings after it began: step of the last reading before it began. Only
-            snapshots from before that step are trusted. The loss may have recovered by itself meanwhile. ``None`` for a
-            fault that is reported at once.
         certain: True if a number is not finite or overflows, such as a NaN loss; False if it is finite but unusual and
             may be harmless, such as a gradient spike. With ``NaNGuard(act_on="certain")``, the default, a fault that is
             not certain only leads to advice.
@@ -98,7 +95,6 @@ class Fault:
     value: float | None = None
     message: str = ""
     doubtful: bool = False
-    since: int | None = None
     certain: bool = True
     extreme: bool = False
     proof: Proof = "trial"

@@ -132,17 +132,6 @@ def test_a_weight_far_larger_than_any_was_is_named() -> None:
     assert look(loop).growth > 1e3
 
 
-def test_a_fault_that_began_earlier_needs_an_older_snapshot() -> None:
-    """``sound`` is the depth of the newest one from before the trouble."""
-    loop = trained()
-    steps = [snapshot.step for snapshot in loop.guard.context.ring.certified]
-    assert steps[:2] == [36, 32]
-    assert look(loop, replace(WEIGHTS, since=37)).sound == 0
-    assert look(loop, replace(WEIGHTS, since=36)).sound == 1
-    assert look(loop).sound is None
-    assert look(loop, replace(WEIGHTS, since=0)).sound is None
-
-
 @pytest.mark.parametrize("known", [2, 4])
 def test_a_batch_that_comes_back_is_not_looked_into_each_time(known: int) -> None:
     """After so many verdicts against batches only every further power of two is: the loss under older weights was

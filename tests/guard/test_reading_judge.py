@@ -100,7 +100,6 @@ LEARNER = Fault("mine", "learner", "loss", 1.0, "the loss is 1", certain=False, 
 SPIKE = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False)
 EXTREME = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, extreme=True)
 DOUBTFUL = Fault("mine", "batch", "gradient", 1.0, "the norm is 1", certain=False, doubtful=True)
-OVER = Fault("mine", "learner", "loss", 1.0, "the loss rose", certain=False, since=3)
 
 
 @pytest.mark.parametrize(
@@ -111,9 +110,8 @@ OVER = Fault("mine", "learner", "loss", 1.0, "the loss rose", certain=False, sin
         (EXTREME, (True, False), [], ["mine"]),
         (EXTREME, (True, True), [("skip",)], []),
         (DOUBTFUL, (True, True), [], []),
-        (OVER, (True, True), [], []),
     ],
-    ids=["learner", "batch", "gradient out of proportion", "inputs, too", "doubtful", "a rise that is over"],
+    ids=["learner", "batch", "gradient out of proportion", "inputs, too", "doubtful"],
 )
 def test_finite_suspicions_are_advice(
     fault: Fault, strange: tuple[bool, bool], done: list[tuple[str, ...]], advised: list[str]

@@ -40,14 +40,6 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings,
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
 
 
-def test_a_rise_that_is_over_is_not_told() -> None:
-    """Nothing speaks against the weights then."""
-    loop, suspicions = trained(EVIDENCE)
-    suspicions.tell(Fault("diverging_loss", "learner", "loss", since=3, certain=False))
-    assert loop.advice == []
-    assert loop.guard.context.state.told is None
-
-
 @pytest.mark.parametrize(("loss", "cause"), [(math.inf, "infinite_loss"), (math.nan, "nan_loss")])
 @pytest.mark.parametrize("observe", [False, True])
 def test_losses_that_are_never_finite(loss: float, cause: str, observe: bool) -> None:

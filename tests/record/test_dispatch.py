@@ -94,11 +94,3 @@ def test_a_slow_sink_has_a_thread_of_its_own() -> None:
     assert thread is not threading.current_thread()
     assert thread.daemon
     assert not thread.is_alive()
-
-
-def test_without_sinks() -> None:
-    """No sink is fine."""
-    dispatcher = SinkDispatcher([], RunInfo())
-    dispatcher.open()
-    dispatcher.write(SKIP)
-    dispatcher.close()

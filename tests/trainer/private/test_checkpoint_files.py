@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -46,5 +47,9 @@ def test_errors_of_one_file_are_caught(background: bool, tmp_path: Path) -> None
 
 
 def test_a_strategy_without_a_plugin() -> None:
-    """Where a strategy has no plugin that writes, there is nothing to catch."""
-    catch_write_errors(object(), Path("x"), lambda error: None)()
+    """Where a strategy has no plugin that writes, nothing is replaced."""
+    strategy = SimpleNamespace(save=1)
+    undo = catch_write_errors(strategy, Path("x"), lambda error: None)
+    assert vars(strategy) == {"save": 1}
+    undo()
+    assert vars(strategy) == {"save": 1}
