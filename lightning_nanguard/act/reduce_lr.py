@@ -70,7 +70,7 @@ class ReduceLR(Remedy):
         factor = max(self.factor**2 ** min(attempt, limits.most_escalated), smallest)
         if not evidence.comparable and evidence.growth > limits.grown_unproven:
             # No rate can be tried: the growth of the weights is the only measure of the rate.
-            factor = min(factor, max(0.5 / evidence.growth, limits.largest_untried))
+            factor = min(factor, max(self.factor / evidence.growth, limits.largest_untried))
         return Scale(factor, self.min_lr)
 
     def apply(self, step: PlanStep, run: RunControl) -> None:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from lightning_nanguard.types import Evidence
 
 
@@ -22,8 +20,8 @@ def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: 
     if not known:
         return depth
     best = min(known)
-    most = 0.5 * (best + evidence.first) if keeps and best < evidence.first else math.inf
-    while depth > 0 and (level := levels[depth]) is not None and level > most:
+    keeps = keeps and best < evidence.first
+    while keeps and depth > 0 and (level := levels[depth]) is not None and level - best > evidence.first - level:
         depth -= 1
     for index in range(depth, len(levels)):
         level = levels[index]

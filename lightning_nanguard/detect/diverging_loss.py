@@ -79,7 +79,7 @@ class DivergingLoss(Detector):
             above = f"the newest losses were above {least:.4g}"
             message = f"after {updates} updates {above}, and the first loss of the run was {first:.4g}"
             return _suspicion("exploding_loss", level, message, doubtful=not due)
-        if least > self._level(0.5):
+        if self._is_nearer_to_first(least):
             message = f"the loss had come down from {first:.4g} to {best:.4g} and was back at {level:.4g}"
             return _suspicion("collapsed", level, message, doubtful=not due)
         if not (due or least > self._level()):
@@ -91,12 +91,17 @@ class DivergingLoss(Detector):
         """Whether a loss may be the one with which the run begins to lose what it has learned."""
         return loss > self._level() and not self._suspected and self._history.since >= self._early
 
-    def _level(self, lost: float | None = None) -> float:
-        """The loss at which a run has lost a share of what it had learned."""
+    def _level(self) -> float:
+        """The loss at which a run has lost so much of what it had learned that it is watched."""
         first, best = self._history.first, self._history.best
         if first is None or best is None:
             return math.inf
-        return best + (self.thresholds.lost if lost is None else lost) * (first - best)
+        return best + self.thresholds.lost * (first - best)
+
+    def _is_nearer_to_first(self, loss: float) -> bool:
+        """Whether a loss is nearer to the first loss of the run than to the best level, or above the first."""
+        first, best = self._history.first, self._history.best
+        return first is not None and best is not None and loss - best > first - loss
 
     def limits(self) -> Limits:
         """The loss far above the best level; no limit at all when the next check is due."""
@@ -128,7 +133,7 @@ class DivergingLoss(Detector):
         if reading.loss is None:
             return False
         before = (loss for step, loss in self._history.accepted.items() if step < reading.step)
-        return min(reading.loss, next(before, math.inf)) > self._level(0.5)
+        return self._is_nearer_to_first(min(reading.loss, next(before, math.inf)))
 
     def rewind(self, step: int) -> None:
         """Forget the losses accepted after ``step``."""

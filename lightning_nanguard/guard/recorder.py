@@ -32,7 +32,7 @@ class InterventionRecorder:
         self._loop = loop
         # The clock at the end of each of the newest batches, with the number of its last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
-        self._tried: deque[str] = deque(maxlen=5)
+        self._tried: deque[str] = deque(maxlen=context.thresholds.records.numbers_per_message)
         # ``global_step`` at the last rollback, and that of its snapshot.
         self._restored = -1, -1
         # For each kind of fault at each place, the finding with the highest confidence.

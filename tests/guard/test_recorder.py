@@ -75,7 +75,7 @@ def test_the_error_that_ends_a_run_has_the_whole_context() -> None:
     loop = PlainLoop()
     recorder = recorder_of(loop)
     recorder.on_disk = lambda: "A good checkpoint is good.ckpt. "
-    for kind in "abcdefg":
+    for kind in "abcdefghij":
         recorder.tried(Fault(kind, "batch", "loss"), ("restore", "scale"))
     with pytest.raises(TrainingDivergedError) as error:
         recorder.stop(FAULT, "loss", "the budget is used up", FINDING, (30, 2, 9))
@@ -88,7 +88,7 @@ def test_the_error_that_ends_a_run_has_the_whole_context() -> None:
         "A good checkpoint is good.ckpt.",
     ):
         assert part in message
-    assert (error.value.fault, error.value.finding, len(error.value.tried)) == (FAULT, FINDING, 5)
+    assert (error.value.fault, error.value.finding, len(error.value.tried)) == (FAULT, FINDING, 8)
 
 
 def test_the_error_tells_what_was_done_before() -> None:
