@@ -5,7 +5,10 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import sysconfig
 from collections.abc import Sequence
+from pathlib import Path
+from traceback import extract_tb
 from typing import Protocol
 
 from lightning_nanguard import __version__
@@ -59,7 +62,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (ImportError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
         say(f"nanguard: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+    except Exception as error:  # of the user's module or data, which the command has run
+        say(f"nanguard: {type(error).__name__}: {error}{_place(error)}", file=sys.stderr)
+        return 2
     return status
+
+
+def _place(error: Exception) -> str:
+    """The innermost line of the user's code that an exception came through, in words; empty without one."""
+    packages = (*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), str(Path(__file__).parents[1]))
+    frames = extract_tb(error.__traceback__)
+    own = [one for one in frames if not one.filename.startswith((*packages, str(Path(sys.prefix) / "bin")))]
+    return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 
 
 def _parser() -> argparse.ArgumentParser:

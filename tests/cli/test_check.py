@@ -115,3 +115,25 @@ def test_check_says_what_it_lacks(
     path.write_text(DATA_FILE)
     assert main(["check", *(one.format(path) for one in arguments)]) == 2
     assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("body", "said"),
+    [
+        ("configure_optimizers = None", "MisconfigurationException: "),
+        ("def on_fit_start(self):\n        raise RuntimeError('no tokenizer')", "RuntimeError: no tokenizer ("),
+    ],
+)
+def test_errors_of_the_users_module_are_one_line(
+    body: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It names the line of the user's code, if the error came through one, and has no traceback."""
+    code = tmp_path / "broken.py"
+    code.write_text(f"from tests.classifier import Model\n\n\nclass Broken(Model):\n    {body}\n")
+    path = tmp_path / "config.yaml"
+    path.write_text("fit:\n  data: {count: 32}\n")
+    named = ["--model", f"{code}:Broken", "--data", f"{classifier.__file__}:Numbers"]
+    assert main(["check", "--config", str(path), *named]) == 2
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if one.startswith("nanguard: ")]
+    assert said in line
+    assert (f"{code}, line 6, in on_fit_start" in line) is ("tokenizer" in said)
