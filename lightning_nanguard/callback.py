@@ -33,6 +33,7 @@ from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
+from lightning_nanguard.trainer.private.running_means import keep_names
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
@@ -260,7 +261,8 @@ class NaNGuard(DisplayedGuard):
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
         fit.averages.watch()
-        fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx))
+        clock = trainer.global_step, trainer.current_epoch
+        fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx), clock)
         first = fit.diagnostics.first_updates
         if first is not None and (first.looks or first.compares):
             first.see_batch(batch, batch_idx)
@@ -310,6 +312,7 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
+                keep_names(trainer)
             if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
                 guard.look()  # before means over the epoch are logged
             if replay.to_log is not None:

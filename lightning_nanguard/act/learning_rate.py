@@ -18,8 +18,8 @@ from typing import Any, TypeAlias, final, overload
 import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
-from torch.utils.hooks import RemovableHandle
 
+from lightning_nanguard.act.step_hooks import Handle, hook_step
 from lightning_nanguard.act.valid_hyperparameters import ValidHyperparameters
 from lightning_nanguard.measure.norms import widest_dtype
 
@@ -66,7 +66,7 @@ class LearningRate:
         self._min_lr = 0.0
         self._max_lr = math.inf
         self._scaled: dict[int | tuple[int, str], _Scaled] = {}
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Handle] = []
         self._before_update: Callable[[Optimizer], None] = _nothing
         self.valid = ValidHyperparameters()
 
@@ -150,8 +150,7 @@ class LearningRate:
         self._before_update = before_update or _nothing
         self._after_update = after_update
         for optimizer in self._optimizers:
-            self._handles.append(optimizer.register_step_pre_hook(self._before_step))
-            self._handles.append(optimizer.register_step_post_hook(self._after_step))
+            self._handles += hook_step(optimizer, self._before_step, self._after_step)
 
     def detach(self) -> None:
         """Restores the scheduled rates and removes the hooks; the multiplier is kept for the next :meth:`attach`."""

@@ -20,13 +20,15 @@ LOSS_SCALE = "scale of the GradScaler"
 class NonFinite(Detector):
     """Detects a loss or a gradient that holds NaN or Inf, or a gradient so large that its square would overflow.
 
-    An fp16 overflow that the GradScaler skips by itself is no fault, until ``overflow_patience`` of them come in a row
-    or the loss scale falls below ``min_loss_scale``. Then a lower scale does not help, and the learner is at fault. A
-    loss scale that is not finite, or that grew too much since the last update, is a fault of the state.
+    An fp16 overflow that the GradScaler skips by itself is no fault, until ``overflow_patience`` of them come in a row.
+    Then a lower scale does not help, and the learner is at fault. Before the first update the scaler still searches its
+    scale, so that overflows are no fault down to the smallest scale there is. A loss scale that is not finite, or that
+    grew too much since the last update, is a fault of the state.
 
     Args:
         overflow_patience: Number of overflows in a row that is a fault; the scaler handles fewer.
-        min_loss_scale: Loss scale below which an overflow is a fault.
+        min_loss_scale: Loss scale below which an overflow is a fault after the first update; ``None`` for no limit,
+            because a loss that is large by its unit needs a small scale.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
@@ -43,17 +45,19 @@ class NonFinite(Detector):
     def __init__(
         self,
         overflow_patience: int = 20,
-        min_loss_scale: float = 1.0,
+        min_loss_scale: float | None = None,
         *,
         thresholds: NonFiniteThresholds | None = None,
     ) -> None:
         require(overflow_patience >= 1, self, "overflow_patience", overflow_patience, "an integer of at least 1")
-        require(min_loss_scale > 0, self, "min_loss_scale", min_loss_scale, "a number above 0")
+        least = min_loss_scale
+        require(least is None or least > 0, self, "min_loss_scale", least, "a number above 0, or None")
         self.overflow_patience = overflow_patience
         self.min_loss_scale = min_loss_scale
         self.thresholds = thresholds or NonFiniteThresholds()
         self._overflows: deque[int] = deque(maxlen=overflow_patience)
         self._scale = math.inf  # loss scale of the last accepted update
+        self._updated = False  # whether an update was accepted, so that the scaler has found its scale
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
@@ -81,7 +85,9 @@ class NonFinite(Detector):
     def _overflow(self, reading: Reading) -> Fault | None:
         scale = reading.loss_scale
         in_a_row = len(self._overflows) + 1
-        if in_a_row < self.overflow_patience and (scale is None or scale >= self.min_loss_scale):
+        least = (self._updated and self.min_loss_scale) or 2 * self.thresholds.least_scale
+        patient = in_a_row < self.overflow_patience or not self._updated
+        if patient and (scale is None or scale >= least):
             return None
         row = f"{in_a_row} fp16 overflows in a row" if in_a_row > 1 else "fp16 overflows"
         message = f"{row} took the loss scale down to {scale}, and the gradient still overflows"
@@ -93,7 +99,9 @@ class NonFinite(Detector):
             self._scale = reading.loss_scale
         if reading.scaler_skips:
             self._overflows.append(reading.step)
-        elif self._overflows:
+            return
+        self._updated = True
+        if self._overflows:
             self._overflows.clear()
 
     def limits(self) -> Limits:
@@ -110,13 +118,14 @@ class NonFinite(Detector):
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {"overflows": list(self._overflows), "scale": self._scale}
+        return {"overflows": list(self._overflows), "scale": self._scale, "updated": self._updated}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
         self._overflows.clear()
         self._overflows.extend(int(step) for step in state["overflows"])
         self._scale = float(state.get("scale", math.inf))
+        self._updated = bool(state.get("updated", True))
 
 
 def _non_finite_gradient(norm: float | None) -> Fault:

@@ -267,6 +267,8 @@ class Investigator:
         now = self._replay.probe()
         if now is None:
             return None
+        if not (undo or reading.loss_finite) and (math.isfinite(now) or self._depends_on_draws()):
+            return None  # the fault does not come back, so the loss of this batch says nothing about the weights
         if undo:
             # The question is whether the weights were bad before the faulty update, which may have made them worse. So
             # the lower of the loss now and the loss read before that update counts.
@@ -279,6 +281,11 @@ class Investigator:
             differentiated = fault.scope == "batch" and reading.loss_finite and not reading.finite and then is not None
             then_finite = self._replay.gradient_finite() if differentiated else None
         return None if then is None else Comparison(now, then, then_finite)
+
+    def _depends_on_draws(self) -> bool:
+        """Whether the present batch has a finite loss under the same weights with other random numbers."""
+        redrawn = self._replay.probe(redrawn=True)
+        return redrawn is not None and math.isfinite(redrawn)
 
     def _blames_learner(self, fault: Fault, known: Evidence, found: Comparison | None) -> bool:
         """Whether the weights are to blame, by the loss of this batch or because several batches in a row were bad."""

@@ -56,8 +56,12 @@ class BatchReplay(Protocol):
         """
         return None
 
-    def probe(self) -> float | None:
-        """Loss of the present batch under the present weights."""
+    def probe(self, *, redrawn: bool = False) -> float | None:
+        """Loss of the present batch under the present weights.
+
+        Args:
+            redrawn: Whether to draw other random numbers than the step did.
+        """
         return None
 
     def gradient_finite(self) -> bool | None:

@@ -17,6 +17,7 @@ from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
+_Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None]
 
 
 @final
@@ -31,6 +32,7 @@ class MicroBatch:
         random: Random states of torch before it: on the CPU, and on the device if that has one.
         streams: Positions of all random streams before it; ``None`` if they are not known.
         origin: Where the batch came from; ``None`` if that is not known.
+        clock: ``global_step`` before its update, and its epoch; ``None`` if they are not known.
     """
 
     update: int
@@ -39,6 +41,7 @@ class MicroBatch:
     random: tuple[Tensor, ...]
     streams: RandomState | None = None
     origin: BatchOrigin | None = None
+    clock: tuple[int, int] | None = None
 
     @property
     def drawn(self) -> int | None:
@@ -82,7 +85,7 @@ class BatchHistory:
         self._updates = updates
         self._updates_small = max(updates_small, updates)
         # The fields of MicroBatch objects. These are made only on request, because this runs in every step.
-        self._micros: deque[tuple[int, int, Any, RandomState | None, BatchOrigin | None]] = deque()
+        self._micros: deque[_Stored] = deque()
         # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
@@ -91,8 +94,15 @@ class BatchHistory:
         self._exchanged: tuple[Any, Any] = None, None
         self._left_out: Any = None
 
-    def add(self, update: int, index: int, batch: Any, origin: BatchOrigin | None = None) -> None:
-        """Store a micro-batch that is about to be run."""
+    def add(
+        self,
+        update: int,
+        index: int,
+        batch: Any,
+        origin: BatchOrigin | None = None,
+        clock: tuple[int, int] | None = None,
+    ) -> None:
+        """Store a micro-batch that is about to be run. The arguments are those of :class:`MicroBatch`."""
         micros, updates, limits = self._micros, self._updates, self._limits
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
@@ -103,7 +113,7 @@ class BatchHistory:
                 self._sizes.append(_bytes(micros[-1][2]))
             while micros and sum(self._sizes) > limits.most_bytes:
                 self._let_go()
-        micros.append((update, index, batch, None, origin))
+        micros.append((update, index, batch, None, origin, clock))
 
     def _let_go(self) -> None:
         self._micros.popleft()
@@ -127,9 +137,9 @@ class BatchHistory:
         """Store the random streams before the step of the newest micro-batch, and return their positions."""
         state = self._streams.open()
         if self._micros:
-            update, index, batch, known, origin = self._micros[-1]
+            update, index, batch, known, *rest = self._micros[-1]
             if known is None:  # if one step evaluates several times (LBFGS), the first evaluation counts
-                self._micros[-1] = update, index, batch, state, origin
+                self._micros[-1] = update, index, batch, state, *rest
         return state
 
     def end_step(self) -> None:
@@ -145,9 +155,9 @@ class BatchHistory:
             origin: Where the part came from.
         """
         self._exchanged = batch, part
-        for place, (update, index, known, state, _) in enumerate(self._micros):
+        for place, (update, index, known, state, _, clock) in enumerate(self._micros):
             if known is batch:
-                self._micros[place] = update, index, part, state, origin
+                self._micros[place] = update, index, part, state, origin, clock
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
@@ -174,7 +184,7 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Store the newest micro-batch of a healthy update, if it is still here."""
-        for known, index, batch, _, origin in reversed(self._micros):
+        for known, index, batch, _, origin, _ in reversed(self._micros):
             if known <= update and not (origin is not None and origin.nothing_left):
                 self.accept(batch, index)
                 return
@@ -215,7 +225,7 @@ class BatchHistory:
 
     def nothing_left(self) -> bool:
         """Whether every sample of the newest micro-batch is known to be bad."""
-        origin = self._micros[-1][-1] if self._micros else None
+        origin = self._micros[-1][4] if self._micros else None
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
@@ -239,8 +249,8 @@ class BatchHistory:
 
     def _made(self, updates: Container[int]) -> list[MicroBatch]:
         return [
-            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin)
-            for update, index, batch, streams, origin in self._micros
+            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin, clock)
+            for update, index, batch, streams, origin, clock in self._micros
             if update in updates
         ]
 

@@ -25,6 +25,7 @@ from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.trainer.private.clock import set_clock
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import (
@@ -154,12 +155,16 @@ class TrainerBatchReplay:
         """Whether a batch can be run again, which needs automatic optimization."""
         return bool(self._module.automatic_optimization)
 
-    def probe(self) -> float | None:
-        """Loss of the present batch under the present weights, with its recorded random numbers. It changes nothing."""
+    def probe(self, *, redrawn: bool = False) -> float | None:
+        """Loss of the present batch under the present weights. It changes nothing.
+
+        Args:
+            redrawn: Whether to draw other random numbers than the recorded ones.
+        """
         if not self._repeatable():
             return None
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
-        return self._attempt(partial(self._rehearsed, run), self.batch)
+        return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
     def gradient_finite(self) -> bool | None:
         """Whether the present batch has a finite gradient under the present weights. It removes the gradients."""
@@ -215,7 +220,7 @@ class TrainerBatchReplay:
         """Loss of the present update under the present weights, with its recorded random numbers."""
         losses = []
         for micro in self._shown or self.batches.newest():
-            self.batches.rewind(micro)
+            _rewind(self._trainer, self.batches, micro)
             losses.append(self._loss(micro.batch, micro.index))
         known = [loss for loss in losses if loss is not None]
         return fmean(known) if known and len(known) == len(losses) else None
@@ -225,7 +230,7 @@ class TrainerBatchReplay:
         found: dict[Parameter, Tensor] = {}
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         for micro in micros:
-            self.batches.rewind(micro)
+            _rewind(self._trainer, self.batches, micro)
             value = self._gradients(optimizer, micro.batch, micro.index)
             if value is None:
                 return None
@@ -289,12 +294,12 @@ class TrainerBatchReplay:
         # With gradients, because the loss itself may need some: of inputs, or of an inner step.
         return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx), batch)
 
-    def _rehearsed(self, run: Callable[[], float | None]) -> float | None:
+    def _rehearsed(self, run: Callable[[], float | None], *, redrawn: bool = False) -> float | None:
         """Run the present batch in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
             # A fault that depends on random numbers comes back only with the same numbers.
             for micro in [one for one in self._shown or self.batches.newest() if one.batch is self.batch][-1:]:
-                self.batches.rewind(micro)
+                _rewind(self._trainer, self.batches, micro, redrawn=redrawn)
             return run()
 
     def _attempt(self, run: Callable[[], float | None], batch: Any) -> float | None:
@@ -311,7 +316,7 @@ class TrainerBatchReplay:
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with its recorded random numbers."""
-        self.batches.rewind(micro)
+        _rewind(self._trainer, self.batches, micro)
         return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager
@@ -336,3 +341,11 @@ def _average_gradients(ranks: Ranks, optimizer: Optimizer) -> None:
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
     ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
+
+
+def _rewind(trainer: Trainer, batches: BatchHistory, micro: MicroBatch, *, redrawn: bool = False) -> None:
+    """Restore the clock and, unless they are drawn anew, the random streams as they were before a micro-batch."""
+    if not redrawn:
+        batches.rewind(micro)
+    if micro.clock is not None:
+        set_clock(trainer, *micro.clock)

@@ -66,7 +66,7 @@ def test_a_detector_that_raises_is_left_out_and_logged_once(caplog: pytest.LogCa
     overflow = reading(0, 1.0, math.inf, scaler_skips=True, loss_scale=64.0)
     with caplog.at_level(logging.WARNING, "lightning_nanguard"):
         for one in (group, alone):
-            one.accept([overflow, overflow])
+            one.accept([reading(0), overflow, overflow])
         assert group.find(reading(1)) is None
         found, expected = group.find(overflow), alone.find(overflow)
         assert found is not None

@@ -22,7 +22,7 @@ from tests.detect.readings import reading
         (reading(0, -3.0, 0.0), None),
         (reading(0, 1e30, 1e17), None),
         (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=1024.0), None),
-        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=0.5), "loss_scale_collapse"),
+        (reading(0, 1.0, math.nan, scaler_skips=True, loss_scale=0.5), None),
         (reading(0, math.nan, loss_scale=math.inf), "corrupted_state"),
         (reading(0, math.nan, loss_scale=1e-40), "corrupted_state"),
         (reading(0, math.nan, loss_scale=64.0), "non_finite_loss"),
@@ -37,13 +37,33 @@ def test_non_finite(given_reading: Reading, kind: str | None) -> None:
 def test_a_streak_of_overflows_is_a_fault() -> None:
     """Overflows in a row are left to the scaler until there are too many of them."""
     detector = NonFinite(overflow_patience=3)
-    overflow = [reading(step, 1.0, math.inf, scaler_skips=True, loss_scale=64.0) for step in range(3)]
+    detector.accept(reading(0, 1.0, 1.0, loss_scale=128.0))
+    overflow = [reading(step, 1.0, math.inf, scaler_skips=True, loss_scale=64.0) for step in (1, 2, 3)]
     for one in overflow[:2]:
         assert detector.check(one) is None
         detector.accept(one)
     fault = detector.check(overflow[2])
     assert fault is not None
     assert (fault.kind, fault.scope) == ("loss_scale_collapse", "learner")
+
+
+def test_a_scaler_may_search_its_scale() -> None:
+    """Before the first update no number of overflows is a fault above the smallest scale; later no small scale is."""
+    detector, scale = NonFinite(), 2.0**16
+    for step in range(1, 143):
+        overflow = reading(step, 1.0, math.inf, scaler_skips=True, loss_scale=scale)
+        assert detector.check(overflow) is None
+        detector.accept(overflow)
+        scale /= 2
+    fault = detector.check(reading(143, 1.0, math.inf, scaler_skips=True, loss_scale=scale))
+    assert fault is not None
+    assert fault.kind == "loss_scale_collapse"
+    detector = NonFinite()
+    detector.accept(reading(144, 1.0, 1.0, loss_scale=2.0**-19))
+    assert detector.check(reading(145, 1.0, math.inf, scaler_skips=True, loss_scale=2.0**-20)) is None
+    resumed = NonFinite()
+    resumed.load_state_dict(detector.state_dict())
+    assert resumed.state_dict() == detector.state_dict()
 
 
 @pytest.mark.parametrize(("jump", "kind"), [(2.0, None), (16.0, None), (300.0, "corrupted_state")])
@@ -59,6 +79,7 @@ def test_traits() -> None:
     """All are certain; clipping helps against each but a loss scale that no scale helps. A loss that alone is infinite
     is not blamed on the learner."""
     detector = NonFinite(min_loss_scale=2.0)
+    detector.accept(reading(0, 1.0, 1.0, loss_scale=1.0))
     faults = [
         detector.check(one)
         for one in (

@@ -109,7 +109,7 @@ class PlainLoop(NoReplay):
     def batch_finite(self) -> bool | None:
         return bool(torch.isfinite(self.batch).all())
 
-    def probe(self) -> float | None:
+    def probe(self, *, redrawn: bool = False) -> float | None:
         with torch.no_grad():
             return float(self.loss())
 

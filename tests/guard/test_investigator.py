@@ -139,7 +139,7 @@ def test_a_batch_that_comes_back_is_not_looked_into_each_time(known: int) -> Non
     looks = Counter[int]()
 
     class Looks(PlainLoop):
-        def probe(self) -> float | None:
+        def probe(self, *, redrawn: bool = False) -> float | None:
             looks[len(self.records)] += 1
             return super().probe()
 

@@ -47,7 +47,7 @@ class RankLoop(PlainLoop):
         # Its value alone becomes NaN, its gradient stays as it is.
         return super().loss() + (math.nan if self.step == self.bad_loss else 0.0)
 
-    def probe(self) -> float | None:
+    def probe(self, *, redrawn: bool = False) -> float | None:
         return sum(self.ranks.gather(super().probe())) / self.ranks.world
 
 

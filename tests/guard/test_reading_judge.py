@@ -91,7 +91,7 @@ class Asked(PlainLoop):
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
         return self.answers[extreme]
 
-    def probe(self) -> float | None:
+    def probe(self, *, redrawn: bool = False) -> float | None:
         self.probes += 1
         return super().probe()
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import torch
+
 FIELDS = frozenset({"value", "cumulated_batch_size", "_update_count", "has_reset", "_forward_cache"})
 
 
@@ -31,6 +33,19 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
             item._computed = None
 
     return undo
+
+
+def keep_names(trainer: Any) -> None:
+    """After a skipped batch: let values that only this batch has logged so far be NaN, and not missing.
+
+    A callback or a scheduler that monitors a value raises an exception if its name is missing.
+    """
+    known = trainer.callback_metrics
+    for item in trainer.fit_loop.epoch_loop._results.values():
+        if item.has_reset and getattr(item, "is_tensor", False) and item.meta.name not in known:
+            item.has_reset = False
+            item._update_count = 1  # torchmetrics warns of values that were never updated
+            item._forward_cache = torch.full_like(item.value, torch.nan) if item.meta.on_step else None
 
 
 def running_means(trainer: Any) -> list[Any]:

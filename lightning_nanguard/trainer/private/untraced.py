@@ -14,6 +14,7 @@ import torch
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.trainer.private.clock import clock_kept
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of
 from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.trainer.private.running_means import remember_running_means
@@ -39,6 +40,7 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
     try:
         with (
             _same_randomness(module.device),
+            clock_kept(trainer),
             _without_saves(trainer),
             _without_logs(trainer),
             attributes_kept(module, limits=thresholds.repeated),

@@ -129,10 +129,13 @@ class StepRunner:
                     call_after_backward(self._parts.trainer, self._parts.listens)
                 self._records.transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
-            if last.error is not None and not may_be_numeric(last.error, micro.run.batch):
+            # A step that raises only when it is run again depends on something that its first run has used up.
+            if last.error is not None and (first.error is None or not may_be_numeric(last.error, micro.run.batch)):
                 self._parts.memory.repeatable = False
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break
+        if after.counted:
+            after.restore_counters()  # as after one run
         return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
 
     def _stays_bad(
