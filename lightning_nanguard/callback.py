@@ -33,7 +33,6 @@ from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.resuming import before_resuming
-from lightning_nanguard.trainer.private.running_means import keep_names
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
@@ -312,7 +311,7 @@ class NaNGuard(DisplayedGuard):
                 replay.remember(guard.updates)
             else:
                 replay.distrust(guard.updates)
-                keep_names(trainer)
+                fit.after_skip()
             if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
                 guard.look()  # before means over the epoch are logged
             if replay.to_log is not None:

@@ -83,6 +83,7 @@ class Origin:
         from_target: Whether its input depends on the target.
         from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements that it selects.
         empty: Whether its input had no elements.
+        infinite: Whether one of its inputs was already infinite.
         put_in: Whether the user's code wrote the value as a number (a mask of −inf, a NaN), and it reached the loss.
         given: Names of its arguments that held NaN or +Inf before the pass began; empty without any.
         made_by: The operation that computed its input; empty if it is not known.
@@ -102,6 +103,7 @@ class Origin:
     from_target: bool = False
     from_mask: bool = False
     empty: bool = False
+    infinite: bool = False
     put_in: bool = False
     given: str = ""
     made_by: str = ""

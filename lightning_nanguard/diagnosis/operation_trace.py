@@ -42,6 +42,8 @@ _REPLAY = ReplayThresholds()
 _NONE: frozenset[str] = frozenset()
 _MASK = frozenset({"mask"})
 # Index of the divisor, or of the argument of a logarithm.
+# Matrix products whose first argument is added to the product.
+_WITH_SUMMAND = frozenset({"addmm", "addmv", "addbmm", "baddbmm", "addr"})
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2, "xlogy": 1}
 
 
@@ -215,7 +217,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _describe(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
         name = operation_name(func)
-        index = _DENOMINATOR.get(name, 0)
+        index = _index_of_operand(name, args)
         operand = args[index] if len(args) > index else None
         if index and isinstance(operand, Tensor):
             labels = self._labels.get(storage_key(operand), _NONE)
@@ -234,6 +236,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             from_target="target" in labels,
             from_mask="mask" in labels,
             empty=empty,
+            infinite=any(map(_has_infinity, _tensors(args))),
             given=self._bad_arguments(func, args, kwargs),
             made_by=self._made_by.get(storage_key(operand), "") if isinstance(operand, Tensor) else "",
         )
@@ -249,6 +252,22 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if storage_key(tensor) in self._made_by or not tensor.is_floating_point():
             return False
         return not bool((dense_values(tensor.detach()) < math.inf).all())
+
+
+def _index_of_operand(name: str, args: Any) -> int:
+    """Index of the argument that shows why an operation gave a value that is not finite.
+
+    It is the denominator of a division, and the largest factor of a product: the first argument of ``addmm`` is added.
+    """
+    if name not in _WITH_SUMMAND:
+        return _DENOMINATOR.get(name, 0)
+    ranges = [operand_range(one) for one in args[1:3]]
+    largest = [max(abs(lowest or 0.0), abs(highest or 0.0)) for lowest, highest, _, _ in ranges]
+    return 1 + largest.index(max(largest))
+
+
+def _has_infinity(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() and bool(torch.isinf(dense_values(tensor.detach())).any())
 
 
 def _puts_in(args: Any, kwargs: Any) -> bool:

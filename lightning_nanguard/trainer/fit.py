@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
@@ -38,7 +39,8 @@ from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
+from lightning_nanguard.trainer.private.running_means import keep_names
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
@@ -274,6 +276,19 @@ class Fit:
         self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
             rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
+
+    def after_skip(self) -> None:
+        """After a batch that was skipped: keep the names of its logged values, and do not hand its bad gradients on.
+
+        A module with an ``optimizer_zero_grad`` of its own may add the gradients of the next batch to them.
+        """
+        keep_names(self._trainer)
+        module = self._trainer.lightning_module
+        if type(module).optimizer_zero_grad is package_of(type(module)).LightningModule.optimizer_zero_grad:
+            return
+        for parameter in module.parameters():
+            if parameter.grad is not None and not all_finite(parameter.grad):
+                parameter.grad = None
 
     def tell_of_failure(self, what: str) -> None:
         """Keep as advice that the guard has failed and leaves the run.

@@ -264,6 +264,8 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
         advice = "Clamp its input, or look at the code that computes the input"
     elif origin.put_in:
         advice = "Your code puts in NaN or Inf as a number, and nothing replaces it before the loss"
+    elif origin.infinite:
+        advice = "One of its inputs is infinite already: look at the code that computes that input"
     elif origin.operation in _OVERFLOWS:
         advice = f"The result is larger than {origin.dtype} can hold: keep the input smaller, or normalise it"
     else:

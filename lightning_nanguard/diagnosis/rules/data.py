@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.diagnosis.case import Case, Origin
+from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, outside
 from lightning_nanguard.diagnosis.rules.layers import harm_of_large_inputs
 from lightning_nanguard.diagnosis.rules.loss_function import class_out_of_range
@@ -66,7 +66,7 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
 def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A target that the loss is not defined for, or far outside the others."""
     origin, target = case.clues.origin, case.clues.target
-    if origin is not None and origin.from_target and not origin.from_weights and _leaves_domain(origin):
+    if origin is not None and origin.from_target and not origin.from_weights and outside(origin):
         return finding_at(
             "target_out_of_domain",
             thresholds.confidence.target_operation,
@@ -78,13 +78,6 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
         return class_out_of_range(case, thresholds)
     confidence = thresholds.confidence.outliers
     return outlier_finding("target_out_of_domain", confidence, target, "Fix the targets, or clip them.")
-
-
-def _leaves_domain(origin: Origin) -> bool:
-    # An integer power is defined for every number, so it can only overflow, which is another cause.
-    if origin.operation == "pow" and (origin.exponent or 0.0).is_integer():
-        return False
-    return outside(origin) is True
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

@@ -52,6 +52,8 @@ DOMAINS: dict[str, Domain] = {
 def outside(origin: Origin) -> bool | None:
     """Whether the input of an operation lies outside its domain; ``None`` if this is not known."""
     domain = DOMAINS.get(origin.operation)
+    if origin.operation == "pow" and (origin.exponent or 0.0).is_integer():
+        return False  # defined for every number, so it can only overflow
     if domain is None or origin.lowest is None or origin.highest is None:
         return None
     return domain.leaves(origin.lowest, origin.highest)

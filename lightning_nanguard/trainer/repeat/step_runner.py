@@ -256,7 +256,13 @@ class StepRunner:
             self._runs.repeating(counted=counted, passing=True, instead=stands),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
-            result = micro.run.whole()
+            try:
+                result = micro.run.whole()
+            except Exception as error:
+                # A hook of the module may check for NaN, as in the first run.
+                if first.error is None or type(error) is not type(first.error):
+                    raise
+                result = stands
         if stands is not None:
             after.restore()  # else the next step would draw the same random numbers
         return result if first.result is None else first.result

@@ -133,7 +133,7 @@ class ChecksItsLoss(Task):
             return loss.detach()
         if self.reaction == "index":
             torch.nn.functional.embedding((batch[0][:, 0].clamp(-1, 1) * 4 + 4).long(), torch.zeros(9, 1))
-        if torch.isfinite(loss):
+        if torch.isfinite(loss) or "backward" in self.reaction:
             return loss
         if self.reaction == "constant":
             return torch.tensor(1e9)
@@ -141,12 +141,29 @@ class ChecksItsLoss(Task):
             raise DivergedError("stop here")
         raise Exception("Loss is NaN, training stopped.")
 
+    def on_before_backward(self, loss: torch.Tensor) -> None:
+        if self.reaction == "before backward" and not torch.isfinite(loss):
+            raise ValueError("the loss is NaN")
+
+    def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        if self.reaction == "backward" and not torch.isfinite(loss):
+            raise ValueError("the loss is NaN")
+        super().backward(loss, *args, **kwargs)
+
+    def on_after_backward(self) -> None:
+        gradients = [one.grad for one in self.parameters() if one.grad is not None]
+        if self.reaction == "after backward" and not all(bool(torch.isfinite(one).all()) for one in gradients):
+            raise RuntimeError("a gradient is NaN")
+
+
+REACTIONS = ["constant", "exception", "own exception", "index", "before backward", "backward", "after backward"]
+
 
 @pytest.mark.usefixtures("own_folder")
-@pytest.mark.parametrize("reaction", ["constant", "exception", "own exception", "index"])
+@pytest.mark.parametrize("reaction", REACTIONS)
 def test_a_module_that_checks_its_loss_is_guarded(reaction: str) -> None:
-    """A constant in the place of the loss, an exception without a type or of the user's own, and an index out of range
-    are a bad batch, and its cause is named."""
+    """A constant in the place of the loss, an exception without a type or of the user's own, an index out of range, and
+    an exception in a hook of the module are a bad batch, and its cause is named."""
     guard = NaNGuard()
     fit(ChecksItsLoss(reaction), with_bad(12), guard)
     assert [(one.batch_idx, one.remedies, one.cause) for one in guard.interventions] == [
