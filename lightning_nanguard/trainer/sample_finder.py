@@ -87,6 +87,8 @@ class SampleFinder:
         self._limits = context.thresholds.samples
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
+        # Passes over parts of batches so far.
+        self._passes = 0
         self.offset = 0
         # Batches that were already searched, because one batch may cause several faults.
         self._seen: dict[tuple[int, int], Found] = {}
@@ -160,6 +162,7 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = {}
         if len(self._seen) > self._limits.batches_waiting:
             del self._seen[next(iter(self._seen))]
+        run = run and self._passes <= self._limits.most_runs_ahead + self._context.state.step
         usable = evidence.corrupt is None and not evidence.undo
         state = (nullcontext() if usable else self._at(good)) if run else None
         with self._parts(micro, state) as bad:
@@ -218,6 +221,7 @@ class SampleFinder:
             yield partial(self._is_bad, micro)
 
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
+        self._passes += 1
         # Batch norm rejects a batch of one.
         part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
         try:

@@ -123,3 +123,17 @@ def test_numbers_of_operands() -> None:
     assert bad_samples(torch.tensor([1.0, math.nan]), 2) == (1,)
     assert bad_samples(torch.full((2,), math.nan), 2) == ()
     assert bad_samples(torch.tensor([1.0, math.nan]), 3) == ()
+
+
+@pytest.mark.parametrize(
+    ("matrix", "highest", "infinite"),
+    [(torch.full((1, 4), 3e38), 3e38, False), (torch.tensor([[1.0, 1.0, -math.inf, 3.0]]), 3.0, True)],
+    ids=["overflow", "infinite already"],
+)
+def test_a_linear_layer_is_described_by_its_factors(matrix: Tensor, highest: float, infinite: bool) -> None:
+    """The range is that of the larger factor, and not of the bias; an input that was infinite before is no overflow."""
+    weight, bias = torch.tensor([[1.0, 2.0, 0.0, 1.0]]), torch.tensor([0.5])
+    origin = traced(lambda: torch.nn.functional.linear(matrix, weight, bias).sum(), nn.Identity(), {})
+    assert origin is not None
+    assert (origin.operation, origin.infinite) == ("addmm", infinite)
+    assert origin.highest == pytest.approx(highest)

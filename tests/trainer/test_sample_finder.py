@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from lightning_nanguard import NaNGuard, SkipStep, sample_hash
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
 from lightning_nanguard.record.sample_words import origin_in_words
+from lightning_nanguard.thresholds import Thresholds
 from tests.helpers import folder_of, trainer_for
 from tests.modules import update_by_hand
 
@@ -373,3 +375,28 @@ def test_a_fault_by_chance_names_no_row(tmp_path: Path) -> None:
     guard = trained(loader, tmp_path, module, guard={"quarantine": True}, max_epochs=3)
     assert {one.cause for one in guard.interventions} == {"random_draw"}
     assert listed(guard) == []
+
+
+class RootOfOutput(LogOfOutput):
+    """Its weights make many samples of each batch bad."""
+
+    passes = 0
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        RootOfOutput.passes += 1
+        return (self.aside(batch[0]) + 0.5).sqrt().mean()
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), 1e-9)
+
+
+def test_all_searches_together_are_bounded(tmp_path: Path) -> None:
+    """Whether or not samples are found, all searches take at most a fixed number of passes and one for each update."""
+    torch.manual_seed(3)
+    limits = replace(Thresholds().samples, most_runs_ahead=200)
+    options = {"thresholds": replace(Thresholds(), samples=limits)}
+    guard = trained(DataLoader(rows(3200), batch_size=32), tmp_path, RootOfOutput(), guard=options)
+    skipped = len(guard.interventions)
+    assert skipped > 80
+    # Each skipped batch is run a few times as a whole, and the last search may go beyond the limit.
+    assert RootOfOutput.passes < 200 + 100 + 256 + 5 * 32 + 20 * skipped
