@@ -256,11 +256,11 @@ class NaNGuard(DisplayedGuard):
         if fit is None:
             self._say_unwatched()
             return
-        fit.replay.batch, fit.replay.batch_idx = batch, batch_idx
+        fit.replay.batch, fit.replay.batch_idx, fit.replay.epoch = batch, batch_idx, trainer.current_epoch
         if fit.diagnostics.preflight_due:
             fit.diagnostics.preflight(batch)
         fit.averages.watch()
-        clock = trainer.global_step, trainer.current_epoch
+        clock = trainer.global_step, fit.replay.epoch
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx), clock)
         first = fit.diagnostics.first_updates
         if first is not None and (first.looks or first.compares):

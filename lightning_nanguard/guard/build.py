@@ -100,7 +100,7 @@ def build_guard(
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, by_step, recovery, skipper, plausibility, caution)
     receipts = Receipts(context, branches, recorder, snapshots)
-    suspicions = Suspicions(context, loop, investigator)
+    suspicions = Suspicions(context, loop, investigator, recorder)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, by_step, receipts, suspicions)
     # With late readings a batch is judged up to two updates later.
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)

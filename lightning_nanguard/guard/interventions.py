@@ -93,8 +93,8 @@ class Interventions:
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
             state.arm = None
-            if not (fault.certain or fault.doubtful or self._investigator.trial_runs):
-                self._suspicions.tell(fault)  # no trial was possible, or a trial has shown nothing
+            if not (fault.certain or fault.doubtful or evidence.trial or self._investigator.trial_runs):
+                self._suspicions.tell(fault)  # no trial was possible
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)

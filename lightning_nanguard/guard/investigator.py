@@ -149,7 +149,7 @@ class Investigator:
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
         )
-        known = self._look_at_weights(fault, reading, history, known, target)
+        known = self._look_at_weights(fault, reading, history, known, target, at_hand=at_hand)
         return self._look_at_rates(fault, history, known, target)
 
     def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]], *, at_hand: bool) -> str | None:
@@ -190,7 +190,14 @@ class Investigator:
         return any(one[1] for one in answers) and not any(one[0] for one in answers)
 
     def _look_at_weights(
-        self, fault: Fault, reading: Reading, history: ReadingHistory, known: Evidence, target: Snapshot | None
+        self,
+        fault: Fault,
+        reading: Reading,
+        history: ReadingHistory,
+        known: Evidence,
+        target: Snapshot | None,
+        *,
+        at_hand: bool,
     ) -> Evidence:
         # The weights are not examined if the batch is clearly at fault.
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
@@ -210,7 +217,7 @@ class Investigator:
             known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
-            found = self._compare(fault, reading, target, undo=known.undo)
+            found = self._compare(fault, reading, target, undo=known.undo, at_hand=at_hand)
             blamed, alone = self._blames_learner(fault, known, found), known.bad_in_a_row % self._patience != 0
             holds = self._holds_elsewhere(target, alone=alone) if blamed else None
             return replace(known, comparison=found, holds_elsewhere=holds)
@@ -260,14 +267,16 @@ class Investigator:
             told="" if told is None or told[0] < since else told[1],
         )
 
-    def _compare(self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool) -> Comparison | None:
+    def _compare(
+        self, fault: Fault, reading: Reading, target: Snapshot, *, undo: bool, at_hand: bool
+    ) -> Comparison | None:
         if reading.loss is None:
             return None
         # Measure the loss again: the reading may belong to another micro-batch, or to older weights.
         now = self._replay.probe()
         if now is None:
             return None
-        if not (undo or reading.loss_finite) and (math.isfinite(now) or self._depends_on_draws()):
+        if at_hand and not (undo or reading.loss_finite) and (math.isfinite(now) or self._depends_on_draws()):
             return None  # the fault does not come back, so the loss of this batch says nothing about the weights
         if undo:
             # The question is whether the weights were bad before the faulty update, which may have made them worse. So

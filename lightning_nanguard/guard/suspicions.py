@@ -10,6 +10,7 @@ from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
+from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
 
@@ -21,12 +22,16 @@ class Suspicions:
         context: Objects and settings that the parts of the guard share.
         loop: Finds causes, gives advice to the user, and gives the trainer's step, epoch and batch.
         investigator: Measures the growth of the weights.
+        recorder: Knows the causes that were found so far.
     """
 
-    def __init__(self, context: GuardContext, loop: TrainingLoop, investigator: Investigator) -> None:
+    def __init__(
+        self, context: GuardContext, loop: TrainingLoop, investigator: Investigator, recorder: InterventionRecorder
+    ) -> None:
         self._context = context
         self._loop = loop
         self._investigator = investigator
+        self._recorder = recorder
 
     def advise(self, fault: Fault, reading: Reading) -> None:
         """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while."""
@@ -41,6 +46,8 @@ class Suspicions:
             self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
             return
         evidence = {} if fault.value is None else {"value": fault.value}
+        if fault.scope == "learner" and not self._is_above_noise(fault):
+            return
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
             f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
@@ -67,6 +74,9 @@ class Suspicions:
             if infinite
             else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
         )
+        known = self._recorder.best_finding(Fault("non_finite_loss", "batch", "loss"))
+        if known is not None and known.place:
+            remedy = f"They come from {known.place}: {known.suggestion}"
         _, times = self._context.state.bad_alone
         suggestion = (
             f"the loss of {times} updates in a row is not finite (the last is {what}), and their gradients are finite. "
@@ -90,7 +100,7 @@ class Suspicions:
 
     def _unchanged(self) -> str:
         if self._context.settings.act_on == "evidence":
-            return "Nothing was changed: every number is finite, and no trial has shown that a lower rate learns more."
+            return "Nothing was changed: every number is finite, and no trial can be made."
         return (
             "Nothing was changed: every number is finite. "
             'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
@@ -98,6 +108,17 @@ class Suspicions:
 
     def _from_now_on(self, why: str) -> str:
         return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
+
+    def _is_above_noise(self, fault: Fault) -> bool:
+        """Whether the loss is above the first loss of the run by more than the newest losses differ from each other.
+
+        Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
+        """
+        history = self._context.monitors.history(0)
+        if history is None or history.first is None or fault.value is None or fault.value <= history.first:
+            return True
+        newest = sorted(history.losses(self._context.thresholds.detection.diverging_loss.readings))
+        return not newest or fault.value - history.first > newest[-1] - newest[0]
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""

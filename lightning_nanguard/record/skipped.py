@@ -6,8 +6,8 @@ from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
 TO_DO = (
-    "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If the batches are "
-    "good, a detector is too strict for this run: give it a larger factor, or leave it out"
+    "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If an operation makes "
+    "NaN of good data, correct it. If finite batches were skipped that are good, give the detector a larger factor"
 )
 """What to do if most updates were skipped."""
 

@@ -88,6 +88,8 @@ class TrainerBatchReplay:
         self.suspect: int | None = None
         self.batch: Any = None
         self.batch_idx = -1
+        # Its epoch. The trainer's own counter is one ahead once the last epoch is over.
+        self.epoch = 0
         kept = thresholds.micro_batches
         updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)

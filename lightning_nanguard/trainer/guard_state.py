@@ -8,6 +8,7 @@ from typing import Any
 
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.guard_data import DataWatchingGuard
+from lightning_nanguard.trainer.never_called import hooks_called
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -46,6 +47,13 @@ class StatefulGuard(DataWatchingGuard):
     def clip_val(self) -> float | None:
         """The clipping value that the guard has turned on, ``None`` if it has not."""
         return self._fit.context.clipper.value if self._fit is not None else None
+
+    @property
+    def state_key(self) -> str:
+        """Name of the guard's state in checkpoints. A Trainer asks for it when it gets the guard."""
+        # If the Trainer forks processes for its fit, the hooks are called only in these.
+        hooks_called(self)
+        return type(self).__qualname__
 
     def state_dict(self) -> dict[str, Any]:
         """Multiplier, clipping, windows, budgets and counts, in plain containers."""

@@ -46,7 +46,8 @@ class TrainerLoop:
 
     def clock(self) -> Clock:
         """The present ``global_step``, epoch and batch index."""
-        return self._trainer.global_step, self._trainer.current_epoch, self._replay.batch_idx
+        batch_idx, epoch = self._replay.batch_idx, self._replay.epoch
+        return self._trainer.global_step, self._trainer.current_epoch if batch_idx < 0 else epoch, batch_idx
 
     def updates_left(self) -> float:
         """Number of updates that the run will still make; ``math.inf`` if that is not known."""

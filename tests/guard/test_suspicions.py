@@ -9,6 +9,7 @@ import pytest
 from lightning_nanguard import Fault, Reading
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
+from lightning_nanguard.types import Finding
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
 
 FAULT = Fault("loss_spike", "batch", "loss", 9.0, "the loss rose to 9", certain=False)
@@ -18,12 +19,12 @@ def trained(settings: Settings) -> tuple[PlainLoop, Suspicions]:
     loop = PlainLoop(settings=settings)
     loop.run(6)
     parts = loop.guard._parts
-    return loop, Suspicions(loop.guard.context, loop, parts.investigator)
+    return loop, Suspicions(loop.guard.context, loop, parts.investigator, parts.recorder)
 
 
 @pytest.mark.parametrize(
     ("settings", "words"),
-    [(Settings(snapshot_every=4), 'NaNGuard(act_on="evidence") would'), (EVIDENCE, "no trial has shown")],
+    [(Settings(snapshot_every=4), 'NaNGuard(act_on="evidence") would'), (EVIDENCE, "no trial can be made")],
     ids=["certain", "evidence"],
 )
 def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings, words: str) -> None:
@@ -40,6 +41,19 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings,
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
 
 
+@pytest.mark.parametrize(("above", "told"), [(0.5, False), (5.0, True)])
+def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> None:
+    """A loss that is above the first one by less than the newest losses differ is no sign of a divergence."""
+    loop, suspicions = trained(Settings())
+    history = loop.guard.context.monitors.history(0)
+    assert history is not None
+    assert history.first is not None
+    for step in range(7, 23):
+        loop.guard.context.monitors.accept(Reading(step, 0, history.first + step % 2, 1.0))
+    suspicions.tell(Fault("exploding_loss", "learner", "loss", history.first + above, "it rose", certain=False))
+    assert bool(loop.advice) is told
+
+
 @pytest.mark.parametrize(("loss", "cause"), [(math.inf, "infinite_loss"), (math.nan, "nan_loss")])
 @pytest.mark.parametrize("observe", [False, True])
 def test_losses_that_are_never_finite(loss: float, cause: str, observe: bool) -> None:
@@ -51,6 +65,15 @@ def test_losses_that_are_never_finite(loss: float, cause: str, observe: bool) ->
     assert advice.cause == cause
     assert "the loss of 5 updates in a row is not finite" in advice.suggestion
     assert ("From now on the guard makes such updates" in advice.suggestion) is not observe
+
+
+def test_a_known_cause_of_bad_losses_is_repeated() -> None:
+    """The advice names the operation that was found for the first of them."""
+    loop, suspicions = trained(Settings())
+    found = Finding("log_of_zero", 0.9, {}, "training_step (log, net.py:7)", suggestion="log was given -1")
+    loop.guard._parts.recorder.record(Fault("non_finite_loss", "batch", "loss"), "loss", ("skip",), [], found)
+    suspicions.tell_of_bad_losses(Reading(6, 0, math.nan, 1.0, finite=False, loss_finite=False))
+    assert loop.advice[0].suggestion.endswith("They come from training_step (log, net.py:7): log was given -1")
 
 
 def test_gradients_that_are_always_too_large() -> None:
