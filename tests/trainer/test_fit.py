@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import Intervention, NaNGuard, Sink
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.trainer.fit import Fit
-from tests.helpers import batches, mlp, task, trainer_for, with_bad
+from tests.helpers import Task, batches, fit, mlp, task, trainer_for, with_bad, with_nan
 from tests.trainer.fits import captured
 
 
@@ -146,3 +147,43 @@ def test_an_optimizer_is_known_by_its_index(ended: Fit, caplog: pytest.LogCaptur
 def test_the_share_of_bad_updates_is_counted(ended: Fit) -> None:
     """Of all updates of the fit."""
     assert ended.non_finite_rate() == 0.25
+
+
+class ZerosEverySecond(Task):
+    """Accumulates gradients by hand: they are zeroed before every second batch."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+
+    def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Any) -> None:
+        if batch_idx % 2 == 0:
+            optimizer.zero_grad()
+
+
+def test_bad_gradients_are_not_added_to_later_ones(tmp_path: Path) -> None:
+    """A module that zeroes gradients itself loses one batch, whether it is the first or the second of its pair."""
+    for bad in (6, 7):
+        guard = NaNGuard()
+        fit(ZerosEverySecond(), with_bad(bad), guard, folder=tmp_path / str(bad))
+        assert [(one.batch_idx, one.remedies) for one in guard.interventions] == [(bad, ("skip",))]
+
+
+@pytest.mark.parametrize("monitor", ["loss_step", "loss_epoch"])
+def test_names_of_logged_values_stay(monitor: str, tmp_path: Path) -> None:
+    """If the first batches are skipped, what they logged is NaN for those who read it, and the mean is that of the
+    others."""
+    seen: list[float] = []
+
+    class Reads(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            if monitor == "loss_step":
+                seen.append(float(trainer.callback_metrics["loss_step"]))
+
+        def on_train_epoch_end(self, trainer: Trainer, *_: Any) -> None:
+            seen.append(float(trainer.callback_metrics[monitor]))
+
+    bad = range(8) if monitor == "loss_epoch" else range(1)
+    data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(batches(count=8))]
+    fit(task(), data, NaNGuard(), folder=tmp_path, callbacks=[Reads()])
+    assert math.isnan(seen[0])
+    assert all(map(math.isfinite, seen[1:]))
