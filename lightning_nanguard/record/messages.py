@@ -70,8 +70,15 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
         lines.append(f"why: {in_words(intervention.cause)}")
     lines.append(f"done: {_done(intervention)}")
     if advice:
-        lines.append(f"to do: {advice}")
+        lines.append(f"to do: {advice}{_rate_to_start_with(intervention)}")
     return "\n  ".join(map(printable, lines))
+
+
+def _rate_to_start_with(intervention: Intervention) -> str:
+    before, after = intervention.lr_before, intervention.lr_after
+    if before is None or after is None or not after < before:
+        return ""
+    return f" This run goes on at {after:.4g}: begin the next one at about this rate."
 
 
 def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:

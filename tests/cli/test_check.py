@@ -118,17 +118,22 @@ def test_check_says_what_it_lacks(
 
 
 @pytest.mark.parametrize(
-    ("body", "said"),
+    ("name", "body", "said"),
     [
-        ("configure_optimizers = None", "MisconfigurationException: "),
-        ("def on_fit_start(self):\n        raise RuntimeError('no tokenizer')", "RuntimeError: no tokenizer ("),
+        ("lacking", "configure_optimizers = None", "MisconfigurationException: "),
+        (
+            "failing",
+            "def on_fit_start(self):\n        raise RuntimeError('no tokenizer')",
+            "RuntimeError: no tokenizer (",
+        ),
     ],
+    ids=["lacking", "failing"],
 )
 def test_errors_of_the_users_module_are_one_line(
-    body: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    name: str, body: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """It names the line of the user's code, if the error came through one, and has no traceback."""
-    code = tmp_path / "broken.py"
+    code = tmp_path / f"{name}.py"
     code.write_text(f"from tests.classifier import Model\n\n\nclass Broken(Model):\n    {body}\n")
     path = tmp_path / "config.yaml"
     path.write_text("fit:\n  data: {count: 32}\n")

@@ -367,5 +367,5 @@ def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
     if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
         return f" to {rate * trial.factor:.2g}"
     if rate is not None and limit is not None and limit < rate:
-        return f" below {limit:.2g}; {limit / 2:.2g} lowers this batch's loss most"
+        return f" below {limit:.2g}"
     return "" if rate is None else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
