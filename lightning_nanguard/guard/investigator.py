@@ -276,8 +276,7 @@ class Investigator:
         now = self._replay.probe()
         if now is None:
             return None
-        if at_hand and not (undo or reading.loss_finite) and (math.isfinite(now) or self._depends_on_draws()):
-            return None  # the fault does not come back, so the loss of this batch says nothing about the weights
+        by_chance = at_hand and not (undo or reading.loss_finite) and (math.isfinite(now) or self._depends_on_draws())
         if undo:
             # The question is whether the weights were bad before the faulty update, which may have made them worse. So
             # the lower of the loss now and the loss read before that update counts.
@@ -289,7 +288,10 @@ class Investigator:
             then = self._replay.probe()
             differentiated = fault.scope == "batch" and reading.loss_finite and not reading.finite and then is not None
             then_finite = self._replay.gradient_finite() if differentiated else None
-        return None if then is None else Comparison(now, then, then_finite)
+        if then is None:
+            return None
+        # A fault that does not come back says nothing about the weights.
+        return Comparison(then if by_chance else now, then, then_finite)
 
     def _depends_on_draws(self) -> bool:
         """Whether the present batch has a finite loss under the same weights with other random numbers."""

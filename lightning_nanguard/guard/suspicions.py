@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from statistics import quantiles
 from typing import final
 
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
@@ -110,15 +111,18 @@ class Suspicions:
         return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
 
     def _is_above_noise(self, fault: Fault) -> bool:
-        """Whether the loss is above the first loss of the run by more than the newest losses differ from each other.
+        """Whether the loss is above the first loss of the run by more than the middle half of the newest losses spans.
 
         Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
         """
         history = self._context.monitors.history(0)
         if history is None or history.first is None or fault.value is None or fault.value <= history.first:
             return True
-        newest = sorted(history.losses(self._context.thresholds.detection.diverging_loss.readings))
-        return not newest or fault.value - history.first > newest[-1] - newest[0]
+        newest = history.losses(self._context.thresholds.detection.diverging_loss.readings)
+        if len(newest) < 2:
+            return True
+        lower, _, upper = quantiles(newest)
+        return fault.value - history.first > upper - lower
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""

@@ -16,8 +16,8 @@ class SamplesThresholds:
         least_compared: Fewest healthy batches, or samples of one batch, to compare with.
         most_runs: Passes over parts of one batch after which the search for its bad samples ends without a result. One
             bad sample takes about 20; 64 of 1,024 take more than this.
-        most_runs_ahead: Passes that all searches of a run may take together before its first update. Each update adds
-            one, so that searches take at most about as long as the run.
+        most_runs_ahead: Passes that searches without a result may take together before the first update. Each update
+            adds one, so that they take at most about as long as the run.
         all_bad_after: Bad single samples, spread over the batch, after which a search ends if no part of the batch was
             good so far.
         searches_in_vain: Searches in a row without an explanation, after which only the 4th, 8th, 16th … is made.

@@ -87,8 +87,8 @@ class SampleFinder:
         self._limits = context.thresholds.samples
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
         self._said = False
-        # Passes over parts of batches so far.
-        self._passes = 0
+        # Passes over parts of batches so far, and those among them after which no sample was found.
+        self._passes = self._in_vain = 0
         self.offset = 0
         # Batches that were already searched, because one batch may cause several faults.
         self._seen: dict[tuple[int, int], Found] = {}
@@ -162,7 +162,8 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = {}
         if len(self._seen) > self._limits.batches_waiting:
             del self._seen[next(iter(self._seen))]
-        run = run and self._passes <= self._limits.most_runs_ahead + self._context.state.step
+        run = run and self._in_vain <= self._limits.most_runs_ahead + self._context.state.step
+        passes = self._passes
         usable = evidence.corrupt is None and not evidence.undo
         state = (nullcontext() if usable else self._at(good)) if run else None
         with self._parts(micro, state) as bad:
@@ -176,6 +177,8 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = found  # the present update leaves these out
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
+        if not found:
+            self._in_vain += self._passes - passes
         return self._samples(micro, found)
 
     def _blames_samples(self, finding: Finding) -> bool:

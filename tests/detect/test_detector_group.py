@@ -75,13 +75,13 @@ def test_a_detector_that_raises_is_left_out_and_logged_once(caplog: pytest.LogCa
         assert not group.undecided()
         # Nothing is known of the limits of a detector that does not tell them: each reading is looked at.
         assert group.limits() == Limits(-math.inf, -math.inf)
-        known = {"overflows": [0, 0], "scale": 64.0}
+        known = {"overflows": [0, 0], "scale": 64.0, "updated": True}
         assert group.state() == [["Raises", {}], ["NonFinite", known], ["Raises", {}]]
         group.load(group.state())
         group.dismiss(overflow)
         group.rewind(0)
         DetectorGroup([Raises()], logged).accept([overflow])
-    assert group.state()[1] == ["NonFinite", {"overflows": [], "scale": 64.0}]
+    assert group.state()[1] == ["NonFinite", {"overflows": [], "scale": 64.0, "updated": True}]
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     message = caplog.records[0].getMessage()
     assert message.startswith(f"NaNGuard: accept() of the detector {__name__}.Raises raised RuntimeError: accept.")
@@ -135,7 +135,7 @@ def test_saved_histories_go_to_detectors_of_the_same_class() -> None:
     group = DetectorGroup([DivergingLoss(), NonFinite(), NonFinite(), NonFinite()], set())
     group.load(saved)
     assert [state for name, state in group.state() if name == "NonFinite"] == [
-        {"overflows": [1], "scale": math.inf},
-        {"overflows": [2], "scale": math.inf},
-        {"overflows": [], "scale": math.inf},
+        {"overflows": [1], "scale": math.inf, "updated": True},
+        {"overflows": [2], "scale": math.inf, "updated": True},
+        {"overflows": [], "scale": math.inf, "updated": False},
     ]

@@ -76,22 +76,24 @@ def test_the_batch_is_compared_under_both_weights() -> None:
     [
         (False, True, True, False, False),
         (False, True, False, None, True),
-        (False, False, True, True, False),
+        (False, False, True, True, True),
         (True, False, True, True, False),
     ],
-    ids=["a bad batch", "another batch at hand", "a fault that does not come back", "observing"],
+    ids=["a bad batch", "another batch at hand", "a good batch", "observing"],
 )
 def test_when_weights_are_compared(
     observe: bool, bad: bool, at_hand: bool, finite: bool | None, compared: bool
 ) -> None:
     """A batch that holds NaN is known to be at fault, so older weights are not tried; one that is not at hand is not
-    looked at, a loss that is finite when it is computed again says nothing, and an observing guard tries nothing."""
+    looked at, and an observing guard tries nothing. A loss that is finite when it is computed again says nothing."""
     loop = trained(settings=Settings(snapshot_every=4, observe=observe))
     if bad:
         loop.batch = torch.full((8, 3), math.nan)
     evidence = look(loop, BATCH, loss=math.nan, at_hand=at_hand)
     assert evidence.batch_finite is finite
     assert (evidence.comparison is not None) is compared
+    if evidence.comparison is not None and at_hand:
+        assert evidence.comparison.now == evidence.comparison.then
 
 
 def test_what_is_not_finite_by_design_is_no_corruption() -> None:

@@ -13,7 +13,7 @@ from pytorch_lightning import Callback, LightningModule, Trainer
 from pytorch_lightning.plugins import MixedPrecision
 from torch.optim import AdamW
 
-from lightning_nanguard import NaNGuard, TrainingDivergedError
+from lightning_nanguard import NaNGuard, NonFinite, TrainingDivergedError
 from tests.helpers import (
     FaultAt,
     Run,
@@ -90,8 +90,11 @@ def test_streak_of_overflows(fused: bool) -> None:
 
 
 def test_scale_at_its_floor() -> None:
-    """Overflow at a scale below 1 is the learner's fault at once."""
+    """An overflow at a small scale is the scaler's, unless the user has set a lower limit."""
     guard = NaNGuard(snapshot_every_n_steps=2)
+    fit(make()(), batches(count=24), guard, callbacks=[FaultAt("gradient", math.inf, 10)], **scaled(0.5))
+    assert guard.interventions == []
+    guard = NaNGuard([NonFinite(min_loss_scale=1.0)], snapshot_every_n_steps=2)
     fit(make()(), batches(count=24), guard, callbacks=[FaultAt("gradient", math.inf, 10)], **scaled(0.5))
     assert [i.fault for i in guard.interventions] == ["loss_scale_collapse"]
 

@@ -390,8 +390,8 @@ class RootOfOutput(LogOfOutput):
         return torch.optim.SGD(self.parameters(), 1e-9)
 
 
-def test_all_searches_together_are_bounded(tmp_path: Path) -> None:
-    """Whether or not samples are found, all searches take at most a fixed number of passes and one for each update."""
+def test_searches_in_vain_are_bounded(tmp_path: Path) -> None:
+    """Searches that find no sample take at most a fixed number of passes together, and one for each update."""
     torch.manual_seed(3)
     limits = replace(Thresholds().samples, most_runs_ahead=200)
     options = {"thresholds": replace(Thresholds(), samples=limits)}

@@ -36,16 +36,15 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
 
 
 def keep_names(trainer: Any) -> None:
-    """After a skipped batch: let values that only this batch has logged so far be NaN, and not missing.
+    """After a skipped batch: let values that only skipped batches have logged so far be NaN, and not missing.
 
-    A callback or a scheduler that monitors a value raises an exception if its name is missing.
+    A callback or a scheduler that monitors a value raises an exception if its name is missing. Loggers do not get it.
     """
-    known = trainer.callback_metrics
-    for item in trainer.fit_loop.epoch_loop._results.values():
-        if item.has_reset and getattr(item, "is_tensor", False) and item.meta.name not in known:
-            item.has_reset = False
-            item._update_count = 1  # torchmetrics warns of values that were never updated
-            item._forward_cache = torch.full_like(item.value, torch.nan) if item.meta.on_step else None
+    results, known = trainer.fit_loop.epoch_loop._results, trainer.callback_metrics
+    for item in results.values():
+        names = {name for on_step in (True, False) for name in results._forked_name(item, on_step)}
+        for name in names - known.keys():
+            trainer._logger_connector._callback_metrics[name] = torch.tensor(torch.nan, device=item.device)
 
 
 def running_means(trainer: Any) -> list[Any]:
