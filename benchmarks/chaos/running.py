@@ -213,7 +213,9 @@ def _different(
 def _broken(one: Draw, twin: Left, bare: Left, guarded: Left, guard: NaNGuard) -> Iterator[str]:
     stopped = guarded.error.startswith("TrainingDivergedError")
     # Some combinations raise without a fault, too, such as SWA over batch norm with a GradScaler.
-    if guarded.error and not stopped and guarded.error not in (bare.error, twin.error):
+    # Without the guard the run may have ended before the exception of the draw.
+    struck = f"{one.value}: struck" if one.kind == "exception" else ""
+    if guarded.error and not stopped and guarded.error not in (bare.error, twin.error, struck):
         yield f"it raised {guarded.error}"
     if one.kind == "exception" and bare.error and guarded.error != bare.error:
         yield f"{bare.error} came out as {guarded.error or 'nothing'}"
