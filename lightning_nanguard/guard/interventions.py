@@ -87,7 +87,13 @@ class Interventions:
             evidence = self._investigator.look_into(fault, reading, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             # The learner is finite, so the validation data are most likely at fault: only record it.
-            self._recorder.record(fault, fault.place, (), context.rate.effective(), ranks=found.ranks)
+            suggestion = (
+                "the weights and buffers are finite, so the data or the code that gave this number are at fault. Look "
+                "for NaN and Inf in the data, and for operations that are not defined for all of its values."
+            )
+            confidence = context.thresholds.diagnosis.confidence.suspicion
+            finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
+            self._recorder.record(fault, fault.place, (), context.rate.effective(), finding, found.ranks)
             return False
         before_plan = state.policy
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)

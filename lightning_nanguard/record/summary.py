@@ -28,7 +28,7 @@ _ACTIONS = {
     ),
     "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
     "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
-    "redo": ("step made again", "steps made again"),
+    "redo": ("fault removed by making steps again", "faults removed by making steps again"),
     "leave out": ("micro-batch left out", "micro-batches left out"),
     "keep good samples": ("update made from the good samples", "updates made from the good samples"),
     "stop": ("stop", "stops"),
