@@ -66,3 +66,17 @@ class BadCheckpointError(RuntimeError):
         self.path = path
         self.tensors = tuple(tensors)
         self.offered = offered
+
+
+def has_to_be_raised(error: Exception, world_size: int) -> bool:
+    """Whether an error in the guard ends the run: it is meant for the user, or other ranks would wait for this one.
+
+    Args:
+        error: The error.
+        world_size: Number of processes.
+
+    Example:
+        >>> [has_to_be_raised(LookupError(), world_size) for world_size in (1, 2)]
+        [False, True]
+    """
+    return world_size > 1 or isinstance(error, (TrainingDivergedError, BadCheckpointError))

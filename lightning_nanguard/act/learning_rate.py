@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_nanguard.act.step_hooks import Handle, hook_step
+from lightning_nanguard.act.step_hooks import hook_step
 from lightning_nanguard.act.valid_hyperparameters import ValidHyperparameters
 from lightning_nanguard.measure.norms import widest_dtype
 
@@ -66,7 +66,7 @@ class LearningRate:
         self._min_lr = 0.0
         self._max_lr = math.inf
         self._scaled: dict[int | tuple[int, str], _Scaled] = {}
-        self._handles: list[Handle] = []
+        self._unhook: list[Callable[[], None]] = []
         self._before_update: Callable[[Optimizer], None] = _nothing
         self.valid = ValidHyperparameters()
 
@@ -145,18 +145,18 @@ class LearningRate:
                 step without one. The caller has to let ``valid`` check the rates before each call.
             after_update: Called after each step.
         """
-        if self._handles:
+        if self._unhook:
             return
         self._before_update = before_update or _nothing
         self._after_update = after_update
         for optimizer in self._optimizers:
-            self._handles += hook_step(optimizer, self._before_step, self._after_step)
+            self._unhook += hook_step(optimizer, self._before_step, self._after_step)
 
     def detach(self) -> None:
         """Restores the scheduled rates and removes the hooks; the multiplier is kept for the next :meth:`attach`."""
         self.withdraw()
-        while self._handles:
-            self._handles.pop().remove()
+        while self._unhook:
+            self._unhook.pop()()
 
     def apply(self) -> None:
         """Writes the scaled rates into the groups for a reader outside a step, such as a LearningRateMonitor.

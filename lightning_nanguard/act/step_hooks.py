@@ -3,27 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import wraps
-from typing import Any, Protocol, final
+from typing import Any
 
 from torch.optim import Optimizer
+
+from lightning_nanguard.act.patches import wrap_method
 
 Before = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], tuple[tuple[Any, ...], dict[str, Any]]]
 After = Callable[[Optimizer, tuple[Any, ...], dict[str, Any]], None]
 
 
-class Handle(Protocol):
-    """Removes hooks; torch's ``RemovableHandle`` is one."""
-
-    def remove(self) -> None:
-        """Remove them."""
-
-
-def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Handle]:
+def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Callable[[], None]]:
     """Call functions before and after each ``optimizer.step``, with the arguments of torch's step hooks.
 
     A wrapper around another optimizer may be a subclass of ``torch.optim.Optimizer`` that does not call its
-    constructor. It has no hooks, so its ``step`` is replaced.
+    constructor. It has no hooks, so its ``step`` is wrapped.
 
     Args:
         optimizer: The optimizer.
@@ -31,38 +25,19 @@ def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Handle
         after: Called after each step.
 
     Returns:
-        Handles that remove the functions again.
+        Functions that remove the two again.
     """
     if hasattr(optimizer, "_optimizer_step_pre_hooks"):
-        return [optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)]
-    return [_ReplacedStep(optimizer, before, after)]
+        hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
+        return [one.remove for one in hooks]
 
+    def step(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        args, kwargs = before(optimizer, (optimizer, *args), kwargs)
+        result = original(*args[1:], **kwargs)
+        after(optimizer, args, kwargs)
+        return result
 
-@final
-class _ReplacedStep:
-    """A step with functions around it, in the place of an optimizer's own."""
-
-    def __init__(self, optimizer: Optimizer, before: Before, after: After) -> None:
-        self._optimizer = optimizer
-        # A scheduler may have replaced the step of this object, too.
-        self._own = vars(optimizer).get("step")
-        original = optimizer.step
-
-        @wraps(original)
-        def step(*args: Any, **kwargs: Any) -> Any:
-            (_, *args_now), kwargs = before(optimizer, (optimizer, *args), kwargs)
-            result = original(*args_now, **kwargs)
-            after(optimizer, (optimizer, *args), kwargs)
-            return result
-
-        self._step = step
-        vars(optimizer)["step"] = step
-
-    def remove(self) -> None:
-        """Restore the step, unless somebody has replaced it since."""
-        if vars(self._optimizer).get("step") is not self._step:
-            return
-        if self._own is None:
-            del vars(self._optimizer)["step"]
-        else:
-            vars(self._optimizer)["step"] = self._own
+    known = getattr(optimizer.step, "__dict__", {})
+    undo = wrap_method(optimizer, "step", step)
+    vars(vars(optimizer)["step"]).update(known)  # schedulers warn if their mark on the step is gone
+    return [undo]

@@ -59,10 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `nanguard explain … | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
-    except (ImportError, AttributeError, LookupError, OSError, TypeError, ValueError) as error:
-        say(f"nanguard: {type(error).__name__}: {error}", file=sys.stderr)
-        return 2
-    except Exception as error:  # of the user's module or data, which the command has run
+    except Exception as error:  # a wrong argument or file, or the user's module or data, which the command has run
         say(f"nanguard: {type(error).__name__}: {error}{_place(error)}", file=sys.stderr)
         return 2
     return status
@@ -70,9 +67,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _place(error: Exception) -> str:
     """The innermost line of the user's code that an exception came through, in words; empty without one."""
-    packages = (*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), str(Path(__file__).parents[1]))
-    frames = extract_tb(error.__traceback__)
-    own = [one for one in frames if not one.filename.startswith((*packages, str(Path(sys.prefix) / "bin")))]
+    packages = (*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), str(Path(__file__).parents[1]), "<frozen ")
+    own = [one for one in extract_tb(error.__traceback__) if not one.filename.startswith(packages)]
     return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 
 

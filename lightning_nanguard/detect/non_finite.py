@@ -85,11 +85,13 @@ class NonFinite(Detector):
     def _overflow(self, reading: Reading) -> Fault | None:
         scale = reading.loss_scale
         in_a_row = len(self._overflows) + 1
-        least = (self._updated and self.min_loss_scale) or 2 * self.thresholds.least_scale
-        patient = in_a_row < self.overflow_patience or not self._updated
-        if patient and (scale is None or scale >= least):
+        least, too_many = 2 * self.thresholds.least_scale, False
+        if self._updated:
+            least, too_many = self.min_loss_scale or least, in_a_row >= self.overflow_patience
+        if not too_many and (scale is None or scale >= least):
             return None
-        row = f"{in_a_row} fp16 overflows in a row" if in_a_row > 1 else "fp16 overflows"
+        # Before the first update there may have been more overflows than are counted.
+        row = f"{in_a_row} fp16 overflows in a row" if in_a_row > 1 and self._updated else "fp16 overflows"
         message = f"{row} took the loss scale down to {scale}, and the gradient still overflows"
         return Fault("loss_scale_collapse", "learner", "gradient", scale, message, proof="none")
 

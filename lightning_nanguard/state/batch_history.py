@@ -225,7 +225,7 @@ class BatchHistory:
 
     def nothing_left(self) -> bool:
         """Whether every sample of the newest micro-batch is known to be bad."""
-        origin = self._micros[-1][4] if self._micros else None
+        *_, origin, _ = self._micros[-1] if self._micros else (None, None)
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:

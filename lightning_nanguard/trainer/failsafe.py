@@ -8,7 +8,7 @@ from functools import partial, wraps
 from typing import Any, TypeVar, cast
 
 from lightning_nanguard.diagnosis.isolation import errors_logged
-from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
+from lightning_nanguard.errors import has_to_be_raised
 from lightning_nanguard.trainer.guard_copies import CopyableGuard
 from lightning_nanguard.trainer.private.packages import Trainer
 
@@ -24,10 +24,8 @@ def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
     ranks would wait for this one.
 
     Args:
-        meant: Errors that the hook raises for the user, such as those of wrong arguments. Together with
-            ``TrainingDivergedError`` and ``BadCheckpointError`` they are always raised.
+        meant: Further errors that the hook raises for the user, such as those of wrong arguments.
     """
-    raised = (TrainingDivergedError, BadCheckpointError, *meant)
 
     def decorated(hook: _Hook) -> _Hook:
         @wraps(hook)
@@ -35,7 +33,7 @@ def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
             try:
                 hook(guard, trainer, *args, **kwargs)
             except Exception as error:
-                if isinstance(error, raised) or trainer.world_size > 1:
+                if isinstance(error, meant) or has_to_be_raised(error, trainer.world_size):
                     raise
                 _leave(guard, hook.__name__, error)
 

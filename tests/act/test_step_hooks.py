@@ -59,11 +59,11 @@ def test_functions_around_a_step(kind: str, replaced: bool) -> None:
     def after(one: Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         calls.append(("after", float(parameter.detach())))
 
-    handles = hook_step(optimizer, before, after)
+    undos = hook_step(optimizer, before, after)
     optimizer.step()
     assert calls == [("before", True, True, 1, []), ("after", 0.5)]
-    for handle in handles:
-        handle.remove()
+    for undo in undos:
+        undo()
     parameter.grad = None
     optimizer.step()
     assert len(calls) == 2
@@ -74,10 +74,14 @@ def wrapped(parameters: list[nn.Parameter]) -> Optimizer:
     return Wrapper(SGD(parameters, lr=0.05))
 
 
+def falling(optimizer: Optimizer) -> Any:
+    return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
+
+
 def test_a_run_with_a_wrapper(tmp_path: Path) -> None:
     """A healthy run is the same with the guard, bit for bit, and a bad batch is skipped."""
     runs = [
-        fit(task(optimizer=wrapped), batches(count=12), guard, folder=tmp_path / str(guard is None))
+        fit(task(optimizer=wrapped, scheduler=falling), batches(count=12), guard, folder=tmp_path / str(guard is None))
         for guard in (None, NaNGuard())
     ]
     assert differences(*map(state_of, runs)) == []

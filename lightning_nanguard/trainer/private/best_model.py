@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.trainer.private.packages import is_kind
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 
 def keep_best_finite(trainer: Any) -> Callable[[], None]:

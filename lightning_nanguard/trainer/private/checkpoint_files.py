@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.act.patches import wrap_method
 
 
 def write_checkpoint(trainer: Any, path: Path) -> None:

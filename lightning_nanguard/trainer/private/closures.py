@@ -12,7 +12,7 @@ from typing import Any, Protocol, final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
+from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
 
 _HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.trainer.private.packages import GuardCallback, package_of
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 QUIET = {
     "callbacks": None,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.trainer.private.packages import is_kind
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 # The hooks in which a LearningRateMonitor reads the groups.
 _HOOKS = ("on_train_epoch_start", "on_train_batch_start")

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.act.patches import wrap_method
 
 _logger = logging.getLogger("lightning_nanguard")
 

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.act.patches import wrap_method
 
 
 class Judge(Protocol):

@@ -10,9 +10,9 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
-from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.act.patches import undo_all, wrap_method
+from lightning_nanguard.errors import has_to_be_raised
 from lightning_nanguard.measure.batches import mapped
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -52,7 +52,7 @@ def guard_saves(
         A function that undoes this.
     """
     strategy = trainer.strategy
-    safely = partial(_unless_it_fails, alone=trainer.world_size == 1)
+    safely = partial(_unless_it_fails, trainer)
     writes_later = _writes_what_is_there_later(strategy)
     looked = False
 
@@ -88,14 +88,12 @@ def guard_saves(
     )
 
 
-def _unless_it_fails(call: Callable[[], Any], *, alone: bool) -> Any:
+def _unless_it_fails(trainer: Any, call: Callable[[], Any]) -> Any:
     """Call a function of the guard. If it fails, the checkpoint is written as without the guard."""
     try:
         return call()
-    except TrainingDivergedError:
-        raise
     except Exception as error:
-        if not alone:  # the other ranks would wait for this one
+        if has_to_be_raised(error, trainer.world_size):
             raise
         _logger.error(
             "NaNGuard: the guard failed while a checkpoint was saved with %s: %s. The checkpoint is written without "

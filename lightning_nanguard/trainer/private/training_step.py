@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.trainer.private.patches import wrap_method
+from lightning_nanguard.act.patches import wrap_method
 from lightning_nanguard.trainer.private.precision import grad_scaler
 
 

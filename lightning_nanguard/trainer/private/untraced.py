@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.clock import clock_kept
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of
-from lightning_nanguard.trainer.private.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 

@@ -8,9 +8,9 @@ from typing import Any, final
 
 import torch
 
+from lightning_nanguard.act.patches import wrap_method
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
-from lightning_nanguard.trainer.private.patches import wrap_method
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.repeat.parts import RepeatParts

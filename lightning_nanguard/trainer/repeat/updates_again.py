@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -27,7 +27,7 @@ from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
-from lightning_nanguard.trainer.private.clock import set_clock
+from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
 from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
@@ -110,8 +110,6 @@ class UpdatesAgain:
         self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
         # The snapshot that the last rollback restored, and the first update after it.
         self._gone_on = -1, -1
-        # ``global_step`` and epoch of the present step.
-        self._clock = 0, 0
         # Logged values of repeated updates that differ from those of the run.
         self._rows: list[LoggedRow] = []
         self.futile = False
@@ -242,7 +240,6 @@ class UpdatesAgain:
         except OutOfMemory:
             return None
         self._context.state.again = "", ""
-        self._clock = self._trainer.global_step, self._trainer.current_epoch
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
             with ExitStack() as inside:
@@ -286,7 +283,6 @@ class UpdatesAgain:
         return capture(self._context.learner, step=step, global_step=clock, device=beside.device())
 
     def _is_finite(self, micro: WindowEntry) -> bool:
-        set_clock(self._trainer, *self._clock)
         micro.start.restore()
         loss = micro.run.forward().closure_loss
         return loss is None or bool(torch.isfinite(loss).all())
@@ -372,11 +368,10 @@ class UpdatesAgain:
         optimizer = update.micros[0].run.optimizer
         for group, values in zip(optimizer.param_groups, update.groups, strict=True):
             group.update(values)
-        set_clock(self._trainer, update.global_step, update.epoch)
         losses: list[tuple[Tensor | None, Tensor]] = []
         for micro in update.micros:
             micro.start.restore(carried=not spoilt)  # values carried from bad weights are not used
-            with logging_for(self._trainer, micro.run.batch):
+            with self._clock_of(update), logging_for(self._trainer, micro.run.batch):
                 result = micro.run.whole()
             if result.loss is not None:
                 losses.append((micro.loss, result.loss))
@@ -391,10 +386,18 @@ class UpdatesAgain:
     def _step(self, update: _Update) -> list[float]:
         """Let the optimizer step; return the norms of the gradients."""
         optimizer = update.micros[0].run.optimizer
-        end_backward(self._trainer, optimizer)
-        sizes = norms(self._context.learner.gradients(0))
-        optimizer.step()
+        with self._clock_of(update):
+            end_backward(self._trainer, optimizer)
+            sizes = norms(self._context.learner.gradients(0))
+            optimizer.step()
         return sizes
+
+    @contextmanager
+    def _clock_of(self, update: _Update) -> Iterator[None]:
+        """Inside, trainer and module have the clock that they had in an update."""
+        with clock_kept(self._trainer):
+            set_clock(self._trainer, update.global_step, update.epoch)
+            yield
 
 
 def _is_same(known: Tensor | None, now: Tensor) -> bool:

@@ -12,7 +12,7 @@ from weakref import ref
 
 import pytest
 
-from lightning_nanguard.trainer.private.patches import undo_all, wrap_method
+from lightning_nanguard.act.patches import undo_all, wrap_method
 
 
 class Owner:
