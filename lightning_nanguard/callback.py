@@ -349,10 +349,10 @@ class NaNGuard(DisplayedGuard):
 
     @leaves_run_if_it_fails()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Check the state before averaged weights replace it."""
-        if self._fit is not None and swaps_weights(trainer):
+        """Check the state before it is validated, and before averaged weights replace it."""
+        if self._fit is not None and not trainer.sanity_checking:
             self._fit.guard.check()
-            self._fit.guard.swapped = True
+            self._fit.guard.swapped = swaps_weights(trainer)
 
     @leaves_run_if_it_fails()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

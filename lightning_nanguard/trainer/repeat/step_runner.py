@@ -20,6 +20,7 @@ from lightning_nanguard.trainer.private.closures import (
     result_of,
     uncounted,
 )
+from lightning_nanguard.trainer.private.training_mode import as_in_training
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
@@ -235,17 +236,18 @@ class StepRunner:
         return again
 
     def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
-        """After a rollback at the end of a batch: repeat the updates since the snapshot; return whether this succeeded.
+        """After a rollback outside of a batch: repeat the updates since the snapshot; return whether this succeeded.
 
         Args:
             snapshot: The snapshot that the rollback restored.
             bad: The reading of the bad update, if this update was made.
         """
-        if self._parts.guard.swapped or not self._parts.trainer.training:
-            return False  # weights are averages, or modules are in evaluation mode
-        if self._updates.go(snapshot, self._parts.guard.updates, attributes=self._parts.memory, bad=bad) is None:
-            return False
-        self._updates.log_again()
+        if self._parts.guard.swapped:
+            return False  # weights are averages
+        with as_in_training(self._parts.trainer):
+            if self._updates.go(snapshot, self._parts.guard.updates, attributes=self._parts.memory, bad=bad) is None:
+                return False
+            self._updates.log_again()
         return True
 
     def _pass_on(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:

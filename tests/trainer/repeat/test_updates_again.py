@@ -14,7 +14,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 from pytorch_lightning import callbacks as stock
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import SGD, AdamW, Optimizer
 from torch.utils.data import DataLoader
 
@@ -120,6 +120,51 @@ def test_rows_of_spoiled_weights_are_logged_again(tmp_path: Path) -> None:
     assert twice == list(range(10, 10 + len(twice))) != []
     assert all(dict(reversed(logged))[step] != value for step, value in expected if step in twice)
     assert dict(logged) == dict(expected)
+
+
+class StruckAfterEpoch(Callback):
+    """Loses a weight after the last batch of an epoch, when the guard has seen this batch already."""
+
+    def __init__(self, hook: str) -> None:
+        self.hits = 0
+        setattr(self, hook, self._strike)
+
+    def _strike(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        if not self.hits and trainer.is_last_batch and trainer.global_step == 16:
+            self.hits += 1
+            with torch.no_grad():
+                pl_module.net[4].weight.fill_(torch.nan)
+
+
+class Validated(Faulty):
+    """Notes in which mode its parts are validated."""
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        self.seen.append(-sum(one.training for one in self.modules()) - 1)
+        self.log("val_loss", loss := nn.functional.mse_loss(self.net(batch[0]), batch[1]))
+        return loss
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_start"])
+def test_a_weight_lost_before_validation(hook: str, tmp_path: Path) -> None:
+    """The updates are made again although the Trainer validates. Only what was validated with the lost weight differs.
+
+    The run is bit for bit the one without the fault, and its parts are in evaluation mode for the rest of the
+    validation.
+    """
+    data, left = batches(count=16), []
+    for struck, guard in ((StruckAfterEpoch(hook), NaNGuard(snapshot_every_n_steps=6)), (None, None)):
+        sees = Sees()
+        module = Validated(None, partial(AdamW, lr=0.01))
+        stops = stock.EarlyStopping("val_loss", patience=9, check_finite=False)
+        callbacks = [sees, stops, *([struck] if struck else [])]
+        made = fit(module, data, guard, folder=tmp_path, val=data[:2], callbacks=callbacks, max_epochs=2)
+        left.append(left_behind(made, sees))
+        if struck is not None and guard is not None:
+            assert struck.hits == 1
+            assert [one.remedies for one in guard.interventions] == [("restore", "redo")]
+    found = differences(with_last_rows(left[0]), with_last_rows(left[1]))
+    assert [one for one in found if hook == "on_train_batch_end" or one.split("/")[1] in LEARNER] == []
 
 
 class Alive(Callback):
