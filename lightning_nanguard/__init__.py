@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from lightning_nanguard.thresholds import Thresholds
     from lightning_nanguard.types import Advice, Comparison, Evidence, Fault, Finding, Intervention, PlanStep, Reading
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # Resolved on first use, so that the parts that need no torch can be imported without it.
 _HOMES = {

@@ -95,8 +95,7 @@ class Remedy(ABC):
 
     The guard calls every listed remedy whose role the verdict needs. ``"notify"`` is called at every fault,
     ``"restore"`` if the learner or its state is bad, and ``"rate"``, ``"clip"`` and ``"moments"`` if the learner
-    diverged. Of these three roles the plan uses only that of the first remedy that proposes a step. If one role may not
-    be enough, it uses all three.
+    diverged.
     """
 
     word: ClassVar[str]

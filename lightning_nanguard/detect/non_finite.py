@@ -10,6 +10,7 @@ from typing import Any, ClassVar, final
 from lightning_nanguard.detect.base import Detector, Limits
 from lightning_nanguard.errors import require
 from lightning_nanguard.thresholds.detection import NonFiniteThresholds
+from lightning_nanguard.thresholds.fixed import LEAST_LOSS_SCALE
 from lightning_nanguard.types import Fault, Reading
 
 LOSS_SCALE = "scale of the GradScaler"
@@ -85,7 +86,7 @@ class NonFinite(Detector):
     def _overflow(self, reading: Reading) -> Fault | None:
         scale = reading.loss_scale
         in_a_row = len(self._overflows) + 1
-        least, too_many = 2 * self.thresholds.least_scale, False
+        least, too_many = 2 * LEAST_LOSS_SCALE, False
         if self._updated:
             least, too_many = self.min_loss_scale or least, in_a_row >= self.overflow_patience
         if not too_many and (scale is None or scale >= least):
@@ -116,7 +117,7 @@ class NonFinite(Detector):
 
     def _may_be(self, scale: float) -> bool:
         own = self.thresholds
-        return own.least_scale <= scale < math.inf and scale <= own.scale_growth * self._scale
+        return LEAST_LOSS_SCALE <= scale < math.inf and scale <= own.scale_growth * self._scale
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""

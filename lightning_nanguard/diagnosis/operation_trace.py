@@ -23,7 +23,7 @@ from lightning_nanguard.diagnosis.batch import true_indices
 from lightning_nanguard.diagnosis.case import Origin
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values
-from lightning_nanguard.thresholds.diagnosis import ReplayThresholds
+from lightning_nanguard.thresholds.fixed import RECENT_OPERATIONS
 
 LIBRARIES = (
     "torch",
@@ -38,7 +38,6 @@ LIBRARIES = (
 
 # The results of these operations are uninitialised memory.
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
-_REPLAY = ReplayThresholds()
 _NONE: frozenset[str] = frozenset()
 _MASK = frozenset({"mask"})
 # Index of the divisor, or of the argument of a logarithm.
@@ -106,7 +105,6 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size: Number of samples in the batch.
         purposeful: Whether values that were inserted on purpose may be the origin, because no other non-finite value is
             known.
-        thresholds: How many operations before an exception are searched.
     """
 
     def __init__(
@@ -116,7 +114,6 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         size: int,
         *,
         purposeful: bool = True,
-        thresholds: ReplayThresholds = _REPLAY,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self._modules = modules
@@ -127,7 +124,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # Where values that were inserted on purpose were combined with others, and whether this has happened yet.
         self._purposes: dict[int, tuple[Origin, bool]] = {}
         self._made_by: dict[int, str] = {}
-        self._recent: deque[set[int]] = deque(maxlen=thresholds.recent_operations)
+        self._recent: deque[set[int]] = deque(maxlen=RECENT_OPERATIONS)
         self._last: tuple[Any, Any, list[Tensor], str] | None = None
 
     def origin_of(self, tensor: Tensor) -> Origin | None:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import final
 
+from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.receipts import Receipts
@@ -22,11 +23,13 @@ class Beside:
         context: Objects and settings that the parts of the guard share.
         trials: Tests whether a lower rate learns what the run does not.
         receipts: Tests whether interventions in a run with finite numbers helped.
+        branches: Trains the arms and the branch.
     """
 
     context: GuardContext
     trials: TrialRunner
     receipts: Receipts
+    branches: Branches
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
         """Continue trial and comparison after a healthy update, unless the run was rolled back.
@@ -40,7 +43,10 @@ class Beside:
         if not readings or self.context.state.restored is not None:
             return None
         self.receipts.after(readings)
-        return self.trials.after(readings)
+        shown = self.trials.after(readings)
+        if not (self.receipts.open or self.trials.running):
+            self.branches.release()
+        return shown
 
     def close(self) -> None:
         """End trial and comparison, because the run is over."""

@@ -127,7 +127,7 @@ def build_guard(
             outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(context, trials, receipts),
+            beside=Beside(context, trials, receipts, branches),
             steps=steps,
         )
     )

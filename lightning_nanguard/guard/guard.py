@@ -405,7 +405,7 @@ class Guard:
             **parts.caution.state_dict(),
             **parts.recovery.state_dict(),
             **parts.investigator.state_dict(),
-            **parts.recorder.state_dict(),
+            "recorder": parts.recorder.state_dict(),
             "plausibility": parts.plausibility.state_dict(),
             "snapshots": self._snapshots.state_dict(),
             "streams": self._monitors.state_dict(),
@@ -421,7 +421,7 @@ class Guard:
         parts.caution.load_state_dict(saved)
         parts.recovery.load_state_dict(saved)
         parts.investigator.load_state_dict(saved)
-        parts.recorder.load_state_dict(saved)
+        parts.recorder.load_state_dict(saved.get("recorder", {}))
         parts.plausibility.load_state_dict(saved.get("plausibility", {}))
         self._snapshots.load_state_dict(saved.get("snapshots"))
         self._monitors.load_state_dict(saved["streams"])

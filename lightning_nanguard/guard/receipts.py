@@ -77,6 +77,11 @@ class Receipts:
         first = self._limits.updates // self._limits.judged_part if tried else self._limits.updates
         self._open = _Open(global_step, state.step, branch, state.policy, first)
 
+    @property
+    def open(self) -> bool:
+        """Whether a comparison runs."""
+        return self._open is not None
+
     def close(self, reason: str) -> None:
         """End the comparison, because it cannot be continued.
 

@@ -184,7 +184,7 @@ class Recovery:
         """The inverse of :meth:`state_dict`."""
         self._clipping_since = int(state["clipping_since"])
         self._lowered = int(state.get("lowered", 0))
-        self._tried = bool(state.get("tried", False))
+        self._tried = state.get("tried", False) is True
         self._context.clipper.load_state_dict(state["clipper"])
         self._rate.load_state_dict(state["rate"])
         self._reviews.load_state_dict(state["reviews"])

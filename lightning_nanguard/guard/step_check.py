@@ -19,6 +19,7 @@ from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.record.text import shortened
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.fixed import EXCEPTION_TEXT
 from lightning_nanguard.types import Fault, Reading
 
 # Only steps of automatic optimization are made again, and it has one optimizer.
@@ -172,7 +173,7 @@ class StepCheck:
         """The words for an exception of ``training_step`` in a record; ``None`` without one."""
         if error is None:
             return None
-        text = shortened(str(error), self._limits.message)
+        text = shortened(str(error), EXCEPTION_TEXT)
         return f"training_step raised {type(error).__name__}: {text}"
 
     def raised(self, words: str | None) -> None:
@@ -189,5 +190,5 @@ class StepCheck:
         corrupt = context.corrupt()[0] or context.finite.spoilt_buffer(context.learner.leaves(), snapshot.leaves)
         if corrupt is not None:
             return corrupt, "is no longer finite"
-        change = unexplained_change(context.learner, snapshot)
+        change = unexplained_change(context.learner, snapshot, context.thresholds.diagnosis.state)
         return ("", "") if change is None else (change.name, f"went from {change.before:.4g} to {change.now:.4g}")

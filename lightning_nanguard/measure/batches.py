@@ -19,9 +19,8 @@ from torch import Tensor
 
 from lightning_nanguard.measure.containers import parts_of, remade
 from lightning_nanguard.measure.tensors import dense_values, size
-from lightning_nanguard.thresholds.measurement import MeasurementThresholds
+from lightning_nanguard.thresholds.fixed import DEEPEST_PART
 
-_DEFAULTS = MeasurementThresholds()
 # Types whose values lead to no other value that a batch would keep in memory.
 _LEAVES = (
     int, float, str, bytes, bytearray, numbers.Number, np.generic, type(None), enum.Enum, range, slice, type, PurePath,
@@ -49,17 +48,16 @@ def nested_tensors(batch: Any) -> Iterator[Tensor]:
         yield from (tensor for _, tensor in named_tensors(batch))
 
 
-def named_tensors(batch: Any, thresholds: MeasurementThresholds = _DEFAULTS) -> Iterator[tuple[str, Tensor]]:
+def named_tensors(batch: Any) -> Iterator[tuple[str, Tensor]]:
     """Every tensor in a batch with its path: ``"0"``, ``"x"``, ``"graph.nodes"``. Float arrays of NumPy become tensors.
 
     A value with several paths is given once.
 
     Args:
         batch: The batch.
-        thresholds: How deep to look into the batch.
     """
     used: set[str] = set()
-    for path, tensor in _walk(batch, (), {}, thresholds.deepest_part):
+    for path, tensor in _walk(batch, (), {}, DEEPEST_PART):
         # Leave out the names of private attributes: the names inside them are enough.
         short = [part for part in path[:-1] if not part.startswith("_")]
         name = ".".join([*short, *path[-1:]]) or "0"
@@ -89,20 +87,17 @@ def _floating_array(array: np.ndarray[Any, Any]) -> Iterator[Tensor]:
             return
 
 
-def bytes_of(
-    value: Any, unknown: Callable[[Tensor], bool] = lambda tensor: False, thresholds: MeasurementThresholds = _DEFAULTS
-) -> int | None:
+def bytes_of(value: Any, unknown: Callable[[Tensor], bool] = lambda tensor: False) -> int | None:
     """Bytes of the tensors, arrays, texts and numbers that a value keeps in memory, each counted once.
 
     Args:
         value: The value.
         unknown: Whether a tensor takes more memory than can be measured.
-        thresholds: How deep to look into the value.
 
     Returns:
         The bytes; ``None`` if a part of the value has a type that cannot be measured, such as an image.
     """
-    total, seen, left = 0, dict[int, Any](), [(value, thresholds.deepest_part)]
+    total, seen, left = 0, dict[int, Any](), [(value, DEEPEST_PART)]
     while left:
         one, depth = left.pop()
         if id(one) in seen:
@@ -127,7 +122,6 @@ def mapped(
     batch: Any,
     function: Callable[[Any], Any],
     kind: type = Tensor,
-    thresholds: MeasurementThresholds = _DEFAULTS,
 ) -> Any:
     """A copy of the batch in which ``function`` has replaced every tensor.
 
@@ -137,7 +131,6 @@ def mapped(
         batch: The batch.
         function: Returns the replacement of a tensor.
         kind: The type of the values to replace; by default tensors.
-        thresholds: How deep to look into the batch.
     """
     made: dict[int, Any] = {}
 
@@ -151,4 +144,4 @@ def mapped(
                 made[id(value)] = remade(value, new)
         return made.get(id(value), value)
 
-    return of(batch, thresholds.deepest_part)
+    return of(batch, DEEPEST_PART)

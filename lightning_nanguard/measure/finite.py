@@ -12,9 +12,7 @@ from torch import Tensor
 from lightning_nanguard.measure.batches import floating_tensors, named_tensors
 from lightning_nanguard.measure.norms import partial_norms, total_norm
 from lightning_nanguard.measure.tensors import WIDER, dense_values
-from lightning_nanguard.thresholds.measurement import MeasurementThresholds
-
-_DEFAULTS = MeasurementThresholds()
+from lightning_nanguard.thresholds.fixed import ELEMENTS_AT_ONCE
 
 
 def all_finite(tensor: Tensor) -> bool:
@@ -43,15 +41,13 @@ def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
     return sorted(bad)
 
 
-def _non_finite_among(
-    indices: Sequence[int], values: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS
-) -> list[int]:
+def _non_finite_among(indices: Sequence[int], values: Sequence[Tensor]) -> list[int]:
     sums = torch.stack([value.sum(dtype=WIDER.get(value.dtype)).to(torch.float32) for value in values]).tolist()
     # A finite tensor may have a sum that overflows, so check every element then.
     return [
         index
         for index, value, total in zip(indices, values, sums, strict=True)
-        if not math.isfinite(total) and not _each_finite(value, thresholds.elements_at_once)
+        if not math.isfinite(total) and not _each_finite(value, ELEMENTS_AT_ONCE)
     ]
 
 

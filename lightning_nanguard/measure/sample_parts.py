@@ -13,9 +13,7 @@ from torch.utils.data import default_collate
 
 from lightning_nanguard.measure.batches import mapped, named_tensors
 from lightning_nanguard.measure.tensors import is_plain
-from lightning_nanguard.thresholds.measurement import MeasurementThresholds
-
-_DEFAULTS = MeasurementThresholds()
+from lightning_nanguard.thresholds.fixed import HASHED_FIRST
 
 
 def is_separable(batch: Any, count: int) -> bool:
@@ -98,13 +96,13 @@ def _bytes(tensor: Tensor) -> Tensor:
     return real.cpu().reshape(len(tensor), -1).contiguous().view(torch.uint8)
 
 
-def _first_halves(tensors: Sequence[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[str]:
+def _first_halves(tensors: Sequence[Tensor]) -> list[str]:
     # This runs on every batch if samples are left out by hash. To hash all numbers would take too long.
     few = []
     for tensor in tensors:
         flat = tensor.reshape(len(tensor), -1)
         size = flat.shape[1]
-        few.append(_bytes(flat[:, torch.arange(0, size, max(1, size // thresholds.hashed_first), device=flat.device)]))
+        few.append(_bytes(flat[:, torch.arange(0, size, max(1, size // HASHED_FIRST), device=flat.device)]))
     return [f"{zlib.crc32(row.tobytes()):08x}" for row in torch.cat(few, 1).numpy()] if few else []
 
 

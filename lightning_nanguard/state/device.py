@@ -11,9 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.state.host_memory import available_host_memory
-from lightning_nanguard.thresholds.snapshots import PlacementThresholds
-
-_DEFAULTS = PlacementThresholds()
+from lightning_nanguard.thresholds.fixed import HOST_ALIGNMENT, LARGEST_BLOCK, LEAST_BLOCK
 
 OutOfMemory = torch.cuda.OutOfMemoryError
 """The exception that torch raises if a device has no memory left."""
@@ -287,12 +285,11 @@ def pinned_bytes(nbytes: int) -> int:
     return 1 << (nbytes - 1).bit_length() if nbytes else 0
 
 
-def host_blocks(sizes: Sequence[int], thresholds: PlacementThresholds = _DEFAULTS) -> list[tuple[int, dict[int, int]]]:
+def host_blocks(sizes: Sequence[int]) -> list[tuple[int, dict[int, int]]]:
     """Distribute tensors over blocks of pinned memory. Each block is a power of two, so that none is rounded up.
 
     Args:
         sizes: Bytes of the tensors.
-        thresholds: How large a block may be.
 
     Returns:
         For each block its bytes, and the tensors in it: index of the tensor, and the byte at which it begins.
@@ -301,15 +298,15 @@ def host_blocks(sizes: Sequence[int], thresholds: PlacementThresholds = _DEFAULT
         >>> [nbytes for nbytes, _ in host_blocks([3 << 20, 3 << 20, 2 << 20])], pinned_bytes(3 << 20)
         ([8388608], 4194304)
     """
-    unit = thresholds.host_alignment
+    unit = HOST_ALIGNMENT
     left = sorted(((-(-size // unit) * unit, index) for index, size in enumerate(sizes)), reverse=True)
     blocks: list[tuple[int, dict[int, int]]] = []
     while left:
         rest = sum(size for size, _ in left)
         # The largest block that is full. The last block may be partly empty.
         full = 1 << (max(rest, 1).bit_length() - 1)
-        wanted = full if full >= thresholds.least_block else pinned_bytes(rest)
-        nbytes = max(min(wanted, thresholds.largest_block), pinned_bytes(left[0][0]))
+        wanted = full if full >= LEAST_BLOCK else pinned_bytes(rest)
+        nbytes = max(min(wanted, LARGEST_BLOCK), pinned_bytes(left[0][0]))
         places, used, others = {}, 0, []
         for size, index in left:
             if used + size <= nbytes:

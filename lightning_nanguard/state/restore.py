@@ -15,7 +15,7 @@ from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, capture, clone, copy_all, fits, put, writable
-from lightning_nanguard.thresholds.detection import NonFiniteThresholds
+from lightning_nanguard.thresholds.fixed import LEAST_LOSS_SCALE
 
 _Pair = tuple[Tensor, Tensor]
 """A live tensor, and the tensor that is copied into it."""
@@ -279,6 +279,6 @@ def restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
     scale = float(now["scale"])
     # Never raise the scale: the GradScaler has lowered the present one after overflows. A scale that is not finite, or
     # that has no 32-bit inverse, does not come from overflows.
-    usable = NonFiniteThresholds().least_scale <= scale < math.inf
+    usable = LEAST_LOSS_SCALE <= scale < math.inf
     scale = min(scale, float(saved["scale"])) if usable else float(saved["scale"])
     scaler.load_state_dict({**saved, "scale": scale})

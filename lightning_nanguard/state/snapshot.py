@@ -214,7 +214,7 @@ class Snapshot:
         global_step: ``global_step`` of the trainer at that time.
         leaves: State key to copied value, or to a :class:`Share` of it.
         scaler: State of the GradScaler.
-        rate: Scheduled learning rate of the first group.
+        rate: Effective learning rate of the first group.
         level: Loss level of the first optimizer at that time, in the units of the loss itself.
         healthy: Number of healthy readings since.
         typical: Root mean square of each tensor, from its :class:`~lightning_nanguard.state.norm_screen.NormScreen`.

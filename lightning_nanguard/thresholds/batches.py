@@ -109,7 +109,6 @@ class RepeatedStepsThresholds:
             before a batch is run again.
         window_bytes: Bytes up to which the micro-batches of a window of accumulation are kept until its end.
         test_device: Number of transient faults at one place at which the device is suspected.
-        message: Characters of an exception's text that are recorded.
         bytes_again: Bytes up to which the batches since the last certified snapshot are kept, to make their updates
             again if the state goes bad by itself.
         updates_again: Largest number of updates that are made again in this case; more would take too long. With 0 none
@@ -131,7 +130,6 @@ class RepeatedStepsThresholds:
     depth: int = 3
     window_bytes: int = 256 << 20
     test_device: int = 3
-    message: int = 200
     bytes_again: int = 64 << 20
     updates_again: int = 512
     measured_every: int = 16

@@ -18,14 +18,11 @@ class NonFiniteThresholds:
         largest_with_square: Largest norm whose square float32 can hold. It affects only the message.
         scale_growth: Factor by which the scale of a GradScaler cannot grow in one update, because a GradScaler only
             doubles it. If a scale that the user has raised overflows, the guard may restore the one before.
-        least_scale: Smallest scale of a GradScaler, the smallest normal 32-bit number. A smaller one has no 32-bit
-            inverse, by which gradients are multiplied.
     """
 
     max_norm: float = 1e18
     largest_with_square: float = 1.844e19
     scale_growth: float = 16.0
-    least_scale: float = 2.0**-126
 
 
 @dataclass(frozen=True)

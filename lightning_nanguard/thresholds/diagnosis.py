@@ -226,8 +226,6 @@ class ReplayThresholds:
             is.
         other_draws: How often a batch is run again with other random numbers, to find out whether its fault depends on
             them.
-        recent_operations: Newest operations before an exception among whose inputs the guard looks for the value that
-            caused it.
         findings: Newest findings of a run that later faults are compared with.
         fading: Factor on the confidence of an earlier finding if it is used for a later fault that was not run again.
     """
@@ -235,7 +233,6 @@ class ReplayThresholds:
     max_micro_batches: int = 8
     always: int = 3
     other_draws: int = 3
-    recent_operations: int = 32
     findings: int = 32
     fading: float = 0.5
 

@@ -1,4 +1,4 @@
-"""Which way to measure is used when, and how deep a batch is examined."""
+"""Which way to measure is used when."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class MeasurementThresholds:
-    """Which way to measure is used when, and how deep a batch is examined.
+    """Which way to measure is used when.
 
     On the CPU a call costs more than the arithmetic on a small tensor, so small tensors are copied into one before
     their norm is taken.
@@ -20,17 +20,9 @@ class MeasurementThresholds:
         tensors_per_join: Number of tensors that are joined at once. It limits the memory of the copy.
         updates_with_layer_norms: Newest updates whose gradient norms of each layer are kept. They are written at an
             incident, to show where it began.
-        deepest_part: Levels of nesting down to which a batch is split into parts. Without a limit an object may lead to
-            the whole program.
-        hashed_first: Numbers of each tensor of a sample, spread over it, that the first half of its hash is computed
-            from. If samples are searched for in a batch, only these are hashed, which takes about 0.1 ms.
-        elements_at_once: Elements that are examined at a time, because the results take memory.
     """
 
     fewest_tensors_joined: int = 100
     largest_tensor_joined: int = 4096
     tensors_per_join: int = 1024
     updates_with_layer_norms: int = 8
-    deepest_part: int = 32
-    hashed_first: int = 16
-    elements_at_once: int = 1 << 24

@@ -52,10 +52,6 @@ class PlacementThresholds:
             validation needs more, and snapshots may be thousands of updates apart. It takes less than 1 ms.
         staging_bytes: Bytes on the device through which copies in the background go. Each piece of this size costs
             about twenty kernel launches.
-        largest_block: Bytes of the largest block of pinned memory that several tensors share.
-        least_block: Bytes of the smallest block that is filled completely.
-        host_alignment: A tensor begins in a block at a multiple of this number of bytes, because vectorised copies need
-            it.
     """
 
     memory_reserve: float = 0.05
@@ -63,9 +59,6 @@ class PlacementThresholds:
     host_reserve: float = 0.1
     looked_every: int = 64
     staging_bytes: int = 64 << 20
-    largest_block: int = 4 << 30
-    least_block: int = 1 << 20
-    host_alignment: int = 64
 
 
 @dataclass(frozen=True)

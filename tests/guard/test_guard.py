@@ -351,12 +351,13 @@ def test_a_guard_that_is_loaded_is_the_guard_that_was_saved() -> None:
     parts.plausibility.watches_statistics = True
     parts.plausibility._jumps["parameter weight"] += 2
     parts.caution._never_late = True
+    parts.recovery._tried = True
     loop.guard.context.state.rates.append((30, 0.5))
     saved = loop.guard.state_dict()
     assert saved["rates"][-1] == [30, 0.5]
     assert saved["blamed_batches"] == [["non_finite_loss", "loss", 2]]
     assert saved["plausibility"] == {"jumps": {"parameter weight": 2}, "watches_statistics": True}
-    assert len(saved["tried"]) == 2
+    assert len(saved["recorder"]["tried"]) == 2
     other = PlainLoop()
     other.guard.load_state_dict(json.loads(json.dumps(saved)))
     assert other.guard.state_dict() == json.loads(json.dumps(saved))

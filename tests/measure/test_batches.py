@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from lightning_nanguard.measure import batches as measured
 from lightning_nanguard.measure import containers
 from lightning_nanguard.measure.batches import (
     bytes_of,
@@ -22,7 +23,6 @@ from lightning_nanguard.measure.batches import (
     named_tensors,
     nested_tensors,
 )
-from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 from tests.batches import KINDS, Graph, Pair, packed, tensors_of
 
 BATCH = {"x": [torch.tensor([1.0, -3.0]), (torch.tensor([4]), "text")], "pair": Pair(torch.tensor([3 - 4j]), [None])}  # type: ignore[arg-type]
@@ -82,7 +82,7 @@ def test_packed_sequences_and_arrays() -> None:
     assert moved[1] is array
 
 
-def test_what_leads_too_far_is_not_followed() -> None:
+def test_what_leads_too_far_is_not_followed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Modules, loaders and iterators are whole, and nothing is followed deeper than a threshold, nor for ever."""
 
     class Odd:
@@ -92,8 +92,8 @@ def test_what_leads_too_far_is_not_followed() -> None:
     odd.model, odd.data, odd.rest = torch.nn.Linear(1, 1), torch.utils.data.TensorDataset(torch.ones(1)), iter([odd])
     odd.near, odd.far, odd.again = torch.ones(1), [[torch.ones(2)]], odd
     assert [tensor.numel() for tensor in nested_tensors(odd)] == [1, 2]
-    few = MeasurementThresholds(deepest_part=2)
-    assert [tensor.numel() for _, tensor in named_tensors(odd, few)] == [1]
+    monkeypatch.setattr(measured, "DEEPEST_PART", 2)
+    assert [tensor.numel() for _, tensor in named_tensors(odd)] == [1]
 
 
 def test_a_type_that_cannot_be_taken_apart_is_named_once(

@@ -9,6 +9,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lightning_nanguard.state import device
 from lightning_nanguard.state.device import (
     Device,
     HostCopy,
@@ -17,7 +18,6 @@ from lightning_nanguard.state.device import (
     pinned_bytes,
     random_generator,
 )
-from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 from tests.fake_device import fake_device
 
 
@@ -115,7 +115,10 @@ def test_only_a_device_has_a_random_generator_of_its_own() -> None:
 @given(st.lists(st.integers(0, 5000), max_size=30), st.sampled_from([64, 1024, 1 << 20]))
 def test_blocks_hold_every_tensor_once(sizes: list[int], largest: int) -> None:
     """Each has room of its own at an aligned place, and a block is a power of two, which torch does not round up."""
-    blocks = host_blocks(sizes, PlacementThresholds(largest_block=largest, least_block=256))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(device, "LARGEST_BLOCK", largest)
+        patch.setattr(device, "LEAST_BLOCK", 256)
+        blocks = host_blocks(sizes)
     assert sorted(index for _, places in blocks for index in places) == list(range(len(sizes)))
     for nbytes, places in blocks:
         assert nbytes == pinned_bytes(nbytes)

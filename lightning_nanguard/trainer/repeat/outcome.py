@@ -9,10 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nanguard.record.text import shortened
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
+from lightning_nanguard.thresholds.fixed import EXCEPTION_TEXT
 from lightning_nanguard.types import Fault
-
-_DEFAULTS = RepeatedStepsThresholds()
 
 
 class BadLossError(Exception):
@@ -54,16 +52,15 @@ def given(outcome: Outcome) -> Any:
     return outcome.result
 
 
-def fault_of(outcome: Outcome, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> Fault:
+def fault_of(outcome: Outcome) -> Fault:
     """The fault of an outcome. An exception counts as a loss that is not finite.
 
     Args:
         outcome: The outcome of a run.
-        thresholds: How much of an exception's text is shown.
     """
     if outcome.fault is not None:
         return outcome.fault
-    text = shortened(f"training_step raised {type(outcome.error).__name__}: {outcome.error}", thresholds.message)
+    text = shortened(f"training_step raised {type(outcome.error).__name__}: {outcome.error}", EXCEPTION_TEXT)
     return Fault("non_finite_loss", "batch", "loss", None, text)
 
 
