@@ -107,8 +107,8 @@ class Policy:
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
         if trial is not None:
-            shown = state.trials_failed + 1 if trial.lacks > 0 else 0
-            state = replace(state, trials_failed=shown)
+            shown = state.trials_confirmed + 1 if trial.lacks > 0 else 0
+            state = replace(state, trials_confirmed=shown)
             if shown and not is_enough(trial, shown, self.trials):
                 return (), state
         if scope is None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any, final
 
 
@@ -24,7 +24,7 @@ class PolicyState:
         failed_returns: How often the learner diverged again after a cut was given back.
         given_back_at: Number of healthy updates at the last change of the multiplier.
         unproven: Fault and place of each rollback since a snapshot was last certified.
-        trials_failed: Number of trials in a row that confirmed a suspicion.
+        trials_confirmed: Number of trials in a row that confirmed a suspicion.
         proven_level: Level of the loss at the last proof of a rate; ``inf`` before.
     """
 
@@ -38,7 +38,7 @@ class PolicyState:
     given_back_at: int = 0
     proven_level: float = math.inf
     unproven: tuple[str, ...] = ()
-    trials_failed: int = 0
+    trials_confirmed: int = 0
 
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
@@ -51,10 +51,11 @@ class PolicyState:
 
     @classmethod
     def from_dict(cls, state: Mapping[str, Any]) -> PolicyState:
-        """The inverse of :meth:`to_dict`."""
+        """The inverse of :meth:`to_dict`. Entries of another version of the guard are left out."""
         restores = tuple((int(step), str(place)) for step, place in state["restores"])
         skips, unproven = (tuple(state.get(name, ())) for name in ("skips", "unproven"))
-        return cls(**{**state, "restores": restores, "skips": skips, "unproven": unproven})
+        known = {one.name: state[one.name] for one in fields(cls) if one.name in state}
+        return cls(**{**known, "restores": restores, "skips": skips, "unproven": unproven})
 
 
 def within_window(state: PolicyState, oldest: int) -> PolicyState:

@@ -6,7 +6,22 @@ from dataclasses import dataclass
 from typing import final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.types import Fault, Reading
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Fault, Reading, Trial
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class ShownTrial:
+    """A trial that is over.
+
+    Attributes:
+        trial: What it has shown.
+        arm: The state of its arm, with the number of its updates.
+    """
+
+    trial: Trial
+    arm: Snapshot
 
 
 @final
@@ -22,6 +37,7 @@ class FoundFault:
         late: Whether the fault belongs to an earlier batch than the present one.
         ranks: Ranks that saw it, if not all of them did.
         unmade: Whether the present update has not been made yet, so that ``global_step`` does not count it.
+        shown: The trial of the fault that has just ended; ``None`` without one.
     """
 
     fault: Fault
@@ -31,6 +47,12 @@ class FoundFault:
     late: bool = False
     ranks: tuple[int, ...] = ()
     unmade: bool = False
+    shown: ShownTrial | None = None
+
+    @property
+    def arm(self) -> Snapshot | None:
+        """The arm of a trial from which the run is to continue; ``None`` without one."""
+        return self.shown.arm if self.shown is not None and self.shown.trial.continues else None
 
     def not_again(self, restored: int) -> Reading | None:
         """The reading of the update that is left out after a rollback; ``None`` if no batch is at fault.

@@ -84,7 +84,7 @@ class Interventions:
             undo=found.reached,
         )
         with self.batch_of(found) as at_hand:
-            evidence = self._investigator.look_into(fault, reading, known, at_hand=at_hand, before=before)
+            evidence = self._investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             # The learner is finite, so the validation data are most likely at fault: only record it.
             suggestion = (
@@ -98,14 +98,12 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
-            state.arm = None
             if not (fault.certain or fault.doubtful or evidence.trial or self._investigator.trial_runs):
                 self._suspicions.tell(fault)  # no trial was possible
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan, before_plan)
-        state.arm = None
         lasts = state.bad_in_a_row >= context.thresholds.decision.blame.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
             context.monitors.accept(reading)  # a lasting rise is the new usual level
@@ -159,9 +157,9 @@ class Interventions:
         restored = state.restored
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
-        self._recorder.record(
-            found.fault, place, words, before, finding, evidence.ranks or found.ranks, clock, restored
-        )
+        made = 0 if found.arm is None else found.arm.healthy
+        ranks = evidence.ranks or found.ranks
+        self._recorder.record(found.fault, place, words, before, finding, ranks, clock, restored, made)
         if context.settings.observe and state.told is None:
             self._suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.decide.blame import worse
-from lightning_nanguard.decide.trial import is_enough
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.detect.non_finite import LOSS_SCALE
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.measure.norms import norms
@@ -51,8 +51,6 @@ class Investigator:
         self._limits = context.thresholds.decision.evidence
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
-        # Whether a trial was requested while another one was running.
-        self._asked_again = False
         self.initial_norms: dict[str, float] = {}
         # Number of times in a row that the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
@@ -106,24 +104,16 @@ class Investigator:
         again = times > self._limits.known_batches and times & (times - 1) != 0
         return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
 
-    def look_into(
-        self,
-        fault: Fault,
-        reading: Reading,
-        known: Evidence,
-        *,
-        at_hand: bool,
-        before: Mapping[str, Tensor],
-    ) -> Evidence:
-        """Complete the evidence.
+    def look_into(self, found: FoundFault, known: Evidence, *, at_hand: bool, before: Mapping[str, Tensor]) -> Evidence:
+        """Complete the evidence. A suspicion may begin a trial.
 
         Args:
-            fault: The fault that was found.
-            reading: The reading it was found in.
+            found: The fault that was found.
             known: The counts of the guard.
             at_hand: Whether the present batch is the faulty one.
             before: Buffers as they were before the faulty batch, if the batch has not been undone.
         """
+        fault, reading = found.fault, found.reading
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
         target = self._ring.good(None, history.loss_unit())
         leaves = self._learner.leaves()
@@ -149,7 +139,7 @@ class Investigator:
             snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
         )
-        known = self._look_at_weights(fault, reading, history, known, target, at_hand=at_hand)
+        known = self._look_at_weights(found, history, known, target, at_hand=at_hand)
         return self._look_at_rates(fault, history, known, target)
 
     def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]], *, at_hand: bool) -> str | None:
@@ -190,15 +180,9 @@ class Investigator:
         return any(one[1] for one in answers) and not any(one[0] for one in answers)
 
     def _look_at_weights(
-        self,
-        fault: Fault,
-        reading: Reading,
-        history: ReadingHistory,
-        known: Evidence,
-        target: Snapshot | None,
-        *,
-        at_hand: bool,
+        self, found: FoundFault, history: ReadingHistory, known: Evidence, target: Snapshot | None, *, at_hand: bool
     ) -> Evidence:
+        fault = found.fault
         # The weights are not examined if the batch is clearly at fault.
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
             return known
@@ -212,33 +196,23 @@ class Investigator:
         if not self._compare_allowed:
             return known
         if fault.scope == "learner":
-            return known if fault.proof == "none" else self._try(fault, known, target)
+            return known if fault.proof == "none" else self._try(found, known, target)
         if (
             known.batch_finite is not False  # else its loss says nothing about the weights
             and not self._known_to_be_the_batch(fault, known, history)
         ):
-            found = self._compare(fault, reading, target, undo=known.undo, at_hand=at_hand)
-            blamed, alone = self._blames_learner(fault, known, found), known.bad_in_a_row % self._patience != 0
+            compared = self._compare(fault, found.reading, target, undo=known.undo, at_hand=at_hand)
+            blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._patience != 0
             holds = self._holds_elsewhere(target, alone=alone) if blamed else None
-            return replace(known, comparison=found, holds_elsewhere=holds)
+            return replace(known, comparison=compared, holds_elsewhere=holds)
         return known
 
-    def _try(self, fault: Fault, known: Evidence, best: Snapshot) -> Evidence:
-        state, certified, limits = self._context.state, self._ring.certified, self._context.thresholds.trial
-        start = self._ranks.join_snapshot(certified[-1])
-        trial, arm = self._trials.take_shown()
-        if trial is None:
-            self._asked_again = self._trials.running
-            self._trials.begin(fault, start, best)
+    def _try(self, found: FoundFault, known: Evidence, best: Snapshot) -> Evidence:
+        certified = self._ring.certified
+        self._trials.pursue(found, self._ranks.join_snapshot(certified[-1]), best)
+        if found.shown is None:
             return known
-        if trial.lacks == 0 and self._asked_again:
-            self._trials.begin(fault, start, best)  # it was requested while the last one was running
-        self._asked_again = False
-        if trial.lacks > 0 and not is_enough(trial, state.policy.trials_failed + 1, limits):
-            # One trial is not enough. Its arm goes on beside the run. The run continues from the arm if it stays ahead.
-            self._trials.begin(fault, start, best, arm=arm, factor=trial.factor)
-        if trial.continues:
-            state.arm = arm
+        trial = found.shown.trial
         sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
         return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
 

@@ -126,7 +126,7 @@ class ActingRunner:
     def _go_on(self, found: FoundFault) -> bool:
         """Make the updates since the restored snapshot again; return whether they ended in a good state."""
         state, learner = self._context.state, self._context.learner
-        if state.restored is None or state.go_on is None or state.arm is not None or state.remade:
+        if state.restored is None or state.go_on is None or found.arm is not None or state.remade:
             return False  # an arm has made its own updates
         self._skipper.skipped.clear()  # these updates must be made
         state.went_on = state.go_on(state.restored, found.not_again(state.restored.step))

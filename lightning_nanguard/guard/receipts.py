@@ -143,7 +143,8 @@ class Receipts:
         context.ring.beside = known.branch.state
         self._snapshots.want()
         # Of the policy's memory only the budgets are still valid.
-        state.policy = replace(known.policy, restores=state.policy.restores, skips=state.policy.skips, trials_failed=0)
+        spent = state.policy
+        state.policy = replace(known.policy, restores=spent.restores, skips=spent.skips, trials_confirmed=0)
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"
         fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
         self._recorder.record(fault, fault.place, ("take back",), before)

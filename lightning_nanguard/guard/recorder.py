@@ -68,6 +68,7 @@ class InterventionRecorder:
         ranks: tuple[int, ...] = (),
         clock: Clock | None = None,
         restored: Snapshot | None = None,
+        made: int = 0,
     ) -> None:
         """Record what was done.
 
@@ -80,12 +81,12 @@ class InterventionRecorder:
             ranks: Ranks that saw it, if not all of them did.
             clock: The clock of the fault; ``None`` for now.
             restored: The snapshot that was restored; ``None`` if none was.
+            made: Updates that were made since it by the arm from which the run continues.
         """
         global_step, epoch, batch_idx = self._loop.clock() if clock is None else clock
         self._note_finding(fault, finding)
-        after, state = self._context.rate.effective(), self._context.state
+        after = self._context.rate.effective()
         kept = restored is None or "redo" in words
-        made = 0 if state.arm is None else state.arm.healthy  # by the arm from which the run continues
         self._loop.record(
             Intervention(
                 global_step=global_step,

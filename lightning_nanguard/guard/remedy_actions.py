@@ -99,9 +99,10 @@ class RemedyActions:
             snapshot = pending
         context.state.restored = snapshot
         left = restore(context.learner, snapshot)
-        if context.state.arm is not None:
-            left = restore(context.learner, context.state.arm)  # keep what the arm has learned since
-            ring.beside = context.state.arm
+        arm = None if self._found is None else self._found.arm
+        if arm is not None:
+            left = restore(context.learner, arm)  # keep what the arm has learned since
+            ring.beside = arm
         self._look_at_restored(left)
         context.state.healthy_since_restore = 0
         self._forget(snapshot)
@@ -155,7 +156,7 @@ class RemedyActions:
         self._snapshots.restored(self._context.state.step)
         self._readback.clear()
         # An arm has learned already. So the loss of the untrained model is still the first one of the run.
-        continues = self._context.state.arm is not None
+        continues = self._found is not None and self._found.arm is not None
         self._context.monitors.rewind(max(snapshot.step, self._known_until), keep_first=continues)
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:

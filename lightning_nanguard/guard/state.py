@@ -38,7 +38,6 @@ class GuardState:
         large_gradients_usual: Whether such gradients are usual in this run. Gradient norms are then ignored.
         good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
-        arm: The arm of a trial from which the run is to continue; ``None`` without one.
         unrestored: A tensor that is still not finite after the present intervention restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
@@ -62,7 +61,6 @@ class GuardState:
     too_large: int = 0
     large_gradients_usual: bool = False
     good_beside: int | None = None
-    arm: Snapshot | None = None
     unrestored: str | None = None
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False

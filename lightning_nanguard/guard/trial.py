@@ -20,7 +20,7 @@ from lightning_nanguard.decide.trial import (
 )
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.found import FoundFault
+from lightning_nanguard.guard.found import FoundFault, ShownTrial
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.record.trials import HeldTrial, Outcome
 from lightning_nanguard.state.snapshot import Snapshot
@@ -127,7 +127,7 @@ class TrialRunner:
         self._loop = loop
         self._limits = context.thresholds.trial
         self._running: _Running | None = None
-        self._shown: tuple[Trial | None, Snapshot | None] = None, None
+        self._asked_again = False  # whether a trial was requested while another one was running
         self._made = 0  # updates of the arms of all trials
         self._begun_again = False  # whether the rate fell during the newest trial, and it was begun again
         self._newest: tuple[int, float, float] | None = None  # update, multiplier and rate of the newest trial
@@ -137,10 +137,27 @@ class TrialRunner:
         """Whether a trial runs."""
         return self._running is not None
 
-    def take_shown(self) -> tuple[Trial | None, Snapshot | None]:
-        """Return once what the last trial showed, and the state of its arm with the number of its updates."""
-        shown, self._shown = self._shown, (None, None)
-        return shown
+    def pursue(self, found: FoundFault, start: Snapshot, best: Snapshot) -> None:
+        """Begin the trial that a suspicion calls for.
+
+        Args:
+            found: The suspicion, with the trial that has just tested it, if one has.
+            start: The oldest certified snapshot.
+            best: The certified snapshot of the lowest loss level.
+        """
+        fault, shown, limits = found.fault, found.shown, self._limits
+        if shown is None:
+            self._asked_again = self.running
+            self.begin(fault, start, best)
+            return
+        asked_again, self._asked_again = self._asked_again, False
+        in_a_row = self._context.state.policy.trials_confirmed + 1
+        if shown.trial.lacks == 0:
+            if asked_again:
+                self.begin(fault, start, best)
+        elif not is_enough(shown.trial, in_a_row, limits):
+            # Its arm goes on beside the run. The run continues from the arm if it stays ahead.
+            self.begin(fault, start, best, arm=shown.arm, factor=shown.trial.factor)
 
     def begin(
         self, fault: Fault, start: Snapshot, best: Snapshot, *, arm: Snapshot | None = None, factor: float = 1.0
@@ -236,7 +253,7 @@ class TrialRunner:
             readings: Its readings.
 
         Returns:
-            The suspicion, if its trial ends with this update. :meth:`take_shown` returns the result.
+            The suspicion, with what the trial has shown, if it ends with this update.
         """
         running, reading = self._running, readings[-1]
         if running is None or reading.step <= running.begun:
@@ -265,17 +282,18 @@ class TrialRunner:
         if losses is None and compared.open:
             self._end("no result", "the batches before it could not be run again")
             return None
-        return FoundFault(running.fault, reading) if self._judge(running, compared, losses) else None
+        trial = self._judge(running, compared, losses)
+        return None if trial is None else FoundFault(running.fault, reading, shown=trial)
 
-    def _judge(self, running: _Running, compared: _Comparison, losses: TrialLosses | None) -> bool:
-        """End the trial, unless more updates may show more, and return whether it has ended."""
+    def _judge(self, running: _Running, compared: _Comparison, losses: TrialLosses | None) -> ShownTrial | None:
+        """End the trial, and return what it has shown; ``None`` if more updates may show more."""
         arm = compared.arm
         trial = Trial() if losses is None else judge_trial(losses, compared.limits)
         if not compared.final:
             # The arms of a second trial are all near the best rate of the first one.
             found = running.before > 0 or self._is_best(running, arm)
             if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
-                return False
+                return None
         if trial.lacks > 0 and not arm.from_best:
             # At which rate to go on shows best in the newest batches: a higher rate may have caught up.
             newest = slice(-self._judged(running.updates), None)
@@ -286,9 +304,9 @@ class TrialRunner:
             # The rate that the run will have has been tried, and a lower one is not better.
             _, ratio, rate = self._newest
             self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
-        self._shown, self._begun_again = (trial, arm.branch.state), False
+        self._begun_again = False
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
-        return True
+        return ShownTrial(trial, arm.branch.state)
 
     def _best(self, arms: Sequence[_Arm], part: slice) -> _Arm:
         levels = [_mean(arm.losses[part]) for arm in arms]

@@ -12,7 +12,7 @@ from lightning_nanguard.decide.state import PolicyState, within_window
 def test_the_state_survives_a_checkpoint(attempt: int, skips: list[int], rate: float) -> None:
     """What was written and read again is the same, and plain."""
     state = PolicyState(attempt, 3, ((5, "exploding_loss at loss"),), tuple(skips), rate, rate / 2, 1, 7)
-    assert PolicyState.from_dict(state.to_dict()) == state
+    assert PolicyState.from_dict({**state.to_dict(), "an entry of another version": 1}) == state
 
 
 def test_what_lies_before_the_window_is_forgotten() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from lightning_nanguard import Fault, Reading
 from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import norms_to_grow_from
 from lightning_nanguard.state.snapshot import capture
 from lightning_nanguard.thresholds import Thresholds
@@ -31,9 +32,8 @@ def look(loop: PlainLoop, fault: Fault = WEIGHTS, *, loss: float = 9.0, **known:
     reading = Reading(step, 0, loss, 1.0, math.isfinite(loss), math.isfinite(loss))
     before = known.pop("before", {})
     at_hand = known.pop("at_hand", True)
-    return loop.guard._parts.investigator.look_into(
-        fault, reading, Evidence(step, **known), at_hand=at_hand, before=before
-    )
+    found = FoundFault(fault, reading)
+    return loop.guard._parts.investigator.look_into(found, Evidence(step, **known), at_hand=at_hand, before=before)
 
 
 def trained(**options: Any) -> PlainLoop:
