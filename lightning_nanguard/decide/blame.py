@@ -27,7 +27,7 @@ def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Sco
 def _made_worse(evidence: Evidence) -> bool:
     """Whether updates made the state so, and it is no better than the one before. Some weights have far to go."""
     # The losses of a divergence are no measure of how much losses differ.
-    return evidence.remade and (evidence.comparison is None or worse(evidence.comparison, 0.0))
+    return evidence.redo_failed and (evidence.comparison is None or worse(evidence.comparison, 0.0))
 
 
 def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope:

@@ -113,7 +113,7 @@ class Policy:
                 return (), state
         if scope is None:
             return (), state
-        if evidence.again[0]:
+        if evidence.redo_cause[0]:
             where, scope = _where(fault, evidence), "state"
             times = sum(place == where for _, place in state.restores)
             if times >= self.thresholds.same_updates:
@@ -268,5 +268,5 @@ class Policy:
 
 
 def _where(fault: Fault, evidence: Evidence | None = None) -> str:
-    cause, place = ("", "") if evidence is None else evidence.again
+    cause, place = ("", "") if evidence is None else evidence.redo_cause
     return f"{place} bad ({cause})" if cause else f"{fault.kind} at {fault.place}"

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.thresholds.decision import RecoveryThresholds
-from lightning_nanguard.types import Plan, Scale
+from lightning_nanguard.types import Scale
 
 
 def give_back(
@@ -20,12 +20,12 @@ def give_back(
     after: int,
     learning: bool,
     limits: RecoveryThresholds,
-) -> tuple[Plan, PolicyState]:
+) -> tuple[Scale | None, PolicyState]:
     """Give back a part of the learning rate's cut after many healthy updates in a row.
 
     If the run is learning, the rate rises to a proven rate in one step, after a short wait. Otherwise one ``factor`` is
     given back after every ``after`` healthy updates. Before the rate crosses the lowest rate that failed, the wait is
-    several times as long. It doubles each time that rate fails again.
+    several times as long. It doubles each time that rate fails again. Without a step nothing is due.
 
     Args:
         state: The state of the policy.
@@ -38,7 +38,7 @@ def give_back(
         limits: The thresholds.
     """
     if multiplier >= 1.0 or scheduled_lr is None:
-        return (), state
+        return None, state
     failed_from = limits.same_rate * state.bad_rate
     proven = min(1.0, state.proven_rate / scheduled_lr) if learning and scheduled_lr > 0 else 0.0
     if proven > multiplier:
@@ -49,10 +49,10 @@ def give_back(
         if scheduled_lr * larger >= failed_from:
             wait = after * 2 ** min(state.failed_returns + limits.wait_doubled, limits.most_doubled)
     if healthy_steps - state.given_back_at < wait:
-        return (), state
+        return None, state
     across = scheduled_lr * larger >= failed_from
     # A proven rate is set as a limit, because a multiplier would have to change in each step of a schedule.
-    return (Scale(larger / multiplier, limit=proven > multiplier),), replace(
+    return Scale(larger / multiplier, limit=proven > multiplier), replace(
         state, given_back_at=healthy_steps, bad_rate=math.inf if across else state.bad_rate
     )
 

@@ -98,7 +98,7 @@ def build_guard(
     runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
-        runner = ActingRunner(context, actions, by_step, recovery, skipper, plausibility, caution)
+        runner = ActingRunner(context, actions, by_step, skipper, plausibility, caution)
     receipts = Receipts(context, branches, recorder, snapshots)
     suspicions = Suspicions(context, loop, investigator, recorder)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, by_step, receipts, suspicions)

@@ -167,7 +167,7 @@ class Guard:
         finally:
             self._open = self._updated = False
             self._judge.readings = []
-            self._state.raised, self._state.again = None, ("", "")
+            self._state.raised, self._state.redo_cause = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()
             self._parts.skipper.return_gradients()  # needed if the optimizer's step raised
@@ -363,7 +363,7 @@ class Guard:
         if objection is not None:
             self._judge.handle(objection)
         self._parts.certification.capture_if_due()
-        self._runner.give_back(trial_runs=self._parts.beside.trials.running)
+        self._parts.recovery.give_back(trial_runs=self._parts.beside.trials.running)
 
     # ---------------------------------------------------------------------------------------- what others read
 

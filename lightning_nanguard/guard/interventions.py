@@ -137,22 +137,22 @@ class Interventions:
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = _rate_fitted(plan, finding, evidence, before)
-        state.went_on = state.remade = False
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             skipped = any(isinstance(step, Skip) for step in plan)
             self._receipts.before(self._loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
         done = self._runner.apply(plan, found, known_until)
-        if state.remade and found.fault.rate_may_cause:
+        if done.redo_failed and found.fault.rate_may_cause:
             # The updates made the state bad, so the learner is to blame.
-            evidence = replace(evidence, remade=True)
+            evidence = replace(evidence, redo_failed=True)
             plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
             stop = next((step for step in plan if isinstance(step, Stop)), None)
-            done = self._runner.apply(_rate_fitted(plan, finding, evidence, before), found, known_until)
-        if state.again != evidence.again:  # a rollback has shown it
-            known = replace(evidence, again=state.again)
+            fitted = _rate_fitted(plan, finding, evidence, before)
+            done = self._runner.apply(fitted, found, known_until, may_redo=False)
+        if state.redo_cause != evidence.redo_cause:  # a rollback has shown it
+            known = replace(evidence, redo_cause=state.redo_cause)
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
-        words = tuple(self._remedies[type(step)].word for step in done)
-        words += ("redo",) if state.went_on else ()
+        words = tuple(self._remedies[type(step)].word for step in done.steps)
+        words += ("redo",) if done.redone else ()
         place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
         restored = state.restored
         # A late reading is recorded under its own batch, not under the present one.

@@ -237,7 +237,7 @@ class Investigator:
             lowest_lr=min((one for _, one in rates), default=rate),
             group_lr=max(effective, default=None),
             multiplier=self._context.rate.ratio(),
-            again=self._context.state.again,
+            redo_cause=self._context.state.redo_cause,
             told="" if told is None or told[0] < since else told[1],
         )
 

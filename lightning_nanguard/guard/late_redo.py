@@ -39,7 +39,7 @@ class LateRedo:
         self._snapshots = snapshots
         self._caution = caution
 
-    def made_again(self, found: FoundFault) -> bool:
+    def redo(self, found: FoundFault) -> bool:
         """Make the updates since the last good state again; return whether the fault was gone.
 
         If it was not, nothing has changed.
@@ -48,11 +48,11 @@ class LateRedo:
             found: The fault.
         """
         snapshot, state = self._snapshot(found), self._context.state
-        if snapshot is None or state.go_on is None:
+        if snapshot is None or state.redo_since is None:
             return False
         skipped = set(self._skipper.skipped)
         self._skipper.skipped.clear()  # these updates must be made
-        if not state.go_on(snapshot, found.reading):
+        if not state.redo_since(snapshot, found.reading):
             self._skipper.skipped |= skipped
             return False
         self._snapshots.count_from(state.step)

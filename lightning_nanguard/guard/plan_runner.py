@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Protocol, final
 
 from torch import Tensor
@@ -13,13 +14,28 @@ from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, RestoreAverages, Scale, Skip, Stop
 
 _CORRECTIONS = (Clip, DropMoments, Scale)
+
+
+@final
+@dataclass(frozen=True, slots=True)
+class Applied:
+    """What became of a plan.
+
+    Attributes:
+        steps: The steps that were made, or would have been.
+        redone: Whether the updates since the restored snapshot were made again.
+        redo_failed: Whether they were, and made the same tensor implausible again, so that they were undone.
+    """
+
+    steps: Sequence[PlanStep]
+    redone: bool = False
+    redo_failed: bool = False
 
 
 class PlanRunner(Protocol):
@@ -37,14 +53,14 @@ class PlanRunner(Protocol):
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
-        """Carry out a plan; return the steps that were made, or would have been."""
-
-    def give_back(self, *, trial_runs: bool) -> None:
-        """After a healthy update: raise a cut rate again, or end clipping, if that is due.
+    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
+        """Carry out a plan.
 
         Args:
-            trial_runs: Whether a trial is running beside the run.
+            plan: The plan.
+            found: The fault.
+            known_until: Last update whose reading is kept even if a state from before it is restored.
+            may_redo: Whether updates may be made again after a rollback.
         """
 
 
@@ -56,7 +72,6 @@ class ActingRunner:
         context: Objects and settings that the parts of the guard share.
         actions: What remedies may do to the run.
         remedies: The remedy that carries out each kind of step.
-        recovery: Raises a cut rate again and ends clipping.
         skipper: Skips updates.
         plausibility: Knows whether a batch made running statistics bad.
         caution: Is told about undone updates.
@@ -70,7 +85,6 @@ class ActingRunner:
         context: GuardContext,
         actions: RemedyActions,
         remedies: Mapping[type[PlanStep], Remedy],
-        recovery: Recovery,
         skipper: StepSkipper,
         plausibility: PlausibilityCheck,
         caution: Caution,
@@ -78,7 +92,6 @@ class ActingRunner:
         self._context = context
         self._actions = actions
         self._remedies = remedies
-        self._recovery = recovery
         self._skipper = skipper
         self._plausibility = plausibility
         self._caution = caution
@@ -92,61 +105,62 @@ class ActingRunner:
         self._actions.undo(found)
         return {}
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
-        """Carry out a plan; return the steps that were made."""
-        before = self._context.rate.effective()
+    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
+        """Carry out a plan."""
+        state, before = self._context.state, self._context.rate.effective()
         self._actions.begin(found, known_until)
         if any(isinstance(step, Skip) for step in plan):
-            self._context.state.skipped.append(found.reading.step)
+            state.skipped.append(found.reading.step)
         else:
             self._actions.skip()  # undo the batch too if a restore follows
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
         made: list[PlanStep] = []
-        may_go_on = found.fault.scope == "state" or not any(isinstance(step, _CORRECTIONS) for step in plan)
-        went_on = False
+        may_redo &= found.fault.scope == "state" or not any(isinstance(step, _CORRECTIONS) for step in plan)
+        redone = averages_redone = redo_failed = False
         for step in plan:
-            if went_on and isinstance(step, _CORRECTIONS):
+            if redone and isinstance(step, _CORRECTIONS):
                 continue  # the state became bad by itself, so no correction is needed
-            if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._made_again(found):
+            if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._redo_averages(found):
+                averages_redone = True
                 made.append(Restore())
                 continue
             self._remedies[type(step)].apply(step, self._actions)
             made.append(step)
-            went_on |= isinstance(step, Restore) and may_go_on and self._go_on(found)
+            if isinstance(step, Restore) and may_redo and self._redo(found):
+                redo_failed = self._plausibility.is_far(found.fault.place)
+                redone = state.redone = not redo_failed
+                if redo_failed and state.restored is not None:
+                    restore(self._context.learner, state.restored)
         # After a restore no reading is pending.
-        if self._context.state.restored is not None:
-            if not went_on:  # otherwise the fault happened by chance
+        if state.restored is not None:
+            if not redone:  # otherwise the fault happened by chance
                 self._plausibility.watch(found.fault.place)
             self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
         kept = self._context.rate.effective() == before
         # If clipping alone is enough, the planned cut has not been made.
-        return [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
+        steps = [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
+        return Applied(steps, redone or averages_redone, redo_failed)
 
-    def _go_on(self, found: FoundFault) -> bool:
-        """Make the updates since the restored snapshot again; return whether they ended in a good state."""
-        state, learner = self._context.state, self._context.learner
-        if state.restored is None or state.go_on is None or found.arm is not None or state.remade:
+    def _redo(self, found: FoundFault) -> bool:
+        """Make the updates since the restored snapshot again; return whether this was possible."""
+        state = self._context.state
+        if state.restored is None or state.redo_since is None or found.arm is not None:
             return False  # an arm has made its own updates
         self._skipper.skipped.clear()  # these updates must be made
-        state.went_on = state.go_on(state.restored, found.not_again(state.restored.step))
-        if state.went_on and self._plausibility.is_far(found.fault.place):
-            restore(learner, state.restored)
-            state.went_on, state.remade = False, True
-        return state.went_on
+        return state.redo_since(state.restored, found.not_again(state.restored.step))
 
-    def _made_again(self, found: FoundFault) -> bool:
+    def _redo_averages(self, found: FoundFault) -> bool:
         """Make the updates since the newest snapshot again, with their averages; return whether the state is then good.
 
         If it is not, nothing has changed.
         """
         state, certified = self._context.state, self._context.ring.certified
-        if state.go_on is None or not certified or not state.go_on(certified[0], None):
+        if state.redo_since is None or not certified or not state.redo_since(certified[0], None):
             return False
         if self._plausibility.is_far(found.fault.place):
             return False  # the updates that were made again have the same bits
-        self._actions.gone_on(certified[0])
-        state.went_on = True
+        self._actions.redone(certified[0])
         return True
 
     def _leave_good(self) -> None:
@@ -156,10 +170,6 @@ class ActingRunner:
         elif (pending := ring.newest()) is not None and self._context.corrupt()[0]:
             # No snapshot was ever certified, but the state at the start of the fit is at least finite.
             restore(learner, pending)
-
-    def give_back(self, *, trial_runs: bool) -> None:
-        """Raise a cut rate again, or end clipping, if that is due."""
-        self._recovery.give_back(trial_runs=trial_runs)
 
 
 @final
@@ -183,10 +193,7 @@ class ObservingRunner:
         """Undo nothing; return the buffers as they were before the batch."""
         return {} if found.undo is None else found.undo.before()
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int) -> Iterable[PlanStep]:
+    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
         """Do nothing; return the steps that would have been made."""
         self._context.state.restored = None
-        return plan
-
-    def give_back(self, *, trial_runs: bool) -> None:
-        """Do nothing, because nothing was cut."""
+        return Applied(plan)

@@ -188,7 +188,7 @@ class ReadingJudge:
 
     def handle(self, found: FoundFault) -> None:
         """Handle a fault; if it proves to be none, keep its reading as a healthy one."""
-        if self._late.made_again(found):
+        if self._late.redo(found):
             self.non_finite -= 1
         elif self._interventions.handle(found):
             self._accept(found.reading)

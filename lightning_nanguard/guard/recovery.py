@@ -102,7 +102,7 @@ class Recovery:
         before = self._rate.effective() if self._rate.is_on() else []
         ratio = self._rate.ratio() if before else 1.0
         if ratio < 1.0 and isinstance(reduce, ReduceLR):
-            plan, state.policy = give_back(
+            step, state.policy = give_back(
                 state.policy,
                 multiplier=ratio,
                 healthy_steps=state.healthy_steps,
@@ -112,13 +112,12 @@ class Recovery:
                 learning=self._context.monitors.learning(),
                 limits=self._context.thresholds.decision.recovery,
             )
-            for step in plan:
-                if isinstance(step, Scale) and reduce.rehearse and self._rehearsal.harmful(step.factor):
-                    state.policy = replace(state.policy, proven_rate=0.0)
-                elif isinstance(step, Scale):
-                    self._raise_rate(ratio * step.factor, step, reduce.min_lr)
-                    self._recorder.record(_HEALTHY, "", ("give back",), before)
-                    self._reviews.begin(state.healthy_steps)
+            if step is not None and reduce.rehearse and self._rehearsal.harmful(step.factor):
+                state.policy = replace(state.policy, proven_rate=0.0)
+            elif step is not None:
+                self._raise_rate(ratio * step.factor, step, reduce.min_lr)
+                self._recorder.record(_HEALTHY, "", ("give back",), before)
+                self._reviews.begin(state.healthy_steps)
         if isinstance(reduce, ReduceLR):
             self._review(reduce)
         self._end_clipping()

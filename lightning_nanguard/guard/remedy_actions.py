@@ -104,7 +104,7 @@ class RemedyActions:
             left = restore(context.learner, arm)  # keep what the arm has learned since
             ring.beside = arm
         self._look_at_restored(left)
-        context.state.healthy_since_restore = 0
+        context.state.healthy_since_restore, context.state.redone = 0, False
         self._forget(snapshot)
         for optimizer in context.learner.optimizers:
             # If batches cannot be run again, a captured CUDA graph may write to the memory of the gradients.
@@ -133,9 +133,9 @@ class RemedyActions:
             restore(self._context.learner, snapshot, keep=lambda key: key == ("scaler",))
         self._readback.clear()  # what is not read yet has the bad scale, too
 
-    def gone_on(self, snapshot: Snapshot) -> None:
+    def redone(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
-        self._context.state.restored = snapshot
+        self._context.state.restored, self._context.state.redone = snapshot, True
         self._forget(snapshot)
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:

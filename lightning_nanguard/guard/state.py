@@ -23,12 +23,12 @@ class GuardState:
         healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
         policy: The memory of the policy.
-        restored: The snapshot that the present intervention restored; ``None`` if it restored none.
-        go_on: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its arguments
-            are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot do this.
-        went_on: Whether the present intervention made the updates since ``restored`` again.
-        remade: Whether that gave the same implausible state again, so that nothing was gained.
-        again: What made the state bad when updates were made again, as in :attr:`Evidence.again`.
+        restored: The snapshot that was restored because of the present batch; ``None`` if none was.
+        redo_since: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its
+            arguments are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot
+            do this.
+        redone: Whether the updates since the last restore were made again.
+        redo_cause: What made the state bad when updates were made again, as in :attr:`Evidence.redo_cause`.
         told: Update and words of the last fault that was left alone: a suspicion that the user was told of, or the
             first fault that was only observed; ``None`` before.
         raised: An exception of ``training_step``, in words. The next non-finite loss stands for it.
@@ -50,10 +50,9 @@ class GuardState:
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
     restored: Snapshot | None = None
-    go_on: Callable[[Snapshot, Reading | None], bool] | None = None
-    went_on: bool = False
-    remade: bool = False
-    again: tuple[str, str] = ("", "")
+    redo_since: Callable[[Snapshot, Reading | None], bool] | None = None
+    redone: bool = False
+    redo_cause: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None
     raised: str | None = None
     bad_alone: tuple[int, int] = (-1, 0)

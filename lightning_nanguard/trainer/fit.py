@@ -131,8 +131,8 @@ class Fit:
         if module.automatic_optimization and self.context.learner.optimizers:
             runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, listens, keeper))
             later(run_micro_batches_by(self._trainer, runner))
-            self.context.state.go_on = runner.go_on_from
-            later(setattr, self.context.state, "go_on", None)
+            self.context.state.redo_since = runner.redo_since
+            later(setattr, self.context.state, "redo_since", None)
         elif not (module.automatic_optimization or self.context.settings.observe):
             self.carried = CarriedAttributes(module, self.guard.steps.undos, limits)
         later(

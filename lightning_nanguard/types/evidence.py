@@ -67,7 +67,7 @@ class Evidence:
             diverged are clearly worse on all.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
-        remade: Whether the fault was there again when the updates since a snapshot were made again. So it did not
+        redo_failed: Whether the fault was there again when the updates since a snapshot were made again. So it did not
             happen by chance, and the updates caused it.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` if none was made.
@@ -85,7 +85,7 @@ class Evidence:
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
         ranks: Ranks whose state or batch is not finite; empty if all are concerned, or there is one process.
-        again: If the state became bad again when the updates since the last good state were made again: the cause
+        redo_cause: If the state became bad again when the updates since the last good state were made again: the cause
             (``"optimizer_update"`` or ``"forward_writes_buffer"``) and the place; otherwise two empty words.
         told: A fault since the last good state that the guard did not act on, in words; ``""`` without one.
     """
@@ -105,7 +105,7 @@ class Evidence:
     clippable: bool = True
     comparison: Comparison | None = None
     holds_elsewhere: bool | None = None
-    remade: bool = False
+    redo_failed: bool = False
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0
@@ -124,5 +124,5 @@ class Evidence:
     multiplier: float = 1.0
     undo: bool = False
     ranks: tuple[int, ...] = ()
-    again: tuple[str, str] = ("", "")
+    redo_cause: tuple[str, str] = ("", "")
     told: str = ""

@@ -15,6 +15,7 @@ from lightning_nanguard.types import Comparison, Evidence, Scope, Trial
 LIMITS = BlameThresholds()
 CALM = Evidence(step=500, healthy_steps=480, first=2.3, loss_unit=2.3, lr=0.1)
 LOST = Comparison(math.nan, 1.0)
+FAILED = {"redo_failed": True}
 OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
 
 
@@ -53,10 +54,18 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
         ({"scope": "batch", "conclusive": True}, {"corrupt": "parameter w"}, "batch"),
         ({"scope": "state"}, {"rate_rose": True}, "state"),
         ({"scope": "state", "rate_may_cause": True}, {"rate_rose": True}, "learner"),
-        ({"scope": "state", "rate_may_cause": True}, {"remade": True}, "learner"),
-        ({"scope": "state", "rate_may_cause": True}, {"remade": True, "comparison": Comparison(9e9, 2.0)}, "learner"),
-        ({"scope": "state", "rate_may_cause": True}, {"remade": True, "comparison": Comparison(1.0, 2.0)}, "state"),
-        ({"scope": "state"}, {"remade": True}, "state"),
+        ({"scope": "state", "rate_may_cause": True}, FAILED, "learner"),
+        (
+            {"scope": "state", "rate_may_cause": True},
+            FAILED | {"comparison": Comparison(9e9, 2.0)},
+            "learner",
+        ),
+        (
+            {"scope": "state", "rate_may_cause": True},
+            FAILED | {"comparison": Comparison(1.0, 2.0)},
+            "state",
+        ),
+        ({"scope": "state"}, FAILED, "state"),
     ],
 )
 def test_traits_route_a_fault_of_ones_own(

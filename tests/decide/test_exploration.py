@@ -91,11 +91,11 @@ def healthy(world: World, updates: int, *, certified: bool) -> World:
     if certified:
         policy = replace(world.policy, unproven=())
         world = replace(world, snapshots=min(3, world.snapshots + 1), plain=(), policy=policy)
-    plan, policy = give_back(
+    step, policy = give_back(
         world.policy, multiplier=world.multiplier, healthy_steps=now, scheduled_lr=0.1, factor=0.5, after=50,
         learning=True, limits=RecoveryThresholds(),
     )  # fmt: skip
-    multiplier = world.multiplier * math.prod(one.factor for one in plan if isinstance(one, Scale))
+    multiplier = world.multiplier * (1.0 if step is None else step.factor)
     assert multiplier <= 1 + 1e-9, "a rate is given back beyond the schedule's"
     return replace(world, policy=policy, multiplier=min(1.0, multiplier))
 

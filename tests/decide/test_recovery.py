@@ -17,11 +17,11 @@ def test_a_proven_rate_is_given_back_quickly_and_a_failed_one_slowly() -> None:
 
     def waits(scheduled: float, multiplier: float) -> int:
         for healthy in range(1, 100_000):
-            plan, _ = give_back(
+            step, _ = give_back(
                 state, multiplier=multiplier, healthy_steps=healthy, scheduled_lr=scheduled, factor=0.5, after=1000,
                 learning=True, limits=LIMITS,
             )  # fmt: skip
-            if plan:
+            if step is not None:
                 return healthy
         return -1
 

@@ -10,7 +10,7 @@ def test_what_is_not_known_speaks_against_nobody() -> None:
     evidence = Evidence(step=7)
     assert (evidence.corrupt, evidence.jump, evidence.batch_finite, evidence.batch_strange) == (None, None, None, None)
     assert (evidence.comparison, evidence.trial, evidence.sound, evidence.snapshots) == (None, None, None, 0)
-    assert (evidence.again, evidence.told, evidence.undo) == (("", ""), "", False)
+    assert (evidence.redo_cause, evidence.told, evidence.undo) == (("", ""), "", False)
     assert (evidence.bad_in_a_row, evidence.multiplier, evidence.loss_unit) == (1, 1.0, 1.0)
 
 

@@ -22,7 +22,7 @@ from lightning_nanguard.types import Evidence, Finding
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Weights, buffers or moments became bad, but no batch was bad. With the good state the fault is gone."""
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
-    if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.again[0]:
+    if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
         if _updates_enlarged_it(case, thresholds.learner):

@@ -29,7 +29,7 @@ def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 
 
 def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: str, cure: str) -> Finding | None:
-    known, place = case.evidence.again
+    known, place = case.evidence.redo_cause
     confidence = thresholds.confidence.update_again
     if not known and case.evidence.corrupt is not None:
         # Updates cannot be made again, for example after a cut: use the earlier finding about this tensor.

@@ -235,7 +235,7 @@ class StepRunner:
         self._window.rewind(micro)
         return again
 
-    def go_on_from(self, snapshot: Snapshot, bad: Reading | None) -> bool:
+    def redo_since(self, snapshot: Snapshot, bad: Reading | None) -> bool:
         """After a rollback outside of a batch: repeat the updates since the snapshot; return whether this succeeded.
 
         Args:

@@ -109,7 +109,7 @@ class UpdatesAgain:
         self._epoch = -1
         self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
         # The snapshot that the last rollback restored, and the first update after it.
-        self._gone_on = -1, -1
+        self._rolled_back = -1, -1
         # Logged values of repeated updates that differ from those of the run.
         self._rows: list[LoggedRow] = []
         self.futile = False
@@ -132,9 +132,9 @@ class UpdatesAgain:
             return
         kept, limits, ring = self._kept, self._limits, self._context.ring
         state = self._context.state
-        if state.healthy_since_restore == 0 and not state.went_on:
+        if state.healthy_since_restore == 0 and not state.redone:
             kept.clear()  # these updates were undone by a rollback
-            self._gone_on = ring.certified[0].step if ring.certified else -1, number
+            self._rolled_back = ring.certified[0].step if ring.certified else -1, number
         if micros and is_checked(self._counted, limits.measured_every):
             held = self._bytes_of(micros)
             self._room = 0 if held is None else min(limits.updates_again, limits.bytes_again // max(1, held))
@@ -177,7 +177,7 @@ class UpdatesAgain:
 
     def _first_after(self, snapshot: Snapshot) -> int:
         """Number of the first update that was made from a snapshot."""
-        step, number = self._gone_on
+        step, number = self._rolled_back
         return number if snapshot.step == step else snapshot.step + 1
 
     def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
@@ -239,7 +239,7 @@ class UpdatesAgain:
             measured = measures = self._measures.now()
         except OutOfMemory:
             return None
-        self._context.state.again = "", ""
+        self._context.state.redo_cause = "", ""
         scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
             with ExitStack() as inside:
@@ -253,7 +253,7 @@ class UpdatesAgain:
                         measures = self._measures.now()
                         if self._is_written_again(snapshot, then):
                             after = None
-                    self.futile = after is None and not self._context.state.again[0]
+                    self.futile = after is None and not self._context.state.redo_cause[0]
         except Exception as error:  # an error in a repeated pass must not end the run
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
         for group, values in zip(optimizer.param_groups, scheduled, strict=True):
@@ -332,7 +332,7 @@ class UpdatesAgain:
         written = self._context.finite.spoilt_buffer(self._context.learner.leaves(), snapshot.leaves)
         if written is None or (then is not None and self._is_finite(then)):
             return False
-        self._context.state.again = "forward_writes_buffer", buffer_in_words(self._module, written)
+        self._context.state.redo_cause = "forward_writes_buffer", buffer_in_words(self._module, written)
         return True
 
     def _measure_from(self, update: _Update, *, first: bool) -> None:
@@ -356,12 +356,12 @@ class UpdatesAgain:
         state, module = self._context.state, self._module
         written = self._context.corrupt()[0]
         if written is not None:
-            state.again = "forward_writes_buffer", buffer_in_words(module, written)
+            state.redo_cause = "forward_writes_buffer", buffer_in_words(module, written)
             return False
         sizes = self._step(update)
         spoilt = self._context.corrupt()[0]
         if spoilt is not None and max(sizes, default=0.0) < self._limits.squared:
-            state.again = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
+            state.redo_cause = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
         return spoilt is None
 
     def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:

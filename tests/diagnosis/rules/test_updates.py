@@ -19,7 +19,7 @@ ROWS = [
 def test_what_comes_back_is_named(cause: str, place: str) -> None:
     """What an update made again has shown is surer than bad state alone; later faults of the tensor have the cause."""
     tensor = "parameter w" if "parameter" in place else "buffer vq.mean"
-    first = diagnose(Case(LOSS, Evidence(step=50, corrupt=tensor, again=(cause, place))))
+    first = diagnose(Case(LOSS, Evidence(step=50, corrupt=tensor, redo_cause=(cause, place))))
     assert first is not None
     assert (first.cause, first.place, first.scope) == (cause, place, "state")
     assert first.suggestion.startswith(f"{place} is no longer finite")
