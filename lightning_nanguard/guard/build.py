@@ -123,7 +123,7 @@ def build_guard(
             judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),
             runner=runner,
             recovery=recovery,
-            rates=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
+            hyperparameters=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
             outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),

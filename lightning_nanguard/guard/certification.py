@@ -94,7 +94,7 @@ class Certification:
         Returns:
             Why the snapshot is not certified; ``None`` if nothing speaks against it.
         """
-        context, state = self._context, self._context.state
+        context = self._context
         pending = context.ring.pending
         if pending is None or not context.ring.healthy(min(reading.step for reading in readings)):
             return None
@@ -104,7 +104,7 @@ class Certification:
         if not self._snapshots.is_whole(pending):
             context.ring.drop_pending()
             return None
-        fault, ranks = self._snapshots.objection(pending, state.healthy_steps)
+        fault, ranks = self._snapshots.objection(pending)
         if fault is not None:
             self._snapshots.mend_pending(fault.place)
             return FoundFault(fault, readings[-1], ranks=ranks)
@@ -133,8 +133,7 @@ class Certification:
 
     def _capture(self, step: int) -> Snapshot | None:
         global_step, _, _ = self._loop.clock()
-        state = self._context.state
-        return self._snapshots.capture(step, global_step, self._context.rate.first(), state.healthy_steps)
+        return self._snapshots.capture(step, global_step, self._context.rate.first())
 
 
 def _is_resized(saved: Any, live: Tensor) -> bool:

@@ -107,7 +107,7 @@ class Guard:
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         self._state.step += 1
-        self._parts.rates.look(optimizer_index)
+        self._parts.hyperparameters.look(optimizer_index)
         self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
         self._updated = True
@@ -309,7 +309,7 @@ class Guard:
             return
         snapshots.settle()  # handling a fault may write to the learner
         self.flush()
-        fault = snapshots.look(state.step, state.healthy_steps)
+        fault = snapshots.look()
         if fault is not None:
             self._report(fault, ())
 

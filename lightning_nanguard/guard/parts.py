@@ -45,7 +45,7 @@ class GuardParts:
         judge: Separates healthy readings from faults.
         runner: Carries plans out.
         recovery: Cuts the rate, clips, and ends both again.
-        rates: Replaces invalid learning rates and other hyperparameters.
+        hyperparameters: Replaces invalid learning rates and other hyperparameters.
         outliers: Gives advice about single updates whose numbers are far from those around them.
         recorder: Makes records.
         saving: Checks checkpoints before they are written.
@@ -66,7 +66,7 @@ class GuardParts:
     judge: ReadingJudge
     runner: PlanRunner
     recovery: Recovery
-    rates: HyperparameterWatch
+    hyperparameters: HyperparameterWatch
     outliers: OutlierWatch
     recorder: InterventionRecorder
     saving: SaveGuard

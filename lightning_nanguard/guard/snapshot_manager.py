@@ -1,4 +1,4 @@
-"""Decides when snapshots are taken, and checks them before they are certified."""
+"""Takes snapshots, chooses where they are kept, and checks them before they are certified."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class SnapshotManager:
-    """Takes snapshots of the learner for the guard, and checks them before they are certified.
+    """Takes snapshots of the learner, chooses where they are kept, and checks them before they are certified.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -36,6 +36,7 @@ class SnapshotManager:
 
     def __init__(self, context: GuardContext, plausibility: PlausibilityCheck) -> None:
         settings, limits, learner = context.settings, context.thresholds.snapshots, context.learner
+        self._state = context.state
         self._ranks = context.ranks
         self._many = context.many
         self._learner = learner
@@ -141,16 +142,11 @@ class SnapshotManager:
         old = 2 * (step - self._looked) >= self._interval.updates
         return old and not self._many and bool(self._ring.certified)
 
-    def look(self, step: int, healthy_steps: int) -> Fault | None:
-        """Why a snapshot of the present state could not be certified; ``None`` if it could. No copy is made.
-
-        Args:
-            step: The guard's clock.
-            healthy_steps: Healthy updates so far.
-        """
-        self._looked = step
+    def look(self) -> Fault | None:
+        """Why a snapshot of the present state could not be certified; ``None`` if it could. No copy is made."""
+        self._looked = self._state.step
         leaves = dict(self._learner.leaves())
-        return self._fault_in(leaves, *self._screens(leaves), healthy_steps)
+        return self._fault_in(leaves, *self._screens(leaves))
 
     def close(self) -> None:
         """Release all snapshots and their memory."""
@@ -173,14 +169,13 @@ class SnapshotManager:
         if self._measured:
             self._placement.look_at_room()
 
-    def capture(self, step: int, global_step: int, rate: float | None, healthy_steps: int = 0) -> Snapshot | None:
+    def capture(self, step: int, global_step: int, rate: float | None) -> Snapshot | None:
         """Take a snapshot and make it the pending one; ``None`` if there is no room for it.
 
         Args:
             step: The guard's clock.
             global_step: ``global_step`` of the trainer.
             rate: Effective learning rate of the first group.
-            healthy_steps: Healthy updates so far.
         """
         started, since = self._clock(), step - self._last
         self._ring.drop_pending()
@@ -200,7 +195,7 @@ class SnapshotManager:
         # Measure the live state, which equals the snapshot: the copy may be in host memory, and not have arrived yet.
         self._screen, self._moments = self._screens(leaves)
         if self._many:
-            self._agreement.judge(snapshot, leaves, self._check(snapshot, healthy_steps))
+            self._agreement.judge(snapshot, leaves, self._check(snapshot))
         self._device_timer.stop()
         if since > 0:
             self._interval.measure(started, since, step, self._learner.device.pinning - pinned)
@@ -238,7 +233,7 @@ class SnapshotManager:
             self._wanted = True
         return whole
 
-    def objection(self, pending: Snapshot, healthy_steps: int) -> tuple[Fault | None, tuple[int, ...]]:
+    def objection(self, pending: Snapshot) -> tuple[Fault | None, tuple[int, ...]]:
         """Why ``pending`` cannot be certified, ``None`` if it can, and the ranks concerned."""
         if self._many:
             return self._agreement.objection(pending)
@@ -247,7 +242,7 @@ class SnapshotManager:
         if waited is not None and took is not None:
             self._interval.took_device(took + waited)
         self._looked = max(self._looked, pending.step)
-        fault = self._check(pending, healthy_steps)
+        fault = self._check(pending)
         self._interval.certified(self._clock() - started)
         return fault, ()
 
@@ -290,25 +285,24 @@ class SnapshotManager:
         norms = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide, self._learner.device)
         return norms, self._plausibility.moments.screen(leaves)
 
-    def _check(self, pending: Snapshot, healthy_steps: int) -> Fault | None:
+    def _check(self, pending: Snapshot) -> Fault | None:
         pending.typical = self._screen.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
         self._placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
         if not self._ring.certified:
             self._plausibility.moments.exempt(self._moments)
-        return self._fault_in(pending.leaves, self._screen, self._moments, healthy_steps, pending)
+        return self._fault_in(pending.leaves, self._screen, self._moments, pending)
 
     def _fault_in(
         self,
         leaves: Mapping[StateKey, Any],
         screen: NormScreen,
         moments: MomentScreen,
-        healthy_steps: int,
         pending: Snapshot | None = None,
     ) -> Fault | None:
         origin = self._ring.origin()
         before = {} if origin is None else origin.typical
-        beyond = self._plausibility.screen(screen, before, healthy_steps)
+        beyond = self._plausibility.screen(screen, before, self._state.healthy_steps)
         self._wide |= beyond
         if not (self._plausibility.moments.beyond(moments) or beyond):
             return None
@@ -318,7 +312,7 @@ class SnapshotManager:
         if bad is not None:
             message = f"{bad} is no longer finite, although every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
-        return self._plausibility.implausible(leaves, healthy_steps, pending)
+        return self._plausibility.implausible(leaves, self._state.healthy_steps, pending)
 
     def _announce(self, snapshot: Snapshot) -> None:
         self._measured += 1

@@ -74,8 +74,8 @@ class GuardState:
             "bad_in_a_row": self.bad_in_a_row,
             "policy": self.policy.to_dict(),
             "rates": [list(one) for one in self.rates],
-            "losses_overflow": self.bad_losses_usual,
-            "gradients_overflow": self.large_gradients_usual,
+            "bad_losses_usual": self.bad_losses_usual,
+            "large_gradients_usual": self.large_gradients_usual,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -85,8 +85,8 @@ class GuardState:
         self.healthy_since_restore = state["healthy_since_restore"]
         self.bad_in_a_row = int(state["bad_in_a_row"])
         self.policy = PolicyState.from_dict(state["policy"])
-        self.bad_losses_usual = bool(state.get("losses_overflow", False))
-        self.large_gradients_usual = bool(state.get("gradients_overflow", False))
+        self.bad_losses_usual = bool(state.get("bad_losses_usual", False))
+        self.large_gradients_usual = bool(state.get("large_gradients_usual", False))
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 

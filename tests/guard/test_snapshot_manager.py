@@ -43,6 +43,7 @@ class Managed:
             LearningRate([self.optimizer]),
             settings=Settings(snapshot_every=every, clock=lambda: self.now),
         )
+        self.context.state.healthy_steps = SETTLED
         self.ring = self.context.ring
         self.context.finite.begin(self.learner)
         self.plausibility = PlausibilityCheck(self.learner, self.ring, lambda state, than: False)
@@ -50,8 +51,8 @@ class Managed:
 
     def certify(self, step: int) -> str | None:
         """Take a snapshot, and certify it where nothing speaks against it."""
-        pending = self.manager.capture(step, step, 0.1, SETTLED)
-        fault, ranks = self.manager.objection(pending, SETTLED)
+        pending = self.manager.capture(step, step, 0.1)
+        fault, ranks = self.manager.objection(pending)
         assert ranks == ()
         if fault is None:
             assert self.manager.kept(pending) is pending
@@ -117,11 +118,12 @@ def test_the_state_is_looked_at_between_snapshots() -> None:
     assert not manager.look_due(4)  # nothing is certified
     assert managed.certify(1) is None
     assert [manager.look_due(step) for step in (2, 3)] == [False, True]
-    assert manager.look(3, SETTLED) is None
+    managed.context.state.step = 3
+    assert manager.look() is None
     assert [manager.look_due(step) for step in (4, 5)] == [False, True]
     for value, kind in ((1e6, "implausible_state"), (math.inf, "corrupted_state")):
         weight.data[0, 0] = value
-        fault = manager.look(5, SETTLED)
+        fault = manager.look()
         assert fault is not None
         assert (fault.kind, fault.place) == (kind, "parameter last.weight")
     assert managed.ring.pending is None
@@ -134,10 +136,10 @@ def test_a_state_trained_beside_the_run_is_compared_with_itself() -> None:
     assert managed.certify(1) is None
     managed.net.last.weight.data.fill_(1e6)
     managed.ring.beside = capture(managed.learner, step=2, global_step=2)
-    assert managed.manager.look(3, SETTLED) is None
+    assert managed.manager.look() is None
     assert managed.certify(3) is None
     managed.net.last.weight.data.fill_(1e12)
-    fault = managed.manager.look(4, SETTLED)
+    fault = managed.manager.look()
     assert fault is not None
     assert fault.kind == "implausible_state"
 
@@ -230,13 +232,13 @@ def test_a_pending_snapshot_is_certified_without_an_average_that_went_bad() -> N
     managed.learner._averages = lambda: {"ema": {"w": mean}}
     assert managed.certify(1) is None
     mean.fill_(math.nan)
-    pending = managed.manager.capture(2, 2, 0.1, SETTLED)
+    pending = managed.manager.capture(2, 2, 0.1)
     managed.manager.mend_pending("")
     assert managed.ring.pending is pending
-    assert managed.manager.objection(pending, SETTLED) == (None, ())
+    assert managed.manager.objection(pending) == (None, ())
     assert pending.leaves["average", "ema", "w"].tolist() == [1.0] * 3
     managed.ring.certified.clear()
-    managed.manager.capture(3, 3, 0.1, SETTLED)
+    managed.manager.capture(3, 3, 0.1)
     managed.manager.mend_pending("")
     assert ("average", "ema", "w") not in managed.ring.pending.leaves
     managed.ring.pending.leaves["parameter", "last.weight"].fill_(math.nan)
