@@ -81,4 +81,4 @@ class HyperparameterWatch:
         )
         word = "skip" if left_out else "hold rate" if is_rate else "hold value"
         clock = self._recorder.now(unmade=True)
-        self._recorder.record(fault, place, (word,), self._context.rate.effective(), finding, clock=clock)
+        self._recorder.record(fault, (word,), self._context.rate.effective(), finding, clock=clock)

@@ -93,7 +93,7 @@ class Interventions:
             )
             confidence = context.thresholds.diagnosis.confidence.suspicion
             finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
-            self._recorder.record(fault, fault.place, (), context.rate.effective(), finding, found.ranks)
+            self._recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
             return False
         before_plan = state.policy
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
@@ -153,20 +153,20 @@ class Interventions:
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
         words = tuple(self._remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()
-        place = evidence.corrupt if evidence.corrupt is not None else found.fault.place
+        fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
         restored = state.restored
         # A late reading is recorded under its own batch, not under the present one.
         clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
         made = 0 if found.arm is None else found.arm.healthy
         ranks = evidence.ranks or found.ranks
-        self._recorder.record(found.fault, place, words, before, finding, ranks, clock, restored, made)
+        self._recorder.record(fault, words, before, finding, ranks, clock, restored, made)
         if context.settings.observe and state.told is None:
             self._suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
-            self._recorder.stop(found.fault, place, reason, finding, clock, restored)
+            self._recorder.stop(fault, reason, finding, clock, restored)
         if stop is not None and not context.settings.observe:
-            self._recorder.stop(found.fault, place, stop.reason, finding, clock, restored)
+            self._recorder.stop(fault, stop.reason, finding, clock, restored)
         self._recorder.tried(found.fault, words)
 
 

@@ -147,7 +147,7 @@ class Receipts:
         state.policy = replace(known.policy, restores=spent.restores, skips=spent.skips, trials_confirmed=0)
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"
         fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
-        self._recorder.record(fault, fault.place, ("take back",), before)
+        self._recorder.record(fault, ("take back",), before)
 
     def _not_measured(self, global_step: int, updates: int, reason: str) -> None:
         now = self._recorder.now()[0]

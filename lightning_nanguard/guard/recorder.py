@@ -61,7 +61,6 @@ class InterventionRecorder:
     def record(
         self,
         fault: Fault,
-        place: str,
         words: tuple[str, ...],
         before: Sequence[float],
         finding: Finding | None = None,
@@ -74,7 +73,6 @@ class InterventionRecorder:
 
         Args:
             fault: The fault.
-            place: Where the fault was found.
             words: What was done.
             before: Effective learning rates before it.
             finding: The cause of the fault.
@@ -93,7 +91,7 @@ class InterventionRecorder:
                 epoch=epoch,
                 batch_idx=batch_idx,
                 fault=fault.kind,
-                place=place,
+                place=fault.place,
                 remedies=words,
                 lr_before=before[0] if before else None,
                 lr_after=after[0] if after else None,
@@ -123,7 +121,7 @@ class InterventionRecorder:
 
     def note(self, fault: Fault, *words: str) -> None:
         """Record what was done outside the order of a step."""
-        self.record(fault, fault.place, words, self._context.rate.effective())
+        self.record(fault, words, self._context.rate.effective())
 
     def _note_finding(self, fault: Fault, finding: Finding | None) -> None:
         key = fault.kind, fault.place
@@ -153,7 +151,6 @@ class InterventionRecorder:
     def stop(
         self,
         fault: Fault,
-        place: str,
         reason: str,
         finding: Finding | None,
         clock: Clock,
@@ -163,7 +160,6 @@ class InterventionRecorder:
 
         Args:
             fault: The fault.
-            place: Where the fault was found.
             reason: Why the run cannot go on.
             finding: The cause of the fault.
             clock: The clock of the fault.
@@ -181,7 +177,7 @@ class InterventionRecorder:
         good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
             f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
-            f"({fault.kind}, {place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
+            f"({fault.kind}, {fault.place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
             f"{good} {self.on_disk()}{_MORE}",
             fault=fault,
             reason=reason,

@@ -116,7 +116,7 @@ class Recovery:
                 state.policy = replace(state.policy, proven_rate=0.0)
             elif step is not None:
                 self._raise_rate(ratio * step.factor, step, reduce.min_lr)
-                self._recorder.record(_HEALTHY, "", ("give back",), before)
+                self._recorder.record(_HEALTHY, ("give back",), before)
                 self._reviews.begin(state.healthy_steps)
         if isinstance(reduce, ReduceLR):
             self._review(reduce)
@@ -142,12 +142,12 @@ class Recovery:
             self._raise_rate(ratio * factor, Scale(factor), reduce.min_lr)
             self._reviews.begin(state.healthy_steps)
             state.policy = replace(state.policy, given_back_at=state.healthy_steps)
-            self._recorder.record(_HEALTHY, "", ("give back",), before)
+            self._recorder.record(_HEALTHY, ("give back",), before)
         elif factor < 1:
             self.scale(factor, reduce.min_lr)
             self._lowered += 1
             state.policy = note_too_high(before[0], state.healthy_steps, state.policy)
-            self._recorder.record(_STILL_HIGH, "", (reduce.word,), before)
+            self._recorder.record(_STILL_HIGH, (reduce.word,), before)
 
     def _raise_rate(self, ratio: float, step: Scale, min_lr: float) -> None:
         self._lowered, self._tried = 0, False
@@ -166,7 +166,7 @@ class Recovery:
             and healthy >= clip.recover_after
         ):
             self.clip(math.inf, "norm")
-            self._recorder.record(_HEALTHY, "", ("end clipping",), self._rate.effective())
+            self._recorder.record(_HEALTHY, ("end clipping",), self._rate.effective())
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""

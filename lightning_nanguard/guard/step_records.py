@@ -117,7 +117,7 @@ class StepRecords:
 
     def undone(self, fault: Fault, finding: Finding | None) -> None:
         """Record that a batch from which no update was made, was undone."""
-        self._recorder.record(fault, fault.place, ("undo",), self._context.rate.effective(), finding)
+        self._recorder.record(fault, ("undo",), self._context.rate.effective(), finding)
 
     def _record(
         self,
@@ -131,5 +131,5 @@ class StepRecords:
         # Without ``late`` the update is still to be made. The step of a record is that after its update.
         clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
         rates = self._context.rate.effective()
-        self._recorder.record(fault, fault.place, words, rates, finding, ranks, clock, restored)
+        self._recorder.record(fault, words, rates, finding, ranks, clock, restored)
         self._recorder.tried(fault, words)

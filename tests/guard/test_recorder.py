@@ -34,7 +34,7 @@ def test_a_record_says_what_was_done_and_why() -> None:
     loop = PlainLoop()
     loop.run(5)
     loop.guard.context.rate.set_multiplier(0.5)
-    recorder_of(loop).record(FAULT, "elsewhere", ("scale",), [0.1], FINDING, ranks=(1,), clock=(3, 1, 2))
+    recorder_of(loop).record(replace(FAULT, place="elsewhere"), ("scale",), [0.1], FINDING, ranks=(1,), clock=(3, 1, 2))
     (record,) = loop.records
     assert (record.global_step, record.epoch, record.batch_idx) == (3, 1, 2)
     assert (record.fault, record.place, record.message, record.value) == ("mine", "elsewhere", "the loss is 7", 7.0)
@@ -50,7 +50,7 @@ def test_a_record_says_what_a_restore_cost() -> None:
     loop.run(20)
     snapshot = loop.guard.context.ring.certified[0]
     for words in (("restore",), ("restore", "redo")):
-        recorder_of(loop).record(FAULT, "loss", words, [], restored=snapshot)
+        recorder_of(loop).record(FAULT, words, [], restored=snapshot)
     assert [(one.snapshot_step, one.updates_lost) for one in loop.records] == [(16, 4), (16, 0)]
 
 
@@ -63,7 +63,7 @@ def test_an_update_is_undone_once() -> None:
     recorder = recorder_of(loop)
     for step, depth in ((20, 0), (23, 0), (25, 1)):
         loop.step = step
-        recorder.record(FAULT, "loss", ("restore",), [], restored=certified[depth])
+        recorder.record(FAULT, ("restore",), [], restored=certified[depth])
         known, recorder = recorder.state_dict(), recorder_of(loop)
         recorder.load_state_dict(known)
     assert [one.snapshot_step for one in loop.records] == [16, 16, 12]
@@ -78,7 +78,7 @@ def test_the_error_that_ends_a_run_has_the_whole_context() -> None:
     for kind in "abcdefghij":
         recorder.tried(Fault(kind, "batch", "loss"), ("restore", "scale"))
     with pytest.raises(TrainingDivergedError) as error:
-        recorder.stop(FAULT, "loss", "the budget is used up", FINDING, (30, 2, 9))
+        recorder.stop(FAULT, "the budget is used up", FINDING, (30, 2, 9))
     message = str(error.value)
     for part in (
         "Training cannot go on: the budget is used up. Step 30 (epoch 2, batch 9): the loss is 7 (mine, loss).",
@@ -103,13 +103,13 @@ def test_the_last_error_names_the_surest_cause_of_such_faults() -> None:
     loop = PlainLoop()
     recorder = recorder_of(loop)
     sure, guess = replace(FINDING, cause="log_of_zero"), replace(FINDING, confidence=0.4)
-    recorder.record(FAULT, "loss", ("skip",), [], sure)
-    recorder.record(replace(FAULT, kind="another"), "loss", ("skip",), [], replace(FINDING, confidence=0.99))
+    recorder.record(FAULT, ("skip",), [], sure)
+    recorder.record(replace(FAULT, kind="another"), ("skip",), [], replace(FINDING, confidence=0.99))
     with pytest.raises(TrainingDivergedError, match=r"Most likely cause: log_of_zero in layer 3") as error:
-        recorder.stop(FAULT, "loss", "too many", guess, (1, 0, 1))
+        recorder.stop(FAULT, "too many", guess, (1, 0, 1))
     assert error.value.finding == sure
-    recorder.record(FAULT, "loss", ("skip",), [], replace(sure, cause="non_finite_input", samples=(3,)))
+    recorder.record(FAULT, ("skip",), [], replace(sure, cause="non_finite_input", samples=(3,)))
     with pytest.raises(TrainingDivergedError, match=r"Most likely cause: dead_relu"):
-        recorder.stop(FAULT, "loss", "too many", guess, (1, 0, 1))
+        recorder.stop(FAULT, "too many", guess, (1, 0, 1))
     with pytest.raises(TrainingDivergedError, match=r"Most likely cause: dead_relu"):
-        recorder.stop(replace(FAULT, place="elsewhere"), "loss", "too many", None, (1, 0, 1))
+        recorder.stop(replace(FAULT, place="elsewhere"), "too many", None, (1, 0, 1))

@@ -71,7 +71,7 @@ def test_a_known_cause_of_bad_losses_is_repeated() -> None:
     """The advice names the operation that was found for the first of them."""
     loop, suspicions = trained(Settings())
     found = Finding("log_of_zero", 0.9, {}, "training_step (log, net.py:7)", suggestion="log was given -1")
-    loop.guard._parts.recorder.record(Fault("non_finite_loss", "batch", "loss"), "loss", ("skip",), [], found)
+    loop.guard._parts.recorder.record(Fault("non_finite_loss", "batch", "loss"), ("skip",), [], found)
     suspicions.tell_of_bad_losses(Reading(6, 0, math.nan, 1.0, finite=False, loss_finite=False))
     assert loop.advice[0].suggestion.endswith("They come from training_step (log, net.py:7): log was given -1")
 
