@@ -45,7 +45,8 @@ class Branches:
         self._context = context
         self._rehearsal = rehearsal
         self._switch = StateSwitch(context.learner)
-        self._present: Snapshot | None = None  # memory for the present state, while branches are trained
+        self.present: Snapshot | None = None
+        """The present state of the run, while branches are trained."""
 
     def possible(self) -> bool:
         """Whether the present batch can be run again exactly as in the run."""
@@ -62,22 +63,41 @@ class Branches:
         return int(min(context.ranks.gather(most)))
 
     @contextmanager
-    def beside(self) -> Iterator[bool]:
+    def beside(self, step: int | None = None) -> Iterator[bool]:
         """Context in which branches are made, trained and measured. At its end the run is restored.
+
+        Args:
+            step: The update that they make. Groups then hold the values that a scheduler gave them for this update.
 
         Yields:
             Whether there is enough memory for it.
         """
-        with self._rehearsal.present(self._switch, self._present) as self._present:
-            if self._present is None:
+        with self._rehearsal.present(self._switch, self.present) as self.present:
+            if self.present is None:
                 yield False
                 return
-            with self._context.replay.rehearsing():
+            with self._context.replay.rehearsing(), self._scheduled_at(step):
                 yield True
+
+    @contextmanager
+    def _scheduled_at(self, step: int | None) -> Iterator[None]:
+        known = next((groups for at, groups in self._context.state.groups if at == step), None)
+        groups = self._context.learner.optimizers[0].param_groups
+        if known is None or len(known) != len(groups):
+            yield
+            return
+        now = [{key: group[key] for key in before} for group, before in zip(groups, known, strict=True)]
+        try:
+            for group, before in zip(groups, known, strict=True):
+                group.update(before)
+            yield
+        finally:
+            for group, mine in zip(groups, now, strict=True):
+                group.update(mine)
 
     def release(self) -> None:
         """Free the memory for the present state, because no branch is trained any longer."""
-        self._present = None
+        self.present = None
 
     def of(self, base: Snapshot | None = None, factor: float = 1.0) -> Branch | None:
         """Make a branch from a state, with the present rate times a factor; ``None`` if there is no room for a copy.

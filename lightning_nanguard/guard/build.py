@@ -27,6 +27,7 @@ from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
+from lightning_nanguard.guard.control import Control
 from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.hyperparameter_watch import HyperparameterWatch
@@ -85,7 +86,8 @@ def build_guard(
     by_step = executors(remedies)
     rehearsal = Rehearsal(context)
     branches = Branches(context, rehearsal)
-    trials = TrialRunner(context, branches, loop)
+    control = Control(context, branches)
+    trials = TrialRunner(context, branches, control, loop)
     investigator = Investigator(context, rehearsal, trials)
     recorder = InterventionRecorder(context, loop, memory=MAX_DELAY + 2)
     recovery = _recovery(context, rehearsal, recorder, remedies, by_step)
@@ -99,7 +101,7 @@ def build_guard(
     if not context.settings.observe:
         actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, by_step, skipper, plausibility, caution)
-    receipts = Receipts(context, branches, recorder, snapshots)
+    receipts = Receipts(context, branches, control, recorder, snapshots)
     suspicions = Suspicions(context, loop, investigator, recorder)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, by_step, receipts, suspicions)
     # With late readings a batch is judged up to two updates later.

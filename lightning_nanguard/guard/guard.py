@@ -110,6 +110,8 @@ class Guard:
         self._parts.hyperparameters.look(optimizer_index)
         self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
+        if self._context.settings.act_on == "evidence":
+            self._state.note_groups(self._context.learner.optimizers[optimizer_index].param_groups)
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
             # The weights are already bad, or the batch is known to be bad: skip the update without measuring it.

@@ -11,6 +11,7 @@ from lightning_nanguard.decide.receipt import judge_receipt
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.control import NOT_ALIKE, Control
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.record.receipts import Receipt
@@ -41,15 +42,22 @@ class Receipts:
     Args:
         context: Objects and settings that the parts of the guard share.
         branches: Trains the branch.
+        control: Finds out whether branches make the updates of the run.
         recorder: Records that an intervention was taken back, and gives the clock.
         snapshots: Takes a new snapshot after that.
     """
 
     def __init__(
-        self, context: GuardContext, branches: Branches, recorder: InterventionRecorder, snapshots: SnapshotManager
+        self,
+        context: GuardContext,
+        branches: Branches,
+        control: Control,
+        recorder: InterventionRecorder,
+        snapshots: SnapshotManager,
     ) -> None:
         self._context = context
         self._branches = branches
+        self._control = control
         self._recorder = recorder
         self._snapshots = snapshots
         self._limits = context.thresholds.trial
@@ -66,14 +74,19 @@ class Receipts:
         self.close("another intervention was made")
         branches, state = self._branches, self._context.state
         branch: Branch | None = None
+        if self._control.failed:
+            self._not_measured(global_step, 0, NOT_ALIKE)
+            return
         if branches.possible():
-            with branches.beside() as possible:
+            with branches.beside(state.step) as possible:
                 branch = branches.of() if possible else None
                 if branch is not None and skipped and branches.train(branch) is None:
                     branch = None
         if branch is None:
             self._not_measured(global_step, 0, "the batches of this run cannot be run again, or memory is too short")
             return
+        if not tried:
+            self._control.begin()
         first = self._limits.updates // self._limits.judged_part if tried else self._limits.updates
         self._open = _Open(global_step, state.step, branch, state.policy, first)
 
@@ -107,11 +120,12 @@ class Receipts:
         if self._context.state.rolled_back_since(known.step):
             self.close("the run was rolled back again")
             return
-        with self._context.replay.showing(reading.step) as shown, self._branches.beside() as possible:
+        with self._context.replay.showing(reading.step) as shown, self._branches.beside(reading.step) as possible:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
-            found = self._branches.train(known.branch) if at_hand and possible else None
+            alike = at_hand and possible and self._control.follow(reading.step)
+            found = self._branches.train(known.branch) if alike else None
         if found is None or reading.loss is None:
-            self.close("a batch could not be run again")
+            self.close(NOT_ALIKE if self._control.failed else "a batch could not be run again")
             return
         known.run.append(reading.loss)
         known.without.append(found)
@@ -139,6 +153,7 @@ class Receipts:
         context, state = self._context, self._context.state
         before = context.rate.effective()
         self._branches.take(known.branch)
+        self._control.begin()
         context.ring.drop_pending()  # it belongs to the branch that was just left
         context.ring.beside = known.branch.state
         self._snapshots.want()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
+from lightning_nanguard.guard.readback import MAX_DELAY
+from lightning_nanguard.state.learner import SCHEDULED
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Reading
 
@@ -42,6 +44,7 @@ class GuardState:
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
+        groups: Of the newest updates, the step and the values of each parameter group that a scheduler may set.
     """
 
     step: int = 0
@@ -64,6 +67,7 @@ class GuardState:
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
+    groups: deque[tuple[int, list[dict[str, Any]]]] = field(default_factory=lambda: deque(maxlen=MAX_DELAY + 1))
 
     def state_dict(self) -> dict[str, Any]:
         """The state that lasts from one step to the next, in plain containers."""
@@ -114,6 +118,10 @@ class GuardState:
         if self.large_gradients_usual and reading.finite:
             reading = reading._replace(grad_norm=None)
         return reading
+
+    def note_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
+        """Store what a scheduler may have set for this step in the parameter groups of the optimizer."""
+        self.groups.append((self.step, [{key: group[key] for key in SCHEDULED if key in group} for group in groups]))
 
     def note_rate(self, rate: float | None) -> None:
         """Store the effective learning rate of this step, if it changed."""

@@ -20,6 +20,7 @@ from lightning_nanguard.decide.trial import (
 )
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.control import NOT_ALIKE, Control
 from lightning_nanguard.guard.found import FoundFault, ShownTrial
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.record.trials import HeldTrial, Outcome
@@ -118,12 +119,14 @@ class TrialRunner:
     Args:
         context: Objects and settings that the parts of the guard share.
         branches: Trains the arms.
+        control: Finds out whether branches make the updates of the run.
         loop: Gives the present ``global_step`` and the number of updates that are left.
     """
 
-    def __init__(self, context: GuardContext, branches: Branches, loop: TrainingLoop) -> None:
+    def __init__(self, context: GuardContext, branches: Branches, control: Control, loop: TrainingLoop) -> None:
         self._context = context
         self._branches = branches
+        self._control = control
         self._loop = loop
         self._limits = context.thresholds.trial
         self._running: _Running | None = None
@@ -174,7 +177,7 @@ class TrialRunner:
         Returns:
             Whether a trial is running now.
         """
-        if self._running is not None or not self._branches.possible():
+        if self._running is not None or self._control.failed or not self._branches.possible():
             return self._running is not None
         limits, base = self._limits, arm or start
         if min(self._context.ranks.gather(self._loop.updates_left())) < limits.updates:
@@ -199,6 +202,8 @@ class TrialRunner:
         if len(states) < len(bases) or not arms:
             return False
         states.setdefault("best", states["start"])
+        if arm is None:
+            self._control.begin()
         earlier, rate = self._context.replay.earlier(), self._context.rate
         self._newest = self._context.state.step, rate.ratio(), rate.first() or 0.0
         self._running = _Running(
@@ -270,9 +275,10 @@ class TrialRunner:
             return FoundFault(running.fault, reading)
         with self._context.replay.showing(reading.step) as shown:
             at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
-            with self._branches.beside() as possible:
-                if not (at_hand and possible and self._advance(running, reading.loss or 0.0)):
-                    self._end("no result", "a batch could not be run again")
+            with self._branches.beside(reading.step) as possible:
+                alike = at_hand and possible and self._control.follow(reading.step)
+                if not (alike and self._advance(running, reading.loss or 0.0)):
+                    self._end("no result", NOT_ALIKE if self._control.failed else "a batch could not be run again")
                     return None
                 compared = running.comparison
                 if compared is None or not (compared.complete or (compared.final and not compared.open)):
@@ -402,8 +408,9 @@ class TrialRunner:
         return arms if len(arms) == len(factors) else []
 
     def _room(self) -> int:
-        # Memory is needed for copies of the start, the best and the present state, and for one copy during training.
-        return self._branches.room() - 4
+        # Memory is needed for copies of the start, the best and the present state, for the control, and for one copy
+        # during training.
+        return self._branches.room() - 6
 
     def _judged(self, updates: int) -> int:
         return updates // self._limits.judged_part

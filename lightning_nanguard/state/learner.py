@@ -37,6 +37,7 @@ CLOCK_KEYS = frozenset(
         "momentum", "base_momentum", "max_momentum", "betas",
     }
 )  # fmt: skip
+SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
 
 
 class Scaler(Protocol):

@@ -9,7 +9,9 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.branch import Branches
+from lightning_nanguard.guard.control import Control
 from lightning_nanguard.guard.rehearsal import Rehearsal
+from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.types import Fault
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
 
@@ -51,3 +53,9 @@ class BranchingLoop(PlainLoop):
 def branches(loop: PlainLoop) -> Branches:
     """What trains branches beside a loop."""
     return Branches(loop.guard.context, Rehearsal(loop.guard.context))
+
+
+def trial_runner(loop: BranchingLoop) -> TrialRunner:
+    """A trial runner of a loop, apart from that of its guard."""
+    context, made = loop.guard.context, branches(loop)
+    return TrialRunner(context, made, Control(context, made), loop)

@@ -11,7 +11,7 @@ from torch import Tensor
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.snapshot import tensor_bytes
 from lightning_nanguard.types import Fault
-from tests.guard.branching import SUSPICION, BranchingLoop, branches
+from tests.guard.branching import SUSPICION, BranchingLoop, branches, trial_runner
 from tests.guard.plain_loop import nan_at, remedies, state
 from tests.helpers import copied, differences
 
@@ -19,7 +19,7 @@ from tests.helpers import copied, differences
 def with_trial(loop: BranchingLoop) -> tuple[TrialRunner, bool]:
     """A trial of a loop that has trained, and whether it began."""
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop), loop)
+    trial = trial_runner(loop)
     certified = context.ring.certified
     return trial, trial.begin(SUSPICION, certified[-1], certified[0])
 
@@ -157,7 +157,7 @@ def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     loop.run(30)
     learner = loop.guard.context.learner
     size = tensor_bytes(dict(learner.leaves()))
-    for states, arms in ((4, 0), (5, 1), (100, 4)):
+    for states, arms in ((6, 0), (7, 1), (100, 4)):
         monkeypatch.setattr(learner.device, "host_memory", lambda states=states: 4 * states * size)
         trial, began = with_trial(loop)
         assert began == bool(arms)
@@ -221,7 +221,7 @@ def test_arms_that_go_on_are_not_begun_anew() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(120)
     context = loop.guard.context
-    trial = TrialRunner(context, branches(loop), loop)
+    trial = trial_runner(loop)
     with branches(loop).beside():
         learned = branches(loop).of()
     assert learned is not None

@@ -19,7 +19,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.learner import CLOCK_KEYS
+from lightning_nanguard.state.learner import SCHEDULED
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -37,7 +37,6 @@ from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")
-_SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
 
 
 @final
@@ -159,7 +158,7 @@ class UpdatesAgain:
             kept.clear()  # snapshots are too far apart for this
         if self._room and (kept or number <= first):
             groups = self._context.learner.optimizers[0].param_groups
-            scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+            scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
             before: Sequence[Callable[[], None]] = ()
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
@@ -240,7 +239,7 @@ class UpdatesAgain:
         except OutOfMemory:
             return None
         self._context.state.redo_cause = "", ""
-        scheduled = [{key: group[key] for key in _SCHEDULED if key in group} for group in optimizer.param_groups]
+        scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
         try:
             with ExitStack() as inside:
                 inside.enter_context(self._replay.rehearsing())
