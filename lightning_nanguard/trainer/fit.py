@@ -40,7 +40,7 @@ from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
-from lightning_nanguard.trainer.private.running_means import keep_names
+from lightning_nanguard.trainer.private.running_means import KeptNames
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
@@ -98,7 +98,8 @@ class Fit:
         self.order = order
         self.samples = samples
         self._keeper = keeper
-        self.validation = ValidationWatch(trainer, guard, replay)
+        self._names = KeptNames(trainer)
+        self.validation = ValidationWatch(trainer, guard, replay, self._names)
         self.rank_zero = trainer.is_global_zero
         self.last_good: LastGood | None = None
         self.carried: CarriedAttributes | None = None
@@ -282,7 +283,7 @@ class Fit:
 
         A module with an ``optimizer_zero_grad`` of its own may add the gradients of the next batch to them.
         """
-        keep_names(self._trainer)
+        self._names.after_skip()
         module = self._trainer.lightning_module
         if type(module).optimizer_zero_grad is package_of(type(module)).LightningModule.optimizer_zero_grad:
             return
@@ -307,6 +308,7 @@ class Fit:
 
     def end_epoch(self) -> None:
         """Forget a batch that began and did not run, and give advice about the module's own GradScaler."""
+        self._names.end_epoch()
         for finding in fallen_scales(self.context.learner.module):
             self.diagnostics.advise("loss scale", finding)
         if self.guard.end_epoch():

@@ -11,6 +11,7 @@ from torch import Tensor
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import Trainer
+from lightning_nanguard.trainer.private.running_means import KeptNames
 from lightning_nanguard.types import Fault
 
 
@@ -22,12 +23,14 @@ class ValidationWatch:
         trainer: The trainer.
         guard: Handles a loss that is not finite.
         replay: Keeps the present batch.
+        names: Knows values that are NaN only because their batches were skipped.
     """
 
-    def __init__(self, trainer: Trainer, guard: Guard, replay: TrainerBatchReplay) -> None:
+    def __init__(self, trainer: Trainer, guard: Guard, replay: TrainerBatchReplay, names: KeptNames) -> None:
         self._trainer = trainer
         self._guard = guard
         self._replay = replay
+        self._names = names
         self._bad: Tensor | None = None
 
     def see(self, outputs: Any) -> None:
@@ -65,5 +68,6 @@ class ValidationWatch:
         followed = {name for owner in owners if isinstance(name := getattr(owner, "monitor", None), str)}
         for key, value in trainer.callback_metrics.items():
             is_loss = losses and "loss" in key and key.startswith("val")
-            if (is_loss or key in followed) and not bool(torch.isfinite(value).all()):
+            matters = (is_loss or key in followed) and not self._names.is_kept(key, value)
+            if matters and not bool(torch.isfinite(value).all()):
                 yield key

@@ -36,7 +36,8 @@ class SpoilsBeforeValidation(Callback):
 
 
 def test_bad_validation_loss_under_healthy_training(tmp_path: Path) -> None:
-    """A validation loss that is not finite while training is leads to the poisoned buffer, which is put back."""
+    """A validation loss that is not finite while training is leads to the poisoned buffer. The updates are made
+    again without it."""
     guard = NaNGuard(snapshot_every_n_steps=5)
     run = fit(
         task("norm", adam),
@@ -50,7 +51,7 @@ def test_bad_validation_loss_under_healthy_training(tmp_path: Path) -> None:
     assert_sound(run, guard)
     (found,) = guard.interventions
     assert (found.fault, found.place) == ("non_finite_validation", "buffer net.1.running_var")
-    assert (found.remedies, found.updates_lost) == (("restore averages",), 0)
+    assert (found.remedies, found.updates_lost) == (("restore", "redo"), 0)
     assert (found.epoch, found.batch_idx) == (1, -1)
     assert math.isfinite(float(run.trainer.callback_metrics["val_loss"]))
 
@@ -64,7 +65,7 @@ def test_restore_in_validation_keeps_the_epochs_means(tmp_path: Path) -> None:
         run = fit(task("norm", adam), data_for("norm", 20), guard, **options)
         means.append(float(run.trainer.callback_metrics["loss_epoch"]))
         if guard is not None:
-            assert words(guard) == [("restore averages",)]
+            assert words(guard) == [("restore", "redo")]
     assert means[0] == means[1]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, final
 
 import torch
 
@@ -35,16 +35,45 @@ def remember_running_means(trainer: Any) -> Callable[[], None]:
     return undo
 
 
-def keep_names(trainer: Any) -> None:
-    """After a skipped batch: let values that only skipped batches have logged so far be NaN, and not missing.
+@final
+class KeptNames:
+    """Lets logged values be NaN, and not missing, if every batch that would have given them was skipped.
 
     A callback or a scheduler that monitors a value raises an exception if its name is missing. Loggers do not get it.
+
+    Args:
+        trainer: The trainer.
     """
-    results, known = trainer.fit_loop.epoch_loop._results, trainer.callback_metrics
-    for item in results.values():
-        names = {name for on_step in (True, False) for name in results._forked_name(item, on_step)}
-        for name in names - known.keys():
-            trainer._logger_connector._callback_metrics[name] = torch.tensor(torch.nan, device=item.device)
+
+    def __init__(self, trainer: Any) -> None:
+        self._trainer = trainer
+        self._skipped = False
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def after_skip(self) -> None:
+        """After a skipped batch: keep the names of values of single steps."""
+        self._skipped = True
+        self._keep(on_step=True)
+
+    def end_epoch(self) -> None:
+        """Before the end of an epoch: keep the names of its means. Before it they are missing in every run."""
+        if self._skipped:
+            self._keep(on_step=False)
+        self._skipped = False
+
+    def is_kept(self, name: str, value: Any) -> bool:
+        """Whether a value is NaN only because its batches were skipped."""
+        return self._kept.get(name) is value
+
+    def _keep(self, *, on_step: bool) -> None:
+        results, connector = self._trainer.fit_loop.epoch_loop._results, self._trainer._logger_connector
+        known = self._trainer.callback_metrics
+        for item in results.values():
+            if not (item.meta.on_step if on_step else item.meta.on_epoch):
+                continue
+            for name in set(results._forked_name(item, on_step)) - known.keys():
+                nan = torch.tensor(torch.nan, device=item.device)
+                connector._callback_metrics[name] = self._kept[name] = nan
 
 
 def running_means(trainer: Any) -> list[Any]:
