@@ -22,7 +22,7 @@ def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     """The loss is finite, and the forward pass writes a number that is not finite into a buffer."""
     cure = (
         "Look at what the forward pass writes there: a division by a count or a sum that may be zero, the variance of "
-        "one value."
+        "one value, the square of an input that is far too large."
     )
     what = "the loss was finite, and the forward pass caused this each time it was run"
     return _comes_back(case, thresholds, "forward_writes_buffer", what, cure)

@@ -197,7 +197,7 @@ class StepRunner:
         if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1
-        if self._parts.replay.batch_finite() is False or self._updates.since(ring.certified[0], last) is None:
+        if self._parts.replay.batch_finite() is False or self._updates.since(ring.certified[0], last, last + 1) is None:
             return False
         return not (self._updates.futile and self._check.state_is_finite())
 

@@ -185,8 +185,14 @@ class UpdatesAgain:
         values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
-    def since(self, snapshot: Snapshot, number: int) -> list[_Update] | None:
-        """The updates after a snapshot up to ``number``; ``None`` if one is not kept or cannot be repeated."""
+    def since(self, snapshot: Snapshot, number: int, faulty: int) -> list[_Update] | None:
+        """The updates after a snapshot; ``None`` if one is not kept or cannot be repeated.
+
+        Args:
+            snapshot: The snapshot.
+            number: The last of the updates.
+            faulty: The update of the present fault. All updates before it that were skipped stay skipped.
+        """
         context = self._context
         if not self._possible or context.rate.is_on() or context.clipper.value is not None:
             return None
@@ -195,13 +201,13 @@ class UpdatesAgain:
         updates = [one for one in self._kept if snapshot.step < one.number <= number]
         numbers, first = [one.number for one in updates], self._first_after(snapshot)
         tensors = any(isinstance(value, Tensor) for one in updates for group in one.groups for value in group.values())
-        if not all(one.micros or self._was_skipped(one, number) for one in updates):
+        if not all(one.micros or self._was_skipped(one, faulty) for one in updates):
             return None
         return None if tensors or numbers != list(range(first, number + 1)) else updates
 
-    def _was_skipped(self, update: _Update, number: int) -> bool:
-        """Whether the run skipped an update. The last update, with the present fault, does not count as skipped."""
-        return update.number < number and update.number in self._context.state.skipped
+    def _was_skipped(self, update: _Update, faulty: int) -> bool:
+        """Whether the run skipped an update. The one with the present fault does not count as skipped."""
+        return update.number < faulty and update.number in self._context.state.skipped
 
     def go(
         self,
@@ -228,7 +234,8 @@ class UpdatesAgain:
         """
         # If too few updates agree after the newest snapshot, an older one may decide.
         starts = [snapshot, *(one for one in self._context.ring.certified if one.step < snapshot.step)]
-        ways = [(one, updates) for one in starts if (updates := self.since(one, number)) is not None]
+        faulty = number if then is None else number + 1
+        ways = [(one, updates) for one in starts if (updates := self.since(one, number, faulty)) is not None]
         if not ways or ways[0][0] is not snapshot:
             return None
         _logger.info("NaNGuard: making the %d updates since the snapshot again.", len(ways[0][1]))
@@ -246,7 +253,7 @@ class UpdatesAgain:
                 inside.enter_context(uncounted(self._trainer, lambda callback: False))
                 restore(learner, snapshot)
                 if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
-                    if any(self._make(updates, start, bad=bad) for start, updates in ways):
+                    if any(self._make(updates, start, faulty, bad=bad) for start, updates in ways):
                         after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                         measures = self._measures.now()
@@ -294,15 +301,14 @@ class UpdatesAgain:
         losses = [loss for _, loss in self._losses(update, spoilt=False)]
         return not all(bool(torch.isfinite(loss).all()) for loss in losses) or self._is_as_large(bad)
 
-    def _make(self, updates: list[_Update], snapshot: Snapshot, *, bad: Reading | None) -> bool:
-        number = updates[-1].number if updates else 0
+    def _make(self, updates: list[_Update], snapshot: Snapshot, faulty: int, *, bad: Reading | None) -> bool:
         restore(self._context.learner, snapshot)
         if snapshot.step > self._started:  # the snapshot is older than the averages of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs, self._rows = 0, False, []
         for update in updates:
             self._measure_from(update, first=update is updates[0])
-            if self._was_skipped(update, number):
+            if self._was_skipped(update, faulty):
                 continue
             for known, now in self._losses(update, spoilt=differs or (bad is not None and update.number > bad.step)):
                 if not bool(torch.isfinite(now).all()):
@@ -355,13 +361,21 @@ class UpdatesAgain:
         state, module = self._context.state, self._module
         written = self._context.corrupt()[0]
         if written is not None:
-            state.redo_cause = "forward_writes_buffer", buffer_in_words(module, written)
+            state.redo_cause = "forward_writes_buffer", buffer_in_words(module, written) + self._strange_batch(update)
             return False
         sizes = self._step(update)
         spoilt = self._context.corrupt()[0]
         if spoilt is not None and max(sizes, default=0.0) < self._limits.squared:
             state.redo_cause = "optimizer_update", update_in_words(module, update.micros[0].run.optimizer, spoilt)
         return spoilt is None
+
+    def _strange_batch(self, update: _Update) -> str:
+        """Names the batch of an update if its values are far larger than in the batches before; else ``""``."""
+        for micro in update.micros:
+            if self._replay.batches.strange(micro.run.batch, extreme=True):
+                where = f"batch {micro.run.batch_idx} of epoch {update.epoch}"
+                return f" after {where} (its values are far larger than in the batches before)"
+        return ""
 
     def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:
         optimizer = update.micros[0].run.optimizer

@@ -281,6 +281,28 @@ def test_updates_that_were_skipped_are_not_made_again(accumulated: int, tmp_path
     assert differences(left, expected) == []
 
 
+class Overflows(nn.Module):
+    """Huge inputs overflow its gradient and the statistics of its batch norm. Its loss stays finite."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.statistics = nn.BatchNorm1d(6)
+        self.first, self.last = nn.Linear(6, 8), nn.Linear(8, OUTPUTS)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.statistics(x)
+        return self.last(torch.sin(self.first(x)))
+
+
+def test_bad_batches_in_a_row_are_skipped_alone(tmp_path: Path) -> None:
+    """When the second of them is examined, the skipped first one is not run again: its buffers are not blamed."""
+    data = [(x * 1e20, y) if index % 8 in (4, 5, 6) else (x, y) for index, (x, y) in enumerate(batches(count=24))]
+    guard = NaNGuard(snapshot_every_n_steps=3)
+    made = fit(Task(Overflows()), data, guard, folder=tmp_path, max_epochs=2)
+    assert [(one.fault, one.remedies) for one in guard.interventions] == [("gradient_overflow", ("skip",))] * 18
+    assert made.trainer.global_step == 48
+
+
 def test_a_batch_that_was_skipped_before_is_no_obstacle(tmp_path: Path) -> None:
     """From the next snapshot on updates can be made again; the run ends as one that met the bad batch alone."""
     states = []
