@@ -165,7 +165,9 @@ class Policy:
         if evidence.undo and not restoring:
             steps, restoring = [Restore(0), *steps], True  # only a restore can undo an update that was made
         comparison = evidence.comparison
-        lost = evidence.corrupt is not None or (comparison is not None and not math.isfinite(comparison.now))
+        worse = comparison is not None and not math.isfinite(comparison.now)
+        # Without a remedy in the list, the user wants batches to be skipped as long as the weights are finite.
+        lost = evidence.corrupt is not None or (worse and bool(self.remedies))
         if not restoring and (lost or not steps):
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)

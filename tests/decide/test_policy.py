@@ -127,6 +127,8 @@ def test_the_evidence_chooses(fault: Fault, evidence: dict[str, object], plan: P
 
 REMEDIES: list[tuple[str, tuple[Remedy, ...], Fault, dict[str, object], Plan]] = [
     ("skip only", (), BATCH, {}, (Skip(),)),
+    ("skip only, weights that give no finite loss", (), BATCH,
+     {"bad_in_a_row": 4, "comparison": THE_LEARNER, "healthy_since_restore": 2}, (Skip(),)),
     ("skip only, learner lost", (), EXPLODING, {"corrupt": "parameter w"}, (Stop("…"),)),
     ("stop", (StopTraining(),), EXPLODING, {}, (Stop("…"),)),
     ("stop after what helps", (Rollback(), ReduceLR(), StopTraining()), EXPLODING, {}, (Restore(0), Scale(0.5))),
