@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, final
@@ -17,7 +16,7 @@ from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import find_runs
 from lightning_nanguard.report.data import read_run_data
-from lightning_nanguard.types import Advice, Intervention
+from lightning_nanguard.types import Advice, Intervention, Kind
 
 NAME = "tail"
 HELP = "follow the newest run in a folder, and print each thing that the guard does"
@@ -39,14 +38,13 @@ def run(chosen: argparse.Namespace) -> int:
     folder = runs[-1].folder
     say(headline(read_run_data(folder)))
     records, advice = NewLines(folder / RECORDS_FILE), NewLines(folder / ADVICE_FILE)
-    seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    seen: set[Kind] = set()
     try:
         while True:
             alive = is_alive(folder)  # asked first: what it wrote before its end is told
             for record in records.take(Intervention.from_dict):
-                kind = (record.fault, record.cause, record.remedies)
-                seen[kind] += 1
-                say(tell(record) if seen[kind] == 1 else tell_again(record))
+                say(tell_again(record) if record.kind in seen else tell(record))
+                seen.add(record.kind)
             for piece in advice.take(Advice.from_dict):
                 say(describe_advice(piece))
             if not alive:

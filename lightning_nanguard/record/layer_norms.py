@@ -13,7 +13,7 @@ from typing import final
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.files import read_whole
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import SCHEMA_VERSION, Intervention, plain
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Kind, plain
 
 LAYER_NORMS_FILE = "layer_norms.jsonl"
 """Name of the file in a run's folder."""
@@ -56,14 +56,13 @@ class LayerNormsFile(Sink):
         self._path = path
         self._read = read
         self._thresholds = thresholds
-        self._seen: set[tuple[str, str | None, tuple[str, ...]]] = set()
+        self._seen: set[Kind] = set()
 
     def write(self, intervention: Intervention) -> None:
         """Write the norms of the newest updates, if this is the first intervention of its kind."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        if kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
+        if intervention.kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
             return
-        self._seen.add(kind)
+        self._seen.add(intervention.kind)
         updates, layers = self._read()
         if not layers:
             return

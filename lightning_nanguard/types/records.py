@@ -18,6 +18,9 @@ SCHEMA_VERSION = 1
 Row = int | str
 """A row of a data set: its index, or in words the key that the user's sampler draws."""
 
+Kind = tuple[str, str | None, tuple[str, ...]]
+"""Fault, cause and remedies: what the interventions of one kind have in common."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -89,6 +92,11 @@ class Intervention:
     updates_lost: int = 0
     restart_updates: int = 0
     run: str = field(default="", compare=False)
+
+    @property
+    def kind(self) -> Kind:
+        """Fault, cause and remedies. Most sinks tell only the first intervention of each kind in full."""
+        return self.fault, self.cause, self.remedies
 
     @property
     def ends_run(self) -> bool:
