@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -23,6 +24,10 @@ LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
 _Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
+_Parsed = TypeVar("_Parsed")
+
+# A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -40,6 +45,15 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
+
+
+def readable(lines: bytes, parse: Callable[[Any], _Parsed]) -> list[_Parsed]:
+    """What ``parse`` makes of the JSON value of each line. Lines that cannot be read are left out."""
+    found = []
+    for line in lines.splitlines():
+        with contextlib.suppress(*_UNREADABLE):
+            found.append(parse(json.loads(line)))
+    return found
 
 
 def put_aside(path: str | os.PathLike[str]) -> Path:
@@ -125,8 +139,7 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             data = json.loads(line)
             later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
             records.append(parse(data))
-        # A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except _UNREADABLE:
             unreadable.append(number)
     if unreadable:
         _logger.warning(

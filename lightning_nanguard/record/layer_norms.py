@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import read_whole, readable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Kind, plain
 
@@ -91,16 +91,13 @@ def read_layer_norms(path: Path) -> list[LayerNorms]:
     Args:
         path: The file; it need not exist.
     """
-    found: list[LayerNorms] = []
-    if not path.is_file():
-        return found
-    for line in read_whole(path).splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            entry = json.loads(line)
-            layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
-            updates = tuple(map(int, entry["updates"]))
-            found.append(LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers))
-    return found
+    return readable(read_whole(path), _parsed) if path.is_file() else []
+
+
+def _parsed(entry: Mapping[str, Any]) -> LayerNorms:
+    layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
+    updates = tuple(map(int, entry["updates"]))
+    return LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers)
 
 
 def _number(value: float | str | None) -> float | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import read_whole, readable
 from lightning_nanguard.types import SCHEMA_VERSION, plain
 
 RUN_FILE = "run.jsonl"
@@ -88,26 +87,24 @@ def read_run(folder: Path) -> RunLog | None:
         folder: The folder of a run.
     """
     try:
-        lines = read_whole(folder / RUN_FILE).splitlines()
+        lines = read_whole(folder / RUN_FILE)
     except OSError:
         return None
     run_id = ""
     fits: list[Mapping[str, Any]] = []
     ended: Mapping[str, Any] | None = None
     saved: dict[str, tuple[float, str]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            entry = json.loads(line)
-            match entry:
-                case {"event": "fit", "run": str(name)}:
-                    if name != run_id:  # a new run in the folder of a killed one
-                        run_id, fits = name, []
-                    fits.append(entry)
-                    ended = None
-                case {"event": "save", "path": str(path), "time": int() | float() as when, "run": str(name)}:
-                    saved[path] = float(when), name
-                case {"event": "end"}:
-                    ended = entry
+    for entry in readable(lines, dict):
+        match entry:
+            case {"event": "fit", "run": str(name)}:
+                if name != run_id:  # a new run in the folder of a killed one
+                    run_id, fits = name, []
+                fits.append(entry)
+                ended = None
+            case {"event": "save", "path": str(path), "time": int() | float() as when, "run": str(name)}:
+                saved[path] = float(when), name
+            case {"event": "end"}:
+                ended = entry
     return RunLog(folder, run_id, tuple(fits), ended, saved) if run_id else None
 
 

@@ -31,6 +31,7 @@ from lightning_nanguard.types.records import (
     Kind,
     Row,
     Verdict,
+    from_plain,
     plain,
 )
 
@@ -62,5 +63,6 @@ __all__ = [
     "Stop",
     "Trial",
     "Verdict",
+    "from_plain",
     "plain",
 ]
