@@ -1,4 +1,4 @@
-"""Reads the files of records and advice that a run has written."""
+"""Reads and appends to the files of a run."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ import contextlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -54,6 +56,39 @@ def readable(lines: bytes, parse: Callable[[Any], _Parsed]) -> list[_Parsed]:
         with contextlib.suppress(*_UNREADABLE):
             found.append(parse(json.loads(line)))
     return found
+
+
+def append(file: FileIO, lines: bytes, *, lasting: bool = False) -> None:
+    """Add lines to a file. If this fails, the file does not change.
+
+    Args:
+        file: The file, opened with mode ``"a+b"``. It has no buffer, because ``close()`` would write a buffer again
+            that was left over from a full disk.
+        lines: The lines, the last one with its end.
+        lasting: Whether to wait until they are on the disk.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":  # a killed run has left a torn line, which would make the next one unreadable
+            lines = b"\n" + lines
+    rest = memoryview(lines)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        if lasting:
+            sync(file)
+    except BaseException:
+        # Remove partial lines, because the next try writes them again.
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
+
+
+def sync(file: FileIO) -> None:
+    """Wait until a file is on the disk, if it is one on a disk."""
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        os.fsync(file.fileno())
 
 
 def put_aside(path: str | os.PathLike[str]) -> Path:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import read_whole, readable
+from lightning_nanguard.record.files import append, read_whole, readable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Kind, plain
 
@@ -77,8 +77,8 @@ class LayerNormsFile(Sink):
         }
         with contextlib.suppress(OSError):  # the sink of the records already warns
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
+            with open(self._path, "a+b", buffering=0) as file:
+                append(file, json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Forget which kinds were written, so that the next fit writes them again."""

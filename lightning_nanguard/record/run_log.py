@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.record.files import read_whole, readable
+from lightning_nanguard.record.files import append, read_whole, readable
 from lightning_nanguard.types import SCHEMA_VERSION, plain
 
 RUN_FILE = "run.jsonl"
@@ -70,14 +70,8 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
     """
     entry = {"schema": SCHEMA_VERSION, "event": event, "time": round(time.time(), 3), **plain(values)}
     line = json.dumps(entry, allow_nan=False, default=str).encode() + b"\n"
-    handle = os.open(folder / RUN_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        # A killed run may have left a torn line, which would make this one unreadable.
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n" if hasattr(os, "pread") else False
-        os.write(handle, b"\n" + line if torn else line)
-    finally:
-        os.close(handle)
+    with open(folder / RUN_FILE, "a+b", buffering=0) as file:
+        append(file, line)
 
 
 def read_run(folder: Path) -> RunLog | None:
