@@ -1,10 +1,9 @@
-"""Builds the sinks and the advice log of one fit, and logs the numbers of the guard in the trainer's loggers."""
+"""Builds the sinks and the advice log of one fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.advice import AdviceLog
@@ -14,15 +13,15 @@ from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
-from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.outcome_log import OutcomeLog
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.words import LoggerWords
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 
 
 def fit_sinks(
@@ -46,12 +45,11 @@ def fit_sinks(
         replay: Says whether metrics may be logged now.
     """
     thresholds = context.thresholds.records
-    metrics = _TrainerMetrics(trainer, module, memory, context, replay)
     sinks = [
         memory,
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
-        Loggers(metrics.numbers, metrics.log),
+        LoggerNumbers(trainer, module, memory, context, replay),
         LoggerWords(trainer),
         LayerNormsFile(
             run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
@@ -85,37 +83,3 @@ def fit_outcomes(
         for name in (RECEIPTS_FILE, TRIALS_FILE)
     )
     return OutcomeLog(receipts, run.run_id), OutcomeLog(trials, run.run_id)
-
-
-@final
-class _TrainerMetrics:
-    """Logs the numbers of the run to every logger of the trainer and to its progress bar."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        memory: Memory,
-        context: GuardContext,
-        replay: TrainerBatchReplay,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._memory = memory
-        self._context = context
-        self._replay = replay
-
-    def numbers(self) -> RunNumbers:
-        return RunNumbers(self._memory.total, self._context.rate.ratio(), self._context.clipper.value)
-
-    def log(self, values: Mapping[str, float]) -> None:
-        for logger in self._trainer.loggers:
-            logger.log_metrics(dict(values), step=logged_at(self._trainer))
-        if self._trainer.progress_bar_callback is None:
-            return
-        count = values["nanguard/interventions"]
-        show = partial(self._module.log, "nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
-        if self._replay.may_log:
-            show()
-        else:
-            self._replay.to_log = show
