@@ -124,7 +124,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
 
 
 def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
-    """Read the advice of a file that :class:`AdviceLog` wrote, oldest first; see :func:`read_records`.
+    """Read the advice of a file that :class:`FitLog` wrote, oldest first; see :func:`read_records`.
 
     Args:
         path: The file.

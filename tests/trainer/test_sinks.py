@@ -22,6 +22,7 @@ from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nanguard import Advice, Finding, Intervention, NaNGuard, RunInfo, Sink
 from lightning_nanguard.record.files import read_advice, read_records
+from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
@@ -315,7 +316,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     assert Keeps.ended == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 2)]
 
 
-def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
+def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Advice carries the id of the run, and only rank 0 has a file of it."""
     advice = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
     for rank, written in ((1, []), (0, [advice])):
@@ -325,3 +326,5 @@ def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
         found = [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)]
         assert found == written
         assert {one.run for one in (*found, *log.given)} == {"one"}
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * len(written)
+    assert caplog.records[0].getMessage() == f"NaNGuard: {describe_advice(advice)}"
