@@ -1,9 +1,11 @@
-"""Errors the guard raises, and the check of arguments that every constructor uses."""
+"""Errors the guard raises, and checks of arguments."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from lightning_nanguard.types import Fault, Finding
 
@@ -21,6 +23,17 @@ def require(condition: bool, owner: object, argument: str, value: object, expect
     if not condition:
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise ValueError(f"{name}({argument}={value!r}): expected {expected}.")
+
+
+def takes_one_argument(function: Callable[..., Any]) -> bool:
+    """Whether a user's function can be called with one argument."""
+    try:
+        inspect.signature(function).bind(None)
+    except TypeError:
+        return False
+    except ValueError:  # some functions written in C have no signature
+        return True
+    return True
 
 
 class TrainingDivergedError(RuntimeError):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import shlex
 import sys
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -18,6 +17,7 @@ from lightning_nanguard.record.skipped import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
+from lightning_nanguard.types import Kind
 
 NAME = "explain"
 HELP = "say what the guard did in a run, why, and what to do about it"
@@ -122,17 +122,18 @@ def _tell_file(file: Path) -> None:
         for advice in read_advice(file):
             say(describe_advice(advice))
         return
-    seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    seen: set[Kind] = set()
     data = read_run_data(file.parent)
     before = None
     for record in read_records(file):
         if data.resumed_at and before is not None and record.global_step < before:
             say("-- the run was resumed from an earlier step --")
         before = record.global_step
-        kind = (record.fault, record.cause, record.remedies)
-        seen[kind] += 1
-        say(tell(record) if seen[kind] == 1 else tell_again(record))
-        if seen[kind] == 1:
+        if record.kind in seen:
+            say(tell_again(record))
+        else:
+            seen.add(record.kind)
+            say(tell(record))
             for line in recorded_around(record, data):
                 say(f"  {line}")
         receipt = receipt_of(record, data.receipts)

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import argparse
-import json
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar, final
 
 from lightning_nanguard.cli.explain import headline
 from lightning_nanguard.cli.output import say, say_no_run
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, put_aside, read_whole
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, put_aside, read_whole, readable
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_log import find_runs
 from lightning_nanguard.report.data import read_run_data
-from lightning_nanguard.types import Advice, Intervention
+from lightning_nanguard.types import Advice, Intervention, Kind
 
 NAME = "tail"
 HELP = "follow the newest run in a folder, and print each thing that the guard does"
@@ -39,14 +37,13 @@ def run(chosen: argparse.Namespace) -> int:
     folder = runs[-1].folder
     say(headline(read_run_data(folder)))
     records, advice = NewLines(folder / RECORDS_FILE), NewLines(folder / ADVICE_FILE)
-    seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+    seen: set[Kind] = set()
     try:
         while True:
             alive = is_alive(folder)  # asked first: what it wrote before its end is told
             for record in records.take(Intervention.from_dict):
-                kind = (record.fault, record.cause, record.remedies)
-                seen[kind] += 1
-                say(tell(record) if seen[kind] == 1 else tell_again(record))
+                say(tell_again(record) if record.kind in seen else tell(record))
+                seen.add(record.kind)
             for piece in advice.take(Advice.from_dict):
                 say(describe_advice(piece))
             if not alive:
@@ -72,7 +69,7 @@ class NewLines:
         self._read = 0
         self._file: int | None = None
 
-    def take(self, parse: Callable[[Mapping[str, Any]], _Record]) -> Iterator[_Record]:
+    def take(self, parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
         """The records that are new since the last call; one that is not whole yet is left for the next.
 
         Args:
@@ -80,18 +77,14 @@ class NewLines:
         """
         older, path = put_aside(self._path), self._path
         try:
-            lines: list[bytes] = []
+            lines = b""
             file = path.stat().st_ino
             if file != self._file and older.is_file():
-                lines += read_whole(older, self._read).splitlines()  # it was put aside, and a new one has begun
+                lines = read_whole(older, self._read) + b"\n"  # it was put aside, and a new one has begun
                 self._read = 0
             self._file = file
             whole = read_whole(path, self._read).rpartition(b"\n")[0]
         except OSError:
-            return
+            return []
         self._read += len(whole) + bool(whole)
-        for line in (*lines, *whole.splitlines()):
-            try:
-                yield parse(json.loads(line))
-            except (ValueError, TypeError, AttributeError, RecursionError):
-                continue  # `nanguard explain` says which lines cannot be read
+        return readable(lines + whole, parse)  # `nanguard explain` says which lines cannot be read

@@ -61,11 +61,6 @@ class DivergingLoss(Detector):
         self._suspected = False  # whether the newest losses are far above the best level
         self._early = patience  # updates before which no loss is suspected between two checks
 
-    @property
-    def first(self) -> float | None:
-        """The loss of the first healthy update of the run."""
-        return self._history.first
-
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
         loss, first, best, updates = reading.loss, self._history.first, self._history.best, self._history.since + 1

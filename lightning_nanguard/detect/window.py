@@ -44,10 +44,6 @@ class Window:
         items = self._items
         return [items[i][1] for i in range(max(0, len(items) - count), len(items))]
 
-    def step_before(self, step: int) -> int:
-        """Step of the newest value before ``step``; ``step - 1`` if none is known."""
-        return next((read for read, _ in reversed(self._items) if read < step), step - 1)
-
     def items(self) -> Iterator[tuple[int, float]]:
         """Steps and values, the newest first."""
         return reversed(self._items)

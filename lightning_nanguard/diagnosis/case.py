@@ -166,8 +166,7 @@ class Clues:
         low_precision: Whether the model runs in 16 bits.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
-        good_norm: Norm of the gradient under the last good state.
-        good_finite: Whether this loss and this norm are finite. If so, not the batch alone is at fault.
+        good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
         change: A change since the good state that no update explains; ``None`` without one.
         moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if the two states were
             not compared.
@@ -190,7 +189,6 @@ class Clues:
     low_precision: bool = False
     finite_in_float32: bool | None = None
     good_loss: float | None = None
-    good_norm: float | None = None
     good_finite: bool | None = None
     change: Change | None = None
     moved_alone: bool | None = None

@@ -231,7 +231,7 @@ class Diagnostician:
             found = loss_and_gradient_norm(self._learner.module, partial(self._step, micro, False))
         if found is None:
             return clues
-        return replace(clues, good_loss=found[0], good_norm=found[1], good_finite=all(map(math.isfinite, found)))
+        return replace(clues, good_loss=found[0], good_finite=all(map(math.isfinite, found)))
 
     def _learner_suspected(self, case: Case) -> bool:
         if case.clues.bad_fields or case.clues.change is not None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import inspect
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.errors import takes_one_argument
+from lightning_nanguard.record.text import name_of
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -87,8 +89,7 @@ def _what_is_wrong(found: object) -> str | None:
 
 def rule_name(rule: Callable[..., Any]) -> str:
     """Name of a rule in messages: that of the function, or of the class of a callable object."""
-    named = rule if hasattr(rule, "__qualname__") else getattr(rule, "func", type(rule))
-    return f"{named.__module__}.{named.__qualname__}"
+    return name_of(rule.func if isinstance(rule, partial) else rule)
 
 
 def check_rules(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
@@ -105,16 +106,6 @@ def check_rules(rules: Sequence[Rule] | None) -> tuple[Rule, ...]:
             raise TypeError(f"NaNGuard(rules=…): {given!r} is a class; write {given.__name__}().")
         if not callable(given):
             raise TypeError(f"NaNGuard(rules=…): {given!r} is not callable; a rule takes a Case and returns a Finding.")
-        if not _takes_a_case(given):
+        if not takes_one_argument(given):
             raise TypeError(f"NaNGuard(rules=…): {rule_name(given)} cannot be called with one argument, the Case.")
     return tuple(listed)
-
-
-def _takes_a_case(rule: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(rule).bind(Case())
-    except TypeError:
-        return False
-    except ValueError:
-        return True  # written in C, without a readable signature
-    return True

@@ -18,8 +18,8 @@ from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.curve import CurveFile
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.known_samples import KnownSamples
-from lightning_nanguard.record.outcome_log import OutcomeLog
 from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.state.finite import FiniteCheck
@@ -93,8 +93,8 @@ class GuardContext:
     norms: NormHistory = field(default_factory=NormHistory)
     curve: CurveFile | None = None
     samples: KnownSamples = field(default_factory=KnownSamples)
-    receipts: OutcomeLog[Receipt] = field(default_factory=OutcomeLog)
-    trials: OutcomeLog[HeldTrial] = field(default_factory=OutcomeLog)
+    receipts: FitLog[Receipt] = field(default_factory=lambda: FitLog(Receipt.told))
+    trials: FitLog[HeldTrial] = field(default_factory=lambda: FitLog(HeldTrial.told))
 
     def corrupt(self) -> tuple[str | None, tuple[int, ...]]:
         """The first tensor of the learner that has become non-finite since the start, and the ranks where it has.

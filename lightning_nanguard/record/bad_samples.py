@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import json
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
-from lightning_nanguard.record.files import read_whole, with_put_aside
+from lightning_nanguard.record.files import read_whole, readable, with_put_aside
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
-from lightning_nanguard.types import SCHEMA_VERSION, Row, plain
+from lightning_nanguard.types import SCHEMA_VERSION, Row, from_plain, plain
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """Name of the file in a run's folder of records."""
@@ -77,12 +75,11 @@ class BadSample:
         Raises:
             ValueError: If ``data`` is not a record of a sample.
         """
-        try:
-            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
-            known["columns"] = {str(name): tuple(found) for name, found in known.get("columns", {}).items()}
-            return cls(**known)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record of a bad sample: {error}; its keys are {sorted(data)}") from error
+        return from_plain(cls, data, "record of a bad sample", columns=_columns_of)
+
+
+def _columns_of(columns: Mapping[str, list[int]]) -> dict[str, tuple[int, ...]]:
+    return {str(name): tuple(found) for name, found in columns.items()}
 
 
 def merged(samples: Iterable[BadSample]) -> list[BadSample]:
@@ -115,12 +112,7 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
     Raises:
         FileNotFoundError: If there is no such file. A run without bad samples writes none.
     """
-    found: list[BadSample] = []
-    for line in b"\n".join(map(read_whole, with_put_aside(path))).splitlines():
-        # A killed run may leave half a line.
-        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
-            found.append(BadSample.from_dict(json.loads(line)))
-    return found
+    return [one for file in with_put_aside(path) for one in readable(read_whole(file), BadSample.from_dict)]
 
 
 def describe_sample(sample: BadSample) -> str:

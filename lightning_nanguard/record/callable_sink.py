@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import inspect
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, final
 
+from lightning_nanguard.errors import takes_one_argument
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.types import Intervention
 
@@ -67,16 +67,6 @@ def _as_sink(where: str, item: object) -> Sink:
         return item
     if not callable(item):
         raise TypeError(f"{where}{item!r} is neither an instance of Sink nor a function.")
-    if not _takes_one_argument(item):
+    if not takes_one_argument(item):
         raise TypeError(f"{where}{item!r} cannot be called with one argument, the Intervention.")
     return CallableSink(item)
-
-
-def _takes_one_argument(function: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(function).bind(None)
-    except TypeError:
-        return False
-    except ValueError:  # some functions written in C have no signature
-        return True
-    return True

@@ -9,7 +9,7 @@ from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import tell, tell_again
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Intervention, Kind
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -34,12 +34,11 @@ class Console(Sink):
         self._show_first = thresholds.shown_per_kind
         require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
         # The count of each kind, and the count at which the next one is shown.
-        self._kinds: dict[tuple[str, str | None, tuple[str, ...]], tuple[int, int]] = {}
+        self._kinds: dict[Kind, tuple[int, int]] = {}
 
     def write(self, intervention: Intervention) -> None:
         """Show the intervention, or count it."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        seen, next_shown = self._kinds.get(kind, (0, 1))
+        seen, next_shown = self._kinds.get(intervention.kind, (0, 1))
         seen += 1
         if seen == 1 or intervention.ends_run:
             _logger.warning("NaNGuard: %s", tell(intervention, self._thresholds))
@@ -47,7 +46,7 @@ class Console(Sink):
             _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention, self._thresholds), f"{seen:,}")
         if seen >= next_shown:
             next_shown = seen + 1 if seen < self._show_first else 2 * seen
-        self._kinds[kind] = seen, next_shown
+        self._kinds[intervention.kind] = seen, next_shown
 
     def close(self) -> None:
         """Forget which kinds were shown, so that the next fit shows them in full again."""

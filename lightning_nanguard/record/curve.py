@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple, final
 
 from lightning_nanguard.errors import require
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import append, read_whole
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Reading
 
@@ -127,10 +127,9 @@ class CurveFile:
     def _append(self, points: Sequence[CurvePoint]) -> None:
         if not points:
             return
-        with open(self._path, "ab") as file:
-            # A killed run may have left a torn row, which would make the next row unreadable.
-            start = _line(CurvePoint._fields) if file.tell() == 0 else "\n"
-            file.write((start + "".join(map(_row, points))).encode())
+        with open(self._path, "a+b", buffering=0) as file:
+            header = "" if file.tell() else _line(CurvePoint._fields)
+            append(file, (header + "".join(map(_row, points))).encode())
         self._rows += len(points)
 
     def _thin_out(self) -> None:

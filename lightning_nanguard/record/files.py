@@ -1,11 +1,14 @@
-"""Reads the files of records and advice that a run has written."""
+"""Reads and appends to the files of a run."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
+import stat
 from collections.abc import Callable, Mapping
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +26,10 @@ LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
 _Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
+_Parsed = TypeVar("_Parsed")
+
+# A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
+_UNREADABLE = (ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
@@ -40,6 +47,48 @@ def read_whole(path: str | os.PathLike[str], begin: int = 0) -> bytes:
     with open(path, "rb") as file:
         file.seek(begin)
         return file.read()
+
+
+def readable(lines: bytes, parse: Callable[[Any], _Parsed]) -> list[_Parsed]:
+    """What ``parse`` makes of the JSON value of each line. Lines that cannot be read are left out."""
+    found = []
+    for line in lines.splitlines():
+        with contextlib.suppress(*_UNREADABLE):
+            found.append(parse(json.loads(line)))
+    return found
+
+
+def append(file: FileIO, lines: bytes, *, lasting: bool = False) -> None:
+    """Add lines to a file. If this fails, the file does not change.
+
+    Args:
+        file: The file, opened with mode ``"a+b"``. It has no buffer, because ``close()`` would write a buffer again
+            that was left over from a full disk.
+        lines: The lines, the last one with its end.
+        lasting: Whether to wait until they are on the disk.
+    """
+    size = os.fstat(file.fileno()).st_size
+    if size:
+        file.seek(-1, os.SEEK_END)
+        if file.read(1) != b"\n":  # a killed run has left a torn line, which would make the next one unreadable
+            lines = b"\n" + lines
+    rest = memoryview(lines)
+    try:
+        while rest:
+            rest = rest[file.write(rest) :]
+        if lasting:
+            sync(file)
+    except BaseException:
+        # Remove partial lines, because the next try writes them again.
+        with contextlib.suppress(OSError):
+            file.truncate(size)
+        raise
+
+
+def sync(file: FileIO) -> None:
+    """Wait until a file is on the disk, if it is one on a disk."""
+    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        os.fsync(file.fileno())
 
 
 def put_aside(path: str | os.PathLike[str]) -> Path:
@@ -75,7 +124,7 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
 
 
 def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
-    """Read the advice of a file that :class:`AdviceLog` wrote, oldest first; see :func:`read_records`.
+    """Read the advice of a file that :class:`FitLog` wrote, oldest first; see :func:`read_records`.
 
     Args:
         path: The file.
@@ -125,8 +174,7 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             data = json.loads(line)
             later = later or (isinstance(data, dict) and _is_later(data.get("schema")))
             records.append(parse(data))
-        # A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
-        except (ValueError, TypeError, AttributeError, RecursionError):
+        except _UNREADABLE:
             unreadable.append(number)
     if unreadable:
         _logger.warning(

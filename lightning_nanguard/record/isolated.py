@@ -9,7 +9,7 @@ from typing import final
 
 from lightning_nanguard.record.base import RunInfo, Sink
 from lightning_nanguard.record.callable_sink import CallableSink
-from lightning_nanguard.record.text import counted
+from lightning_nanguard.record.text import counted, name_of
 from lightning_nanguard.types import Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -30,7 +30,7 @@ class IsolatedSink(Sink):
     """
 
     def __init__(self, sink: Sink, *, catches: type[BaseException] = Exception) -> None:
-        self.name = name_of(sink)
+        self.name = name_of(sink.function if isinstance(sink, CallableSink) else sink)
         self._sink = sink
         self._catches = catches
         self._told = False
@@ -72,11 +72,3 @@ class IsolatedSink(Sink):
                 error,
                 exc_info=error,
             )
-
-
-def name_of(sink: Sink) -> str:
-    """Name of a sink in messages: the path of its class, or of the function that it calls."""
-    target: object = sink.function if isinstance(sink, CallableSink) else sink
-    named = target if hasattr(target, "__qualname__") else type(target)
-    home = getattr(named, "__module__", None) or "builtins"
-    return f"{home}.{getattr(named, '__qualname__', named)}"

@@ -7,16 +7,14 @@ import json
 import logging
 import math
 import os
-import stat
 import time
 from collections import deque
-from io import FileIO
 from pathlib import Path
 from typing import Any, Protocol, final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import put_aside
+from lightning_nanguard.record.files import append, put_aside, sync
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -74,7 +72,7 @@ class JsonLines(Sink):
 
     def write(self, intervention: Record) -> None:
         """Append the record, or keep it for the next try."""
-        line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode()
+        line = json.dumps(intervention.to_dict(), allow_nan=False, default=_jsonable).encode() + b"\n"
         self._dropped += len(self._waiting) == self._waiting.maxlen
         self._waiting.append(line)
         error = self._flush()
@@ -110,13 +108,12 @@ class JsonLines(Sink):
             if self.path.is_file() and self.path.stat().st_size >= self._bytes_per_file:
                 with contextlib.suppress(OSError):  # if it cannot be renamed, records are still appended
                     os.replace(self.path, put_aside(self.path))
-            # Unbuffered, because close() would write a buffer again that was left over from a full disk.
             with open(self.path, "a+b", buffering=0) as file:
                 while self._waiting:
-                    _append(file, self._waiting[0], lasting=lasting)
+                    append(file, self._waiting[0], lasting=lasting)
                     self._waiting.popleft()
                 if last and self._unsynced:
-                    _sync(file)
+                    sync(file)
             self._unsynced = not lasting
             self._synced = now if lasting else self._synced
         except OSError as error:
@@ -125,32 +122,6 @@ class JsonLines(Sink):
             _logger.warning("NaNGuard: %s can be written again; %d older records were lost.", self.path, self._dropped)
         self._dropped = 0
         return None
-
-
-def _append(file: FileIO, line: bytes, *, lasting: bool) -> None:
-    """Add a line and, if ``lasting``, wait until it is on the disk. If this fails, the file does not change."""
-    status = os.fstat(file.fileno())
-    torn = False
-    if status.st_size:
-        file.seek(-1, os.SEEK_END)
-        torn = file.read(1) != b"\n"
-    # A killed run may have left a torn line, which would make this record unreadable, too.
-    rest = memoryview((b"\n" if torn else b"") + line + b"\n")
-    try:
-        while rest:
-            rest = rest[file.write(rest) :]
-        if lasting:
-            _sync(file)
-    except BaseException:
-        # Remove the partial record, because the next try writes it again.
-        with contextlib.suppress(OSError):
-            file.truncate(status.st_size)
-        raise
-
-
-def _sync(file: FileIO) -> None:
-    if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-        os.fsync(file.fileno())
 
 
 def _jsonable(value: object) -> Any:

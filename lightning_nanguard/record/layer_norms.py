@@ -5,15 +5,15 @@ from __future__ import annotations
 import contextlib
 import json
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import final
+from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import append, read_whole, readable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.types import SCHEMA_VERSION, Intervention, plain
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Kind, plain
 
 LAYER_NORMS_FILE = "layer_norms.jsonl"
 """Name of the file in a run's folder."""
@@ -56,14 +56,13 @@ class LayerNormsFile(Sink):
         self._path = path
         self._read = read
         self._thresholds = thresholds
-        self._seen: set[tuple[str, str | None, tuple[str, ...]]] = set()
+        self._seen: set[Kind] = set()
 
     def write(self, intervention: Intervention) -> None:
         """Write the norms of the newest updates, if this is the first intervention of its kind."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        if kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
+        if intervention.kind in self._seen or len(self._seen) >= self._thresholds.incidents_with_layer_norms:
             return
-        self._seen.add(kind)
+        self._seen.add(intervention.kind)
         updates, layers = self._read()
         if not layers:
             return
@@ -78,8 +77,8 @@ class LayerNormsFile(Sink):
         }
         with contextlib.suppress(OSError):  # the sink of the records already warns
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            with open(self._path, "ab") as file:
-                file.write(json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
+            with open(self._path, "a+b", buffering=0) as file:
+                append(file, json.dumps(plain(entry), allow_nan=False).encode() + b"\n")
 
     def close(self) -> None:
         """Forget which kinds were written, so that the next fit writes them again."""
@@ -92,16 +91,13 @@ def read_layer_norms(path: Path) -> list[LayerNorms]:
     Args:
         path: The file; it need not exist.
     """
-    found: list[LayerNorms] = []
-    if not path.is_file():
-        return found
-    for line in read_whole(path).splitlines():
-        with contextlib.suppress(ValueError, TypeError, KeyError, AttributeError, RecursionError):
-            entry = json.loads(line)
-            layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
-            updates = tuple(map(int, entry["updates"]))
-            found.append(LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers))
-    return found
+    return readable(read_whole(path), _parsed) if path.is_file() else []
+
+
+def _parsed(entry: Mapping[str, Any]) -> LayerNorms:
+    layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
+    updates = tuple(map(int, entry["updates"]))
+    return LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers)
 
 
 def _number(value: float | str | None) -> float | None:

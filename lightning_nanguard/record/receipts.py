@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, final, get_args
 
 from lightning_nanguard.record.text import counted, printable
-from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, plain
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, from_plain, plain
 
 RECEIPTS_FILE = "receipts.jsonl"
 """Name of the file in a run's folder of records."""
@@ -74,15 +74,14 @@ class Receipt:
         Raises:
             ValueError: If ``data`` is not a receipt.
         """
-        try:
-            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
-            losses = {key: None if known.get(key) is None else float(known[key]) for key in ("loss", "loss_without")}
-            receipt = cls(**{**known, **losses})
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a receipt: {error}") from error
+        receipt = from_plain(cls, data, "receipt", loss=_loss, loss_without=_loss)
         if receipt.verdict not in get_args(Verdict):
             raise ValueError(f"not a receipt: its verdict is {receipt.verdict!r}")
         return receipt
+
+
+def _loss(value: float | str | None) -> float | None:
+    return None if value is None else float(value)
 
 
 def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -12,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.record.files import read_whole
+from lightning_nanguard.record.files import append, read_whole, readable
 from lightning_nanguard.types import SCHEMA_VERSION, plain
 
 RUN_FILE = "run.jsonl"
@@ -71,14 +70,8 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
     """
     entry = {"schema": SCHEMA_VERSION, "event": event, "time": round(time.time(), 3), **plain(values)}
     line = json.dumps(entry, allow_nan=False, default=str).encode() + b"\n"
-    handle = os.open(folder / RUN_FILE, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o666)
-    try:
-        size = os.fstat(handle).st_size
-        # A killed run may have left a torn line, which would make this one unreadable.
-        torn = size > 0 and os.pread(handle, 1, size - 1) != b"\n" if hasattr(os, "pread") else False
-        os.write(handle, b"\n" + line if torn else line)
-    finally:
-        os.close(handle)
+    with open(folder / RUN_FILE, "a+b", buffering=0) as file:
+        append(file, line)
 
 
 def read_run(folder: Path) -> RunLog | None:
@@ -88,26 +81,24 @@ def read_run(folder: Path) -> RunLog | None:
         folder: The folder of a run.
     """
     try:
-        lines = read_whole(folder / RUN_FILE).splitlines()
+        lines = read_whole(folder / RUN_FILE)
     except OSError:
         return None
     run_id = ""
     fits: list[Mapping[str, Any]] = []
     ended: Mapping[str, Any] | None = None
     saved: dict[str, tuple[float, str]] = {}
-    for line in lines:
-        with contextlib.suppress(ValueError, TypeError, RecursionError):
-            entry = json.loads(line)
-            match entry:
-                case {"event": "fit", "run": str(name)}:
-                    if name != run_id:  # a new run in the folder of a killed one
-                        run_id, fits = name, []
-                    fits.append(entry)
-                    ended = None
-                case {"event": "save", "path": str(path), "time": int() | float() as when, "run": str(name)}:
-                    saved[path] = float(when), name
-                case {"event": "end"}:
-                    ended = entry
+    for entry in readable(lines, dict):
+        match entry:
+            case {"event": "fit", "run": str(name)}:
+                if name != run_id:  # a new run in the folder of a killed one
+                    run_id, fits = name, []
+                fits.append(entry)
+                ended = None
+            case {"event": "save", "path": str(path), "time": int() | float() as when, "run": str(name)}:
+                saved[path] = float(when), name
+            case {"event": "end"}:
+                ended = entry
     return RunLog(folder, run_id, tuple(fits), ended, saved) if run_id else None
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import islice
+from typing import Any
 
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
@@ -12,6 +13,17 @@ STEPS = (
     "samples, rows and columns count from 0."
 )
 """What the numbers in messages count."""
+
+
+def name_of(part: object) -> str:
+    """Name of a function, or of the class of another object, with its module.
+
+    Example:
+        >>> name_of(print), name_of(0.5)
+        ('builtins.print', 'builtins.float')
+    """
+    named: Any = part if hasattr(part, "__qualname__") else type(part)
+    return f"{getattr(named, '__module__', None) or 'builtins'}.{named.__qualname__}"
 
 
 def printable(text: str) -> str:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final, get_args
 
 from lightning_nanguard.record.text import counted, in_words, printable
-from lightning_nanguard.types import SCHEMA_VERSION, plain
+from lightning_nanguard.types import SCHEMA_VERSION, from_plain, plain
 
 TRIALS_FILE = "trials.jsonl"
 """Name of the file in a run's folder of records."""
@@ -70,12 +70,7 @@ class HeldTrial:
         Raises:
             ValueError: If ``data`` is not a trial.
         """
-        try:
-            known = {one.name: data[one.name] for one in fields(cls) if one.name in data}
-            known |= {key: float(known[key]) for key in ("lacks", "factor") if key in known}
-            trial = cls(**known)
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise ValueError(f"not a trial: {error}") from error
+        trial = from_plain(cls, data, "trial", lacks=float, factor=float)
         if trial.outcome not in get_args(Outcome):
             raise ValueError(f"not a trial: its outcome is {trial.outcome!r}")
         return trial

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from importlib import import_module
 from types import ModuleType
 from typing import Any, final
@@ -10,7 +9,7 @@ from typing import Any, final
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import tell
 from lightning_nanguard.record.text import in_words
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Intervention, Kind
 
 
 @final
@@ -23,7 +22,7 @@ class WandbAlert(Sink):
 
     def __init__(self) -> None:
         _wandb()
-        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+        self._seen: set[Kind] = set()
 
     def write(self, intervention: Intervention) -> None:
         """Send the intervention, if it is the first of its kind.
@@ -31,11 +30,10 @@ class WandbAlert(Sink):
         Raises:
             RuntimeError: If there is no W&B run.
         """
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        self._seen[kind] += 1
         stops = intervention.ends_run
-        if self._seen[kind] > 1 and not stops:
+        if intervention.kind in self._seen and not stops:
             return
+        self._seen.add(intervention.kind)
         wandb: Any = _wandb()
         if wandb.run is None:
             raise RuntimeError("WandbAlert: there is no W&B run to send alerts from. Give the Trainer a WandbLogger.")

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import RunInfo, Sink
 from lightning_nanguard.record.messages import tell, tell_again
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Intervention, Kind
 
 
 @final
@@ -44,7 +44,7 @@ class Webhook(Sink):
         self.timeout = timeout
         self._name = name
         self._run = name
-        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+        self._seen: Counter[Kind] = Counter()
 
     def open(self, run: RunInfo) -> None:
         """Use the id of the run as its name, if none was given."""
@@ -53,9 +53,8 @@ class Webhook(Sink):
 
     def write(self, intervention: Intervention) -> None:
         """Post the intervention, or count it."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        self._seen[kind] += 1
-        seen = self._seen[kind]
+        self._seen[intervention.kind] += 1
+        seen = self._seen[intervention.kind]
         if seen == 1 or intervention.ends_run:
             self._post(tell(intervention))
         elif seen & (seen - 1) == 0:

@@ -18,7 +18,7 @@ from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
-from lightning_nanguard.types import SUSPICION, Intervention
+from lightning_nanguard.types import SUSPICION, Intervention, Kind
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1c2430; --soft: #f3f5f8; --line: #d9dee6;
@@ -192,9 +192,9 @@ def _which(data: RunData) -> str:
 def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
     if not data.interventions:
         return []
-    kinds: dict[tuple[str, str | None, tuple[str, ...]], list[int]] = {}
+    kinds: dict[Kind, list[int]] = {}
     for number, one in enumerate(data.interventions):
-        kinds.setdefault((one.fault, one.cause, one.remedies), []).append(number)
+        kinds.setdefault(one.kind, []).append(number)
     # First the first intervention of each kind, then the others in order.
     wanted = chain((numbers[0] for numbers in kinds.values()), range(len(data.interventions)))
     shown = sorted(list(dict.fromkeys(wanted))[: thresholds.interventions_in_full])

@@ -16,8 +16,9 @@ from lightning_nanguard.diagnosis.mistakes import mistakes
 from lightning_nanguard.diagnosis.module_state import state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
 from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
+from lightning_nanguard.errors import require
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.record.advice import AdviceLog
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
@@ -56,7 +57,7 @@ class Diagnostics:
         context: GuardContext,
         replay: TrainerBatchReplay,
         *,
-        advice: AdviceLog,
+        advice: FitLog[Advice],
         examine_after: int | None,
         bundles: BundleStore | None,
         samples: SampleFinder,
@@ -69,6 +70,9 @@ class Diagnostics:
         self._replay = replay
         self._ranks = context.ranks
         self._advice = advice
+        records = context.thresholds.records
+        self._most_advice = records.advice_per_fit
+        require(self._most_advice >= 1, records, "advice_per_fit", self._most_advice, "at least 1")
         self._bundles = bundles
         self._samples = samples
         self._skips = SkipShare(context.thresholds.samples)
@@ -202,14 +206,15 @@ class Diagnostics:
             self.advise("skipped batches", advice)
 
     def advise(self, occasion: str, finding: Finding) -> None:
-        """Give advice, once for each cause and place, unless the user asks again.
+        """Give advice, once for each cause and place, and once more if the user asks. Its number is bounded.
 
         Args:
             occasion: When the guard gives it.
             finding: The finding.
         """
-        about = {(one.finding.cause, one.finding.place) for one in self._advice.given}
-        if occasion != "asked" and (finding.cause, finding.place) in about:
+        given, asked = self._advice.given, occasion == "asked"
+        about = {(one.finding.cause, one.finding.place) for one in given if not asked or one.occasion == occasion}
+        if (finding.cause, finding.place) in about or len(given) >= self._most_advice:
             return
         self._advice.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
 

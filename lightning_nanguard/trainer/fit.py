@@ -17,8 +17,8 @@ from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.metrics import NonFiniteRate
-from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.text import counted
@@ -49,7 +49,7 @@ from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.validation import ValidationWatch
-from lightning_nanguard.types import Finding
+from lightning_nanguard.types import Advice, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -79,7 +79,7 @@ class Fit:
         replay: TrainerBatchReplay,
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
-        advice: AdviceLog,
+        advice: FitLog[Advice],
         folder: RunFolder,
         averages: AveragedCopies,
         order: DataOrder,

@@ -1,28 +1,29 @@
-"""Builds the sinks and the advice log of one fit, and logs the numbers of the guard in the trainer's loggers."""
+"""Builds the sinks and the advice log of one fit."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Sequence
 from functools import partial
-from typing import final
 
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.base import RunInfo, Sink
 from lightning_nanguard.record.console import Console
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNormsFile
-from lightning_nanguard.record.loggers import Loggers, RunNumbers
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.outcome_log import OutcomeLog
+from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.words import LoggerWords
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.types import Advice
 
 
 def fit_sinks(
@@ -46,12 +47,11 @@ def fit_sinks(
         replay: Says whether metrics may be logged now.
     """
     thresholds = context.thresholds.records
-    metrics = _TrainerMetrics(trainer, module, memory, context, replay)
     sinks = [
         memory,
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
-        Loggers(metrics.numbers, metrics.log),
+        LoggerNumbers(trainer, module, memory, context, replay),
         LoggerWords(trainer),
         LayerNormsFile(
             run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
@@ -60,20 +60,18 @@ def fit_sinks(
     return SinkDispatcher([*sinks, *own], run, thresholds)
 
 
-def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceLog:
+def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> FitLog[Advice]:
     """The advice log of a fit; on other ranks than 0 it neither writes nor shows advice.
 
     Args:
         run: Facts about the fit.
-        thresholds: How much advice is taken.
+        thresholds: How many samples one message lists, and how many records wait in memory.
     """
     sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
-    return AdviceLog(sink, thresholds, run.run_id)
+    return FitLog(partial(describe_advice, thresholds=thresholds), sink, run.run_id, logging.WARNING)
 
 
-def fit_outcomes(
-    run: RunInfo, thresholds: RecordsThresholds = RECORDS
-) -> tuple[OutcomeLog[Receipt], OutcomeLog[HeldTrial]]:
+def fit_outcomes(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> tuple[FitLog[Receipt], FitLog[HeldTrial]]:
     """The logs of receipts and trials of a fit; on other ranks than 0 they keep them in memory only.
 
     Args:
@@ -84,38 +82,4 @@ def fit_outcomes(
         JsonLines(run.dirpath / name, thresholds, warns=False) if run.rank == 0 else None
         for name in (RECEIPTS_FILE, TRIALS_FILE)
     )
-    return OutcomeLog(receipts, run.run_id), OutcomeLog(trials, run.run_id)
-
-
-@final
-class _TrainerMetrics:
-    """Logs the numbers of the run to every logger of the trainer and to its progress bar."""
-
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        memory: Memory,
-        context: GuardContext,
-        replay: TrainerBatchReplay,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._memory = memory
-        self._context = context
-        self._replay = replay
-
-    def numbers(self) -> RunNumbers:
-        return RunNumbers(self._memory.total, self._context.rate.ratio(), self._context.clipper.value)
-
-    def log(self, values: Mapping[str, float]) -> None:
-        for logger in self._trainer.loggers:
-            logger.log_metrics(dict(values), step=logged_at(self._trainer))
-        if self._trainer.progress_bar_callback is None:
-            return
-        count = values["nanguard/interventions"]
-        show = partial(self._module.log, "nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
-        if self._replay.may_log:
-            show()
-        else:
-            self._replay.to_log = show
+    return FitLog(Receipt.told, receipts, run.run_id), FitLog(HeldTrial.told, trials, run.run_id)

@@ -28,8 +28,10 @@ from lightning_nanguard.types.records import (
     Advice,
     Finding,
     Intervention,
+    Kind,
     Row,
     Verdict,
+    from_plain,
     plain,
 )
 
@@ -45,6 +47,7 @@ __all__ = [
     "Fault",
     "Finding",
     "Intervention",
+    "Kind",
     "Plan",
     "PlanStep",
     "Proof",
@@ -60,5 +63,6 @@ __all__ = [
     "Stop",
     "Trial",
     "Verdict",
+    "from_plain",
     "plain",
 ]

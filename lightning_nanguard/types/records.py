@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_nanguard.types.faults import Scope
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
 
 Verdict = Literal["gained", "cost", "no difference", "not measured"]
 """The result of an intervention on finite evidence, compared with the branch that it gave up."""
@@ -17,6 +20,9 @@ SCHEMA_VERSION = 1
 
 Row = int | str
 """A row of a data set: its index, or in words the key that the user's sampler draws."""
+
+Kind = tuple[str, str | None, tuple[str, ...]]
+"""Fault, cause and remedies: what the interventions of one kind have in common."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +97,11 @@ class Intervention:
     run: str = field(default="", compare=False)
 
     @property
+    def kind(self) -> Kind:
+        """Fault, cause and remedies. Most sinks tell only the first intervention of each kind in full."""
+        return self.fault, self.cause, self.remedies
+
+    @property
     def ends_run(self) -> bool:
         """Whether it ended the run; with ``observe=True`` none does."""
         return self.applied and "stop" in self.remedies
@@ -111,13 +122,17 @@ class Intervention:
         Raises:
             ValueError: If ``data`` lacks a field that every version has.
         """
-        values = {key: _number(key, value) for key, value in data.items() if key in _names(cls)}
-        try:
-            finding, ranks = values.pop("finding", None), tuple(map(int, values.pop("ranks", ())))
-            values |= {"remedies": tuple(values["remedies"]), "ranks": ranks}
-            return cls(**values, finding=None if finding is None else _finding(finding))
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record of an intervention: {error}; its keys are {sorted(data)}") from error
+        return from_plain(
+            cls,
+            data,
+            "record of an intervention",
+            remedies=tuple,
+            ranks=lambda ranks: tuple(map(int, ranks)),
+            lr_before=_number,
+            lr_after=_number,
+            value=_number,
+            finding=lambda finding: None if finding is None else _finding(finding),
+        )
 
 
 SUSPICION = "a finite suspicion"
@@ -153,19 +168,14 @@ class Advice:
         Raises:
             ValueError: If ``data`` lacks a field.
         """
-        try:
-            values = {key: data[key] for key in _names(cls) & set(data)}
-            return cls(**{**values, "finding": _finding(values["finding"])})
-        except (KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"not a record of advice: {error}; its keys are {sorted(data)}") from error
+        return from_plain(cls, data, "record of advice", finding=_finding)
 
 
 def _finding(data: Mapping[str, Any]) -> Finding:
-    found = {key: _number(key, data[key]) for key in _names(Finding) & set(data)}
-    found |= {key: tuple(found.get(key, ())) for key in ("samples", "rows")}
-    return Finding(**{**found, "evidence": {key: _spelled(value) for key, value in found.get("evidence", {}).items()}})
+    return from_plain(Finding, data, "finding", confidence=_number, evidence=_numbers, samples=tuple, rows=tuple)
 
 
+_Record = TypeVar("_Record", bound="DataclassInstance")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -180,16 +190,22 @@ def plain(value: Any) -> Any:
     return value
 
 
-_NUMBERS = frozenset({"lr_before", "lr_after", "value", "confidence"})
+def from_plain(kind: type[_Record], data: Mapping[str, Any], what: str, **convert: Callable[[Any], Any]) -> _Record:
+    """Make a dataclass of plain containers, with ``convert`` for single fields; keys of later versions are ignored.
+
+    Raises:
+        ValueError: If a field is missing or cannot be converted. The message says that ``data`` is not a ``what``.
+    """
+    try:
+        names = [one.name for one in fields(kind) if one.name in data]
+        return kind(**{name: convert[name](data[name]) if name in convert else data[name] for name in names})
+    except (TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"not a {what}: {error}; its keys are {sorted(data)}") from error
 
 
-def _names(of: type[Intervention | Finding | Advice]) -> set[str]:
-    return {f.name for f in fields(of)}
-
-
-def _number(key: str, value: Any) -> Any:
-    return _spelled(value) if key in _NUMBERS else value  # a place or a message may be the word "NaN"
-
-
-def _spelled(value: Any) -> Any:
+def _number(value: Any) -> Any:
     return _NON_FINITE.get(value, value) if isinstance(value, str) else value
+
+
+def _numbers(values: Mapping[str, Any]) -> dict[str, Any]:
+    return {key: _number(value) for key, value in values.items()}

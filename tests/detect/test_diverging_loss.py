@@ -123,7 +123,7 @@ def test_losses_that_are_not_there_are_left_out() -> None:
         for loss in (None, math.nan):
             assert detector.check(reading(step, loss)) is None
             detector.accept(reading(step, loss))
-    assert detector.first is None
+    assert detector.state_dict()["first"] is None
 
 
 def test_it_resumes_where_it_was() -> None:

@@ -67,14 +67,14 @@ def test_the_untrained_loss_is_read_again_from_the_start() -> None:
         one.accept(reading(2, 5.0))
         one.rewind(1)
         one.accept(reading(3, 6.0))
-    assert history.first == detector.first == 1e28
+    assert history.first == detector.state_dict()["first"] == 1e28
     for one in (history, detector):
         one.rewind(0)
-    assert history.first == detector.first == 1e28
+    assert history.first == detector.state_dict()["first"] == 1e28
     for one in (history, detector):
         one.accept(reading(4, 7.0))
         one.accept(reading(5, 6.0))
-    assert history.first == detector.first == 7.0
+    assert history.first == detector.state_dict()["first"] == 7.0
 
 
 def test_the_level_of_a_loss_is_no_median() -> None:

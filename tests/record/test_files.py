@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nanguard.record.files import read_records
+from lightning_nanguard.record.files import append, read_records, readable
 from tests.record.data import SKIP, lines
 
 
@@ -85,3 +85,14 @@ def test_unreadable_later_version_asks_for_an_update(tmp_path: Path, caplog: pyt
     path.write_text('{"schema": 9, "step": 1}\n')
     assert read_records(path) == []
     assert "update lightning-nanguard" in lines(caplog)[0]
+
+
+def test_lines_are_added_after_a_torn_one(tmp_path: Path) -> None:
+    """The torn line costs no other line, and a whole one is followed without a blank line."""
+    path = tmp_path / "lines.jsonl"
+    path.write_bytes(b'1\n{"a": ')
+    for added in (b"2\n", b"3\n4\n"):
+        with open(path, "a+b", buffering=0) as file:
+            append(file, added)
+    assert path.read_bytes() == b'1\n{"a": \n2\n3\n4\n'
+    assert readable(path.read_bytes(), int) == [1, 2, 3, 4]

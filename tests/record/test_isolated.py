@@ -8,7 +8,7 @@ import pytest
 
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink
-from lightning_nanguard.record.isolated import IsolatedSink, name_of
+from lightning_nanguard.record.isolated import IsolatedSink
 from lightning_nanguard.types import Intervention
 from tests.record.data import SKIP, Broken, lines
 
@@ -65,4 +65,4 @@ def test_interrupt_goes_through() -> None:
 )
 def test_name(sink: Sink, name: str) -> None:
     """Messages call a sink by its class, or by the function it calls."""
-    assert name_of(sink) == name
+    assert IsolatedSink(sink).name == name

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from lightning_nanguard.record.files import read_trials
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.outcome_log import OutcomeLog
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial, trials_in_words
 
 NOTHING = HeldTrial(40, 104, "stuck_loss", "not confirmed")
@@ -45,7 +45,7 @@ def test_all_in_a_few_words() -> None:
 
 def test_read_back(tmp_path: Path) -> None:
     """What is read equals what was given; what is no trial is refused with the reason."""
-    log: OutcomeLog[HeldTrial] = OutcomeLog(JsonLines(tmp_path / TRIALS_FILE), "a-run")
+    log: FitLog[HeldTrial] = FitLog(HeldTrial.told, JsonLines(tmp_path / TRIALS_FILE), "a-run")
     for one in (NOTHING, SHOWN, ENDED):
         log.give(one)
     log.close()

@@ -8,19 +8,22 @@ from typing import Any
 import pytest
 from pytorch_lightning import Callback
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import Case, Finding, NaNGuard
 from lightning_nanguard.diagnosis import bundle
+from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.thresholds.records import RecordsThresholds
 from tests.helpers import batches, differences, fit, state_of, task, with_bad
 
 
 class Asks(Callback):
-    """Asks for an examination in mid-run."""
+    """Asks for examinations in mid-run."""
 
-    def __init__(self, guard: NaNGuard) -> None:
+    def __init__(self, guard: NaNGuard, times: int = 1) -> None:
         self.guard = guard
+        self.batches = range(20, 20 + times)
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        if batch_idx == 20:
+        if batch_idx in self.batches:
             self.guard.examine()
 
 
@@ -46,6 +49,27 @@ def test_preflight_and_examination_give_advice_and_leave_no_trace(tmp_path: Path
     assert {advice.occasion for advice in guard.advice} >= {"preflight"}
     assert list(guard.interventions) == []
     assert differences(state_of(watched), state_of(fit(task(), data, folder=tmp_path))) == []
+
+
+@pytest.mark.parametrize(("places", "most", "given"), [("aab", 9, "ab"), ("abcd", 2, "ab")])
+def test_the_same_advice_is_given_once(places: str, most: int, given: str, tmp_path: Path) -> None:
+    """Advice about one cause and place is given once when asked, and there is never too much of it."""
+    left = list(places)
+
+    def rule(case: Case) -> Finding | None:
+        return Finding("odd", 1.0, place=left.pop(0)) if case.course and left else None
+
+    guard = NaNGuard(rules=[rule], thresholds=Thresholds(records=RecordsThresholds(advice_per_fit=most)))
+    fit(task(), batches(count=30), guard, folder=tmp_path, callbacks=[Asks(guard, len(places))])
+    assert "".join(advice.finding.place for advice in guard.advice if advice.finding.cause == "odd") == given
+    assert not left
+
+
+def test_no_advice_at_all_is_refused(tmp_path: Path) -> None:
+    """The bound on advice is at least 1."""
+    guard = NaNGuard(thresholds=Thresholds(records=RecordsThresholds(advice_per_fit=0)))
+    with pytest.raises(ValueError, match="advice_per_fit=0"):
+        fit(task(), batches(count=1), guard, folder=tmp_path)
 
 
 def test_examining_outside_of_a_fit() -> None:

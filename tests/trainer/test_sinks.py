@@ -18,16 +18,17 @@ from typing import Any, ClassVar
 import pytest
 from pytorch_lightning import LightningModule, Trainer
 from pytorch_lightning.callbacks import ProgressBar
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nanguard import Advice, Finding, Intervention, NaNGuard, RunInfo, Sink
 from lightning_nanguard.record.files import read_advice, read_records
+from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
 from lightning_nanguard.trainer.sinks import fit_advice
-from tests.helpers import ONCE, MemoryLogger, batches, fit, task, with_bad, words
-from tests.modules import Diverge, NaNWeight
+from tests.helpers import MemoryLogger, batches, fit, task, with_bad, words
+from tests.modules import NaNWeight
 
 pytestmark = pytest.mark.usefixtures("own_folder")
 
@@ -238,28 +239,6 @@ def test_observed_only(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------- to loggers
 
 
-def test_numbers_in_the_loggers(tmp_path: Path) -> None:
-    """CSVLogger and TensorBoardLogger get the count, the multiplier and the clipping value."""
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    loggers = [CSVLogger(tmp_path, "csv", "0"), TensorBoardLogger(str(tmp_path), "tb", "0")]
-    guard = NaNGuard(snapshot_every_n_steps=2, thresholds=ONCE)
-    # A batch is skipped and, before that, the learner slowed and clipped.
-    fit(task(), with_bad(20), guard, logger=loggers, callbacks=[Diverge(7, 10)])
-    assert guard.lr_multiplier < 1.0
-    counts = [float(number + 1) for number in range(len(guard.interventions))]
-    with open(tmp_path / "csv" / "0" / "metrics.csv") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("nanguard/interventions")]
-    assert [float(row["nanguard/interventions"]) for row in rows] == counts
-    assert float(rows[-1]["nanguard/lr_multiplier"]) == pytest.approx(guard.lr_multiplier)
-    assert float(rows[-1]["nanguard/clip_val"]) > 0
-    events = EventAccumulator(str(tmp_path / "tb" / "0"))
-    events.Reload()
-    assert [event.value for event in events.Scalars("nanguard/interventions")] == counts
-    assert events.Scalars("nanguard/lr_multiplier")[-1].value == pytest.approx(guard.lr_multiplier)
-
-
 def test_every_logger(looked: Looked) -> None:
     """With several loggers each gets the numbers, at the step at which the rest of that batch is logged."""
     for logger in looked.loggers[:2]:
@@ -337,7 +316,7 @@ def test_copies_and_pickles(tmp_path: Path) -> None:
     assert Keeps.ended == [(1, 1, 1), (1, 1, 1), (2, 2, 2), (2, 2, 2)]
 
 
-def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
+def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Advice carries the id of the run, and only rank 0 has a file of it."""
     advice = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
     for rank, written in ((1, []), (0, [advice])):
@@ -347,3 +326,5 @@ def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path) -> None:
         found = [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)]
         assert found == written
         assert {one.run for one in (*found, *log.given)} == {"one"}
+        assert [record.levelname for record in caplog.records] == ["WARNING"] * len(written)
+    assert caplog.records[0].getMessage() == f"NaNGuard: {describe_advice(advice)}"

@@ -8,7 +8,7 @@ from typing import Any, final
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import tell, tell_again
 from lightning_nanguard.trainer.private.packages import Trainer, is_kind, logged_at
-from lightning_nanguard.types import Intervention
+from lightning_nanguard.types import Intervention, Kind
 
 
 @final
@@ -24,14 +24,13 @@ class LoggerWords(Sink):
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer
-        self._seen: Counter[tuple[str, str | None, tuple[str, ...]]] = Counter()
+        self._seen: Counter[Kind] = Counter()
         self._rows: list[list[Any]] = []
 
     def write(self, intervention: Intervention) -> None:
         """Log the intervention, or count it."""
-        kind = (intervention.fault, intervention.cause, intervention.remedies)
-        self._seen[kind] += 1
-        seen = self._seen[kind]
+        self._seen[intervention.kind] += 1
+        seen = self._seen[intervention.kind]
         if seen & (seen - 1):
             return
         words = tell(intervention) if seen == 1 else f"{tell_again(intervention)} ({seen:,} so far)"

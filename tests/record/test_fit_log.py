@@ -1,4 +1,4 @@
-"""Receipts are kept in memory, told, and written where that can be done."""
+"""Advice and receipts are kept in memory, told, and written where that can be done."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from lightning_nanguard.record.files import read_receipts
+from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.outcome_log import OutcomeLog
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from tests.record.test_receipts import GAINED, NOT_MEASURED
 
@@ -17,7 +17,7 @@ from tests.record.test_receipts import GAINED, NOT_MEASURED
 def test_receipts_come_back_as_they_were(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """What is read from the file equals what was given, with the run's id; a torn line is left out."""
     caplog.set_level(logging.INFO, "lightning_nanguard")
-    log: OutcomeLog[Receipt] = OutcomeLog(JsonLines(tmp_path / RECEIPTS_FILE), "a-run")
+    log: FitLog[Receipt] = FitLog(Receipt.told, JsonLines(tmp_path / RECEIPTS_FILE), "a-run")
     log.give(GAINED)
     log.give(NOT_MEASURED)
     log.close()
@@ -32,7 +32,7 @@ def test_receipts_come_back_as_they_were(tmp_path: Path, caplog: pytest.LogCaptu
 def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:
     """Receipts stay in memory where the folder cannot be made."""
     (tmp_path / "file").write_text("")
-    log: OutcomeLog[Receipt] = OutcomeLog(JsonLines(tmp_path / "file" / RECEIPTS_FILE, warns=False))
+    log: FitLog[Receipt] = FitLog(Receipt.told, JsonLines(tmp_path / "file" / RECEIPTS_FILE, warns=False))
     log.give(GAINED)
     log.close()
     assert log.given == [GAINED]
