@@ -262,9 +262,7 @@ class NaNGuard(DisplayedGuard):
         fit.averages.watch()
         clock = trainer.global_step, fit.replay.epoch
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx), clock)
-        first = fit.diagnostics.first_updates
-        if first is not None and (first.looks or first.compares):
-            first.see_batch(batch, batch_idx)
+        fit.diagnostics.see_batch(batch, batch_idx)
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
@@ -272,13 +270,9 @@ class NaNGuard(DisplayedGuard):
     @leaves_run_if_it_fails()
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
-        fit = self._fit
-        if fit is None:
-            return
-        first = fit.diagnostics.first_updates
-        if first is not None and first.looks:
-            first.see_loss(loss)
-        fit.guard.see_loss(loss)
+        if self._fit is not None:
+            self._fit.diagnostics.see_loss(loss)
+            self._fit.guard.see_loss(loss)
 
     @leaves_run_if_it_fails()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -286,9 +280,7 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit
         index = None if fit is None else fit.optimizer_index(optimizer)
         if fit is not None and index is not None:
-            first = fit.diagnostics.first_updates
-            if first is not None and first.looks:
-                first.see_step(index)
+            fit.diagnostics.see_step(index)
             fit.guard.before_step(index)
 
     @leaves_run_if_it_fails()
@@ -317,10 +309,7 @@ class NaNGuard(DisplayedGuard):
             if replay.to_log is not None:
                 replay.to_log()
                 replay.to_log = None
-            fit.diagnostics.examine_if_due()
-            first = fit.diagnostics.first_updates
-            if first is not None and (first.looks or guard.updates >= first.next_due) and first.end_batch():
-                fit.diagnostics.judge_first_updates()
+            fit.diagnostics.end_batch()
         finally:
             replay.may_log = False
             replay.batch = None

@@ -328,7 +328,6 @@ class Fit:
             last.callback(self.samples.close)
             last.push(self._patches)
             last.callback(self.guard.close)
-            if self.diagnostics.first_updates is not None:
-                last.callback(self.diagnostics.first_updates.close)
+            last.callback(self.diagnostics.close)
             if self.last_good is not None:
                 last.callback(self.last_good.end)
