@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from operator import is_not
@@ -33,7 +32,7 @@ from lightning_nanguard.trainer.loggers.report import log_report
 from lightning_nanguard.trainer.own_scalers import fallen_scales
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
+from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
@@ -107,12 +106,12 @@ class Fit:
         self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
+    def start(self, max_memory: float | None, is_guard: IsGuard) -> None:
         """Check the state before the first update, and install the guard on the trainer.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
-            listens: Says which callback is the guard's.
+            is_guard: Says whether a callback is the guard.
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
@@ -129,7 +128,7 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, listens, keeper))
+            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, is_guard, keeper))
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.go_on = runner.go_on_from
             later(setattr, self.context.state, "go_on", None)
@@ -145,14 +144,14 @@ class Fit:
             )
         )
         if not self.context.settings.observe:
-            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, listens)))
+            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, is_guard)))
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
 
-    def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
+    def _excuses(self, is_guard: IsGuard, optimizer: Optimizer, error: Exception) -> bool:
         """Whether a skipped update caused an exception. An exception from a callback never counts."""
         numeric = is_numeric(error)
-        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, listens)
+        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, is_guard)
         return possible and self.guard.excuses(optimizer, numeric=numeric)
 
     def _keeps_whole(self, module: LightningModule) -> bool:

@@ -77,7 +77,7 @@ class Attempts:
             return original(*args, **kwargs)
         except Exception as error:
             batch = self._window.micros[-1].run.batch if self._window.micros else None
-            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.listens)
+            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.is_guard)
             if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
                 raise
             self._caught = error
@@ -114,7 +114,7 @@ class Attempts:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
             numeric = self.repeats or may_be_numeric(error, micro.run.batch)
-            if is_from_callback(error, self._parts.listens) or not numeric:
+            if is_from_callback(error, self._parts.is_guard) or not numeric:
                 raise
             return Outcome(error=error, early=not self._forward_over)
         if not self.repeats:
@@ -143,7 +143,7 @@ class Attempts:
         """
         self.repeats, self.may_pass, self._instead = True, passing, instead
         try:
-            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
                 yield
         finally:
             self.repeats, self.may_pass, self._instead = False, False, None

@@ -127,7 +127,7 @@ class StepRunner:
                 if keeps:
                     after.restore_counters()
                 if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.listens)
+                    call_after_backward(self._parts.trainer, self._parts.is_guard)
                 self._records.transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
             # A step that raises only when it is run again depends on something that its first run has used up.
@@ -146,7 +146,7 @@ class StepRunner:
         kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
         if micro.kept is not None and kept is not None:
             if first.error is not None and not first.early:
-                call_after_backward(self._parts.trainer, self._parts.listens)
+                call_after_backward(self._parts.trainer, self._parts.is_guard)
             return self._window_over(kept.result, steps=steps)
         if first.error is not None and not self._parts.errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
@@ -223,7 +223,7 @@ class StepRunner:
                 again = self._runs.attempt(micro, steps=steps)
             if again.good:
                 if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.listens)
+                    call_after_backward(self._parts.trainer, self._parts.is_guard)
                 self._records.transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 self._updates.log_again()
                 return again
@@ -295,7 +295,7 @@ class StepRunner:
     def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
         """Go on as if the micro-batch were not in its window. Everything was already restored to its start."""
         if micro.run.zero_grad is not None:
-            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)

@@ -60,7 +60,7 @@ class WindowAgain:
             fault = self._runs.weighed_fault()
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             if first.error is not None:
-                call_after_backward(self._parts.trainer, self._parts.listens)
+                call_after_backward(self._parts.trainer, self._parts.is_guard)
             self._parts.guard.steps.records.transient(fault_of(first))
         return first.result if result is None else result
 
