@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.defaults import default_remedies
-from lightning_nanguard.checkpoints.resume_gate import ResumeGate
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
@@ -25,14 +24,12 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
+from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
 from lightning_nanguard.trainer.loggers.settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
-from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
@@ -165,7 +162,6 @@ class NaNGuard(DisplayedGuard):
         super().__init__(arguments)
         expect_hooks(self)
         self._unwatched = False
-        self._gate: ResumeGate | None = None
 
     # ------------------------------------------------------------------------------------------------ what users call
 
@@ -195,19 +191,8 @@ class NaNGuard(DisplayedGuard):
             if given is None:
                 return
             check_strategy(trainer, pl_module)
-            self._put_back()
-            self._put_back = put_first(trainer, self)
             log_settings(trainer, self._settings())
-            self._undo_gate()
-            self._gate = ResumeGate(
-                pl_module,
-                [] if given.dirpath is None else [given.dirpath],
-                take=given.resume == "last-good",
-                observe=given.observe,
-                thresholds=given.thresholds.checkpoints,
-            )
-            self._undo_gate = before_resuming(trainer, self._gate)
-            self._watch_data(trainer)
+            self._before.install(trainer, pl_module, self, given)
 
     @leaves_run_if_it_fails(ValueError)
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,9 +201,8 @@ class NaNGuard(DisplayedGuard):
         if given is None:
             return
         resumed, self._resumed_run = self._resumed_run, None
-        order = self._order or self._watch_data(trainer)
+        order = self._before.order or self._before.watch_data(trainer, given)
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
-        self._run_id = fit.folder.run_id
         self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         if self._resumed is not None:
@@ -228,7 +212,9 @@ class NaNGuard(DisplayedGuard):
         fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
-        self._note_resumed(fit)
+        instead = self._before.end_resuming()
+        if instead is not None:
+            fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, instead), "resume")
 
     def _guard_other_optimizers(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on as in a resumed run. Snapshots from before do not fit the new optimizers."""
@@ -239,13 +225,6 @@ class NaNGuard(DisplayedGuard):
         fit.close()
         self.on_train_start(trainer, pl_module)
         self._memory.add_to_run(before=before)  # it is still the same fit
-
-    def _note_resumed(self, fit: Fit) -> None:
-        self._undo_gate()
-        gate, self._gate = self._gate, None
-        if gate is not None and gate.taken is not None:
-            message = f"{gate.refused}; the run resumes from {gate.taken.path} (step {gate.taken.global_step}) instead"
-            fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     @leaves_run_if_it_fails()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -352,10 +331,10 @@ class NaNGuard(DisplayedGuard):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore a good state before the run ends."""
-        self._undo_gate()
+        self._before.end_resuming()
         fit = self._fit
         if fit is None:
-            self._leave_data()
+            self._before.leave_data()
             return
         try:
             fit.context.rate.withdraw()
@@ -384,13 +363,10 @@ class NaNGuard(DisplayedGuard):
         self._end()
 
     def _end(self) -> None:
-        self._undo_gate()
-        self._put_back()
-        self._leave_data()
+        self._before.close()
         for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
             vars(self).pop(name, None)
-        fit = self._fit
-        vars(self).update(NO_RUN)
+        fit, self._fit = self._fit, None
         if fit is None:
             return
         try:
