@@ -29,7 +29,6 @@ class Attempts:
         allowed: Whether steps may be repeated in this run.
         together: Whether several ranks repeat them together.
         repeats: Whether the present run of a micro-batch is a repeated one.
-        may_pass: Whether a bad loss may go on to its backward pass.
     """
 
     def __init__(self, parts: RepeatParts) -> None:
@@ -41,7 +40,7 @@ class Attempts:
         self._careful = changes_gradients(parts.trainer, parts.module)
         self.together = self._check.together()
         self.allowed = parts.guard.context.acts_alone or self.together
-        self.repeats = self.may_pass = False
+        self.repeats = self._may_pass = False
         # Whether the present forward pass is over, and the function that replaces it.
         self._forward_over = False
         self._instead: Any = None
@@ -56,7 +55,7 @@ class Attempts:
         self._forward_over = False
         result = self._forward_among_ranks(forward) if self.together else forward()
         self._forward_over = True
-        if not self.together and self.accumulating() and self.may_repeat() and not self.may_pass:
+        if not self.together and self.accumulating() and self.may_repeat() and not self._may_pass:
             fault = self._check.fault_of_loss(result.closure_loss)
             if fault is not None:
                 raise BadLossError(fault, result)
@@ -133,20 +132,28 @@ class Attempts:
         return self._check.fault(careful=self._careful, extreme=extreme)
 
     @contextmanager
-    def repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
+    def repeating(self, *, counted: bool, instead: Any = None) -> Iterator[None]:
         """Inside, runs are repeated ones.
 
         Args:
             counted: Whether hooks and progress of the micro-batch were already done by an earlier run.
-            passing: Whether a bad loss may go on to its backward pass.
             instead: The function that replaces the forward pass.
         """
-        self.repeats, self.may_pass, self._instead = True, passing, instead
+        self.repeats, self._instead = True, instead
         try:
             with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
                 yield
         finally:
-            self.repeats, self.may_pass, self._instead = False, False, None
+            self.repeats, self._instead = False, None
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside, a bad loss may go on to its backward pass."""
+        self._may_pass = True
+        try:
+            yield
+        finally:
+            self._may_pass = False
 
     def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
         """Restore everything except the gradients to the start of a micro-batch, after a run with an outcome."""

@@ -255,7 +255,8 @@ class StepRunner:
         self._check.raised(self._check.in_words(first.error))
         stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
         with (
-            self._runs.repeating(counted=counted, passing=True, instead=stands),
+            self._runs.repeating(counted=counted, instead=stands),
+            self._runs.passing(),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, final
 
@@ -97,10 +98,8 @@ class WindowAgain:
         return outcome.result
 
     def _attempt(self, micro: WindowEntry, *, passing: bool = False) -> Outcome:
-        self._runs.may_pass = passing
-        with logging_for(self._parts.trainer, micro.run.batch):
+        with logging_for(self._parts.trainer, micro.run.batch), self._runs.passing() if passing else nullcontext():
             outcome = self._runs.attempt(micro, steps=False)
-        self._runs.may_pass = False
         if outcome.good:
             outcome.fault = self._check.fault_of_gradients()
         return outcome
