@@ -10,7 +10,7 @@ import torch
 
 from lightning_nanguard.act.patches import wrap_method
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
-from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
+from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.repeat.parts import RepeatParts
@@ -154,6 +154,15 @@ class Attempts:
             yield
         finally:
             self._may_pass = False
+
+    def call_missed_hooks(self, first: Outcome) -> None:
+        """Call ``on_after_backward`` if the first run ended in its backward pass, and a repeated one did not.
+
+        Args:
+            first: The outcome of the first run.
+        """
+        if first.error is not None and not first.early:
+            call_after_backward(self._parts.trainer, self._parts.is_guard)
 
     def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
         """Restore everything except the gradients to the start of a micro-batch, after a run with an outcome."""

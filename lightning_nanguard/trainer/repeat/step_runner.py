@@ -15,7 +15,6 @@ from lightning_nanguard.state.step_start import StepClock, StepStart
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
-    call_after_backward,
     logging_for,
     result_of,
     uncounted,
@@ -126,8 +125,7 @@ class StepRunner:
             if last.good:
                 if keeps:
                     after.restore_counters()
-                if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.is_guard)
+                self._runs.call_missed_hooks(first)
                 self._records.transient(fault_of(first), counters=after.names if keeps else ())
                 return self._over(last.result, steps=steps)
             # A step that raises only when it is run again depends on something that its first run has used up.
@@ -145,8 +143,7 @@ class StepRunner:
         """The fault came back: keep the good samples, leave out the micro-batch, or let the guard handle it."""
         kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
         if micro.kept is not None and kept is not None:
-            if first.error is not None and not first.early:
-                call_after_backward(self._parts.trainer, self._parts.is_guard)
+            self._runs.call_missed_hooks(first)
             return self._window_over(kept.result, steps=steps)
         if first.error is not None and not self._parts.errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
@@ -222,8 +219,7 @@ class StepRunner:
             with self._runs.repeating(counted=counted):
                 again = self._runs.attempt(micro, steps=steps)
             if again.good:
-                if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.is_guard)
+                self._runs.call_missed_hooks(first)
                 self._records.transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 self._updates.log_again()
                 return again

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.trainer.private.closures import call_after_backward, logging_for
+from lightning_nanguard.trainer.private.closures import logging_for
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
@@ -60,8 +60,7 @@ class WindowAgain:
         if steps:
             fault = self._runs.weighed_fault()
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
-            if first.error is not None:
-                call_after_backward(self._parts.trainer, self._parts.is_guard)
+            self._runs.call_missed_hooks(first)
             self._parts.guard.steps.records.transient(fault_of(first))
         return first.result if result is None else result
 
