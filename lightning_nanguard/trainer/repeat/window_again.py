@@ -32,12 +32,11 @@ class WindowAgain:
         self._window = parts.window
         self._runs = runs
 
-    def run(self, first: Outcome, *, steps: bool) -> Any:
+    def run(self, first: Outcome) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad.
 
         Args:
             first: The outcome of the newest one.
-            steps: Whether the update follows.
 
         Returns:
             The result for Lightning.
@@ -51,13 +50,13 @@ class WindowAgain:
         self._undos.undo()
         with self._runs.repeating(counted=True):
             for micro in window.micros:
-                last = steps and micro is window.micros[-1]
+                last = window.completes and micro is window.micros[-1]
                 result = self._one(micro, known, trace, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
             if not self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
                 raise first.error
-        if steps:
+        if window.completes:
             fault = self._runs.weighed_fault()
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             self._runs.call_missed_hooks(first)
