@@ -272,25 +272,21 @@ class NaNGuard(DisplayedGuard):
             return
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
-        replay.may_log = True
         if fit.carried is not None:
             fit.carried.close()
         if fit.last_good is not None and fit.last_good.due(guard.updates):
             guard.want_snapshot()
         try:
-            if guard.close_batch():
-                replay.remember(guard.updates)
-            else:
-                replay.distrust(guard.updates)
-                fit.after_skip()
-            if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
-                guard.look()  # before means over the epoch are logged
-            if replay.to_log is not None:
-                replay.to_log()
-                replay.to_log = None
-            fit.diagnostics.end_batch()
+            with fit.metrics.at_batch_end():
+                if guard.close_batch():
+                    replay.remember(guard.updates)
+                else:
+                    replay.distrust(guard.updates)
+                    fit.after_skip()
+                if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
+                    guard.look()  # before means over the epoch are logged
+                fit.diagnostics.end_batch()
         finally:
-            replay.may_log = False
             replay.batch = None
             if not guard.in_window:
                 replay.batches.clear()

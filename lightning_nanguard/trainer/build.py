@@ -44,7 +44,7 @@ from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
 from lightning_nanguard.trainer.run import open_run
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.sinks import fit_advice, fit_outcomes, fit_sinks
+from lightning_nanguard.trainer.sinks import TrainerMetrics, fit_advice, fit_outcomes, fit_sinks
 
 
 def build_fit(
@@ -70,7 +70,8 @@ def build_fit(
     info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
     context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
-    sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
+    metrics = TrainerMetrics(trainer, module, memory, context)
+    sinks = fit_sinks(trainer, info, memory, arguments.sinks, context, metrics)
     advice = fit_advice(info, arguments.thresholds.records)
     file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
     samples = SampleFinder(trainer, module, context, replay, order, file if info.rank == 0 else None, info.run_id)
@@ -108,7 +109,7 @@ def build_fit(
         if keeps_good is False
         else SampleKeeper(module, replay, samples, guard, arguments.thresholds.samples, always=bool(keeps_good))
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
+    return Fit(trainer, guard, replay, diagnostics, sinks, metrics, advice, folder, averages, order, samples, keeper)
 
 
 def _context(

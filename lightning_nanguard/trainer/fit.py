@@ -47,6 +47,7 @@ from lightning_nanguard.trainer.repeat.parts import made_parts
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
+from lightning_nanguard.trainer.sinks import TrainerMetrics
 from lightning_nanguard.trainer.validation import ValidationWatch
 from lightning_nanguard.types import Finding
 
@@ -63,6 +64,7 @@ class Fit:
         replay: Runs batches again.
         diagnostics: Finds causes and gives advice.
         sinks: Where records go.
+        metrics: Logs the numbers of the run.
         advice: Keeps advice.
         folder: The folder of the run.
         averages: The averaged copies that callbacks keep.
@@ -78,6 +80,7 @@ class Fit:
         replay: TrainerBatchReplay,
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
+        metrics: TrainerMetrics,
         advice: AdviceLog,
         folder: RunFolder,
         averages: AveragedCopies,
@@ -91,6 +94,7 @@ class Fit:
         self.replay = replay
         self.diagnostics = diagnostics
         self._sinks = sinks
+        self.metrics = metrics
         self.advice = advice
         self.folder = folder
         self.averages = averages

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import final
 
@@ -20,33 +21,29 @@ from lightning_nanguard.record.outcome_log import OutcomeLog
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.loggers.words import LoggerWords
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 
 
 def fit_sinks(
     trainer: Trainer,
-    module: LightningModule,
     run: RunInfo,
     memory: Memory,
     own: Sequence[Sink],
     context: GuardContext,
-    replay: TrainerBatchReplay,
+    metrics: TrainerMetrics,
 ) -> SinkDispatcher:
     """All sinks of a fit: memory and file first, the user's own sinks last.
 
     Args:
         trainer: The trainer.
-        module: Its module.
         run: Facts about the fit for sinks.
         memory: Keeps interventions from one fit to the next.
         own: The user's sinks.
         context: The objects that the parts of the guard share.
-        replay: Says whether metrics may be logged now.
+        metrics: Logs the numbers of the run.
     """
     thresholds = context.thresholds.records
-    metrics = _TrainerMetrics(trainer, module, memory, context, replay)
     sinks = [
         memory,
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
@@ -88,34 +85,50 @@ def fit_outcomes(
 
 
 @final
-class _TrainerMetrics:
-    """Logs the numbers of the run to every logger of the trainer and to its progress bar."""
+class TrainerMetrics:
+    """Logs the numbers of the run to every logger of the trainer and to its progress bar.
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        memory: Memory,
-        context: GuardContext,
-        replay: TrainerBatchReplay,
-    ) -> None:
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        memory: Counts interventions.
+        context: The objects that the parts of the guard share.
+    """
+
+    def __init__(self, trainer: Trainer, module: LightningModule, memory: Memory, context: GuardContext) -> None:
         self._trainer = trainer
         self._module = module
         self._memory = memory
         self._context = context
-        self._replay = replay
+        self._may_show = False
+        # Shows a number in the progress bar that has to wait for the end of a batch.
+        self._waiting: Callable[[], None] | None = None
 
     def numbers(self) -> RunNumbers:
+        """The present numbers."""
         return RunNumbers(self._memory.total, self._context.rate.ratio(), self._context.clipper.value)
 
     def log(self, values: Mapping[str, float]) -> None:
+        """Log some numbers by name."""
         for logger in self._trainer.loggers:
             logger.log_metrics(dict(values), step=logged_at(self._trainer))
         if self._trainer.progress_bar_callback is None:
             return
         count = values["nanguard/interventions"]
         show = partial(self._module.log, "nanguard", count, prog_bar=True, logger=False, rank_zero_only=True)
-        if self._replay.may_log:
+        if self._may_show:
             show()
         else:
-            self._replay.to_log = show
+            self._waiting = show
+
+    @contextmanager
+    def at_batch_end(self) -> Iterator[None]:
+        """Wraps the hook at the end of a batch. Only in this hook may the module log."""
+        self._may_show = True
+        try:
+            yield
+            if self._waiting is not None:
+                self._waiting()
+                self._waiting = None
+        finally:
+            self._may_show = False
