@@ -134,16 +134,16 @@ class Examination:
             return replace(case, model=model, course=course)
         course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with isolated(module, self._untraced):
+        with isolated(self._untraced):
             course = self._compare_gradients(micros, course, list(named.values()))
-        with isolated(module, self._untraced):
+        with isolated(self._untraced):
             found = curvature_along_update(step, self._learner.optimizers[0], named, limits.curvature)
         case = replace(case, model=model, course=course)
         if found is None:
             return case
         curvature, layers = found
         if not course.moves(limits.plateau) and course.high(limits.plateau):
-            with isolated(module, self._untraced):
+            with isolated(self._untraced):
                 hessian = Hessian(step, list(named.values()), limits.curvature.difference)
                 curvature = self._add_eigenvalues(curvature, hessian)
         return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)
