@@ -33,7 +33,7 @@ from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -49,7 +49,7 @@ class Examination:
             loss with its graph, or ``None``.
         untraced: A context that undoes what a run changes.
         patience: Number of updates within which the loss has to move. With ``None`` it examines only on request.
-        rules: The rules; ``None`` for the built-in ones.
+        rules: The rules.
         thresholds: When a number is evidence for a cause, and how many batches are used.
     """
 
@@ -58,15 +58,15 @@ class Examination:
         learner: Learner,
         step: Callable[[MicroBatch, bool], Tensor | None],
         untraced: Untraced,
-        patience: int | None = None,
+        patience: int | None,
         *,
-        rules: RuleSet | None = None,
-        thresholds: DiagnosisThresholds = DEFAULT,
+        rules: RuleSet,
+        thresholds: DiagnosisThresholds,
     ) -> None:
         self._learner = learner
         self._step = step
         self._untraced = untraced
-        self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
+        self._rules = rules
         self._thresholds = thresholds
         self._progress = (
             None if patience is None else LossProgress(patience, thresholds.examination, thresholds.plateau)

@@ -53,8 +53,8 @@ def build_fit(
     arguments: Arguments,
     memory: Memory,
     order: DataOrder,
-    run_id: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    run_id: str | None,
+    settings: Mapping[str, Any],
 ) -> Fit:
     """Make one fit and its guard.
 
@@ -67,7 +67,7 @@ def build_fit(
         run_id: Id of the run that is resumed; ``None`` for a new one.
         settings: Settings of the guard, for the log of the run.
     """
-    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
+    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings))
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
     context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
     metrics = TrainerMetrics(trainer, module, memory, context)

@@ -22,7 +22,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.loaders import readable_loader
@@ -62,8 +62,8 @@ class Diagnostics:
         examine_after: int | None,
         bundles: BundleStore | None,
         samples: SampleFinder,
-        rules: Sequence[Rule] = (),
-        thresholds: DiagnosisThresholds = DEFAULT,
+        rules: Sequence[Rule],
+        thresholds: DiagnosisThresholds,
     ) -> None:
         self._trainer = trainer
         self._module = module

@@ -86,7 +86,7 @@ class Fit:
         averages: AveragedCopies,
         order: DataOrder,
         samples: SampleFinder,
-        keeper: SampleKeeper | None = None,
+        keeper: SampleKeeper | None,
     ) -> None:
         self._trainer = trainer
         self.guard = guard

@@ -68,9 +68,7 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> AdviceL
     return AdviceLog(sink, thresholds, run.run_id)
 
 
-def fit_outcomes(
-    run: RunInfo, thresholds: RecordsThresholds = RECORDS
-) -> tuple[OutcomeLog[Receipt], OutcomeLog[HeldTrial]]:
+def fit_outcomes(run: RunInfo, thresholds: RecordsThresholds) -> tuple[OutcomeLog[Receipt], OutcomeLog[HeldTrial]]:
     """The logs of receipts and trials of a fit; on other ranks than 0 they keep them in memory only.
 
     Args:
