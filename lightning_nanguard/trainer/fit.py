@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
 from contextlib import ExitStack
 from functools import partial
 from operator import is_not
 from typing import Any, final
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.finite import all_finite
-from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.advice import AdviceLog
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.memory import Memory
@@ -201,12 +198,7 @@ class Fit:
 
     def non_finite_rate(self) -> float:
         """Share of the updates, over all ranks, whose loss or gradient was not finite."""
-        # All ranks have the same counts, so no sum over ranks is needed.
-        rate = NonFiniteRate(sync_on_compute=False)
-        bad = self.guard.non_finite
-        rate.update(torch.tensor(math.nan), times=bad)
-        rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
-        return float(rate.compute())
+        return self.guard.non_finite / max(1, self.guard.updates)  # all ranks have the same counts
 
     def has_other_optimizers(self) -> bool:
         """Whether the user's code has replaced optimizers since the guard was built."""
