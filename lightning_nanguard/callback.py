@@ -12,7 +12,6 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.defaults import default_remedies
-from lightning_nanguard.checkpoints.resume_gate import ResumeGate
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
@@ -25,14 +24,12 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails
 from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.guard_copies import NO_RUN, allow_in_checkpoints
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
+from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
 from lightning_nanguard.trainer.loggers.settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
-from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.resuming import before_resuming
 from lightning_nanguard.trainer.private.strategies import check_strategy
 from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
@@ -165,7 +162,6 @@ class NaNGuard(DisplayedGuard):
         super().__init__(arguments)
         expect_hooks(self)
         self._unwatched = False
-        self._gate: ResumeGate | None = None
 
     # ------------------------------------------------------------------------------------------------ what users call
 
@@ -195,19 +191,8 @@ class NaNGuard(DisplayedGuard):
             if given is None:
                 return
             check_strategy(trainer, pl_module)
-            self._put_back()
-            self._put_back = put_first(trainer, self)
             log_settings(trainer, self._settings())
-            self._undo_gate()
-            self._gate = ResumeGate(
-                pl_module,
-                [] if given.dirpath is None else [given.dirpath],
-                take=given.resume == "last-good",
-                observe=given.observe,
-                thresholds=given.thresholds.checkpoints,
-            )
-            self._undo_gate = before_resuming(trainer, self._gate)
-            self._watch_data(trainer)
+            self._before.install(trainer, pl_module, self, given)
 
     @leaves_run_if_it_fails(ValueError)
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -216,9 +201,8 @@ class NaNGuard(DisplayedGuard):
         if given is None:
             return
         resumed, self._resumed_run = self._resumed_run, None
-        order = self._order or self._watch_data(trainer)
+        order = self._before.order or self._before.watch_data(trainer, given)
         fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
-        self._run_id = fit.folder.run_id
         self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
         fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
         if self._resumed is not None:
@@ -228,7 +212,9 @@ class NaNGuard(DisplayedGuard):
         fit.start(given.max_snapshot_memory, lambda callback: callback is self)
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
-        self._note_resumed(fit)
+        instead = self._before.end_resuming()
+        if instead is not None:
+            fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, instead), "resume")
 
     def _guard_other_optimizers(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on as in a resumed run. Snapshots from before do not fit the new optimizers."""
@@ -239,13 +225,6 @@ class NaNGuard(DisplayedGuard):
         fit.close()
         self.on_train_start(trainer, pl_module)
         self._memory.add_to_run(before=before)  # it is still the same fit
-
-    def _note_resumed(self, fit: Fit) -> None:
-        self._undo_gate()
-        gate, self._gate = self._gate, None
-        if gate is not None and gate.taken is not None:
-            message = f"{gate.refused}; the run resumes from {gate.taken.path} (step {gate.taken.global_step}) instead"
-            fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, message), "resume")
 
     @leaves_run_if_it_fails()
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -262,9 +241,7 @@ class NaNGuard(DisplayedGuard):
         fit.averages.watch()
         clock = trainer.global_step, fit.replay.epoch
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx), clock)
-        first = fit.diagnostics.first_updates
-        if first is not None and (first.looks or first.compares):
-            first.see_batch(batch, batch_idx)
+        fit.diagnostics.see_batch(batch, batch_idx)
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
@@ -272,13 +249,9 @@ class NaNGuard(DisplayedGuard):
     @leaves_run_if_it_fails()
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
-        fit = self._fit
-        if fit is None:
-            return
-        first = fit.diagnostics.first_updates
-        if first is not None and first.looks:
-            first.see_loss(loss)
-        fit.guard.see_loss(loss)
+        if self._fit is not None:
+            self._fit.diagnostics.see_loss(loss)
+            self._fit.guard.see_loss(loss)
 
     @leaves_run_if_it_fails()
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -286,9 +259,7 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit
         index = None if fit is None else fit.optimizer_index(optimizer)
         if fit is not None and index is not None:
-            first = fit.diagnostics.first_updates
-            if first is not None and first.looks:
-                first.see_step(index)
+            fit.diagnostics.see_step(index)
             fit.guard.before_step(index)
 
     @leaves_run_if_it_fails()
@@ -301,28 +272,21 @@ class NaNGuard(DisplayedGuard):
             return
         guard, replay = fit.guard, fit.replay
         replay.batch, replay.batch_idx = batch, batch_idx
-        replay.may_log = True
         if fit.carried is not None:
             fit.carried.close()
         if fit.last_good is not None and fit.last_good.due(guard.updates):
             guard.want_snapshot()
         try:
-            if guard.close_batch():
-                replay.remember(guard.updates)
-            else:
-                replay.distrust(guard.updates)
-                fit.after_skip()
-            if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
-                guard.look()  # before means over the epoch are logged
-            if replay.to_log is not None:
-                replay.to_log()
-                replay.to_log = None
-            fit.diagnostics.examine_if_due()
-            first = fit.diagnostics.first_updates
-            if first is not None and (first.looks or guard.updates >= first.next_due) and first.end_batch():
-                fit.diagnostics.judge_first_updates()
+            with fit.numbers.at_batch_end():
+                if guard.close_batch():
+                    replay.remember(guard.updates)
+                else:
+                    replay.distrust(guard.updates)
+                    fit.after_skip()
+                if trainer.is_last_batch or 0 <= trainer.max_steps <= trainer.global_step:
+                    guard.look()  # before means over the epoch are logged
+                fit.diagnostics.end_batch()
         finally:
-            replay.may_log = False
             replay.batch = None
             if not guard.in_window:
                 replay.batches.clear()
@@ -363,10 +327,10 @@ class NaNGuard(DisplayedGuard):
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore a good state before the run ends."""
-        self._undo_gate()
+        self._before.end_resuming()
         fit = self._fit
         if fit is None:
-            self._leave_data()
+            self._before.leave_data()
             return
         try:
             fit.context.rate.withdraw()
@@ -395,13 +359,10 @@ class NaNGuard(DisplayedGuard):
         self._end()
 
     def _end(self) -> None:
-        self._undo_gate()
-        self._put_back()
-        self._leave_data()
+        self._before.close()
         for name in ("log", "log_dict"):  # Lightning leaves the module's here, which would keep it alive
             vars(self).pop(name, None)
-        fit = self._fit
-        vars(self).update(NO_RUN)
+        fit, self._fit = self._fit, None
         if fit is None:
             return
         try:

@@ -37,9 +37,7 @@ class LastGood:
         pending: The file whose snapshot is not certified yet.
     """
 
-    def __init__(
-        self, folder: Path, every: int, ring: Ring, write: Callable[[Path], None], *, leads: bool = True
-    ) -> None:
+    def __init__(self, folder: Path, every: int, ring: Ring, write: Callable[[Path], None], *, leads: bool) -> None:
         self.path = folder / LAST_GOOD
         self.pending = self.path.with_name(f"{LAST_GOOD}.pending")
         self._every = every

@@ -16,7 +16,7 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
-from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled, untrained_kept
+from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
@@ -207,7 +207,7 @@ class Diagnostician:
             return clues
         for draw in range(self._thresholds.replay.other_draws):
             other = replace(micro, streams=micro.streams.elsewhere(draw))
-            with isolated(module, self._untraced):
+            with isolated(self._untraced):
                 found = loss_and_gradient_norm(module, partial(self._step, other, False))
             if found is not None and all(map(math.isfinite, found)):
                 return replace(clues, gone_otherwise=True)
@@ -244,7 +244,7 @@ class Diagnostician:
             return case
         module, (optimizer,) = self._learner.module, self._learner.optimizers
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with self._untraced(), self._at_snapshot(good), untrained_kept(module), uncompiled():
+        with self._untraced(), self._at_snapshot(good), uncompiled():
             # In full precision, because second derivatives are not usable in 16 bits.
             step = partial(self._step, micro, True)
             found = curvature_along_update(step, optimizer, named, self._thresholds.curvature)

@@ -33,7 +33,7 @@ from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -49,7 +49,7 @@ class Examination:
             loss with its graph, or ``None``.
         untraced: A context that undoes what a run changes.
         patience: Number of updates within which the loss has to move. With ``None`` it examines only on request.
-        rules: The rules; ``None`` for the built-in ones.
+        rules: The rules.
         thresholds: When a number is evidence for a cause, and how many batches are used.
     """
 
@@ -58,15 +58,15 @@ class Examination:
         learner: Learner,
         step: Callable[[MicroBatch, bool], Tensor | None],
         untraced: Untraced,
-        patience: int | None = None,
+        patience: int | None,
         *,
-        rules: RuleSet | None = None,
-        thresholds: DiagnosisThresholds = DEFAULT,
+        rules: RuleSet,
+        thresholds: DiagnosisThresholds,
     ) -> None:
         self._learner = learner
         self._step = step
         self._untraced = untraced
-        self._rules = RuleSet(thresholds=thresholds) if rules is None else rules
+        self._rules = rules
         self._thresholds = thresholds
         self._progress = (
             None if patience is None else LossProgress(patience, thresholds.examination, thresholds.plateau)
@@ -134,16 +134,16 @@ class Examination:
             return replace(case, model=model, course=course)
         course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
         named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with isolated(module, self._untraced):
+        with isolated(self._untraced):
             course = self._compare_gradients(micros, course, list(named.values()))
-        with isolated(module, self._untraced):
+        with isolated(self._untraced):
             found = curvature_along_update(step, self._learner.optimizers[0], named, limits.curvature)
         case = replace(case, model=model, course=course)
         if found is None:
             return case
         curvature, layers = found
         if not course.moves(limits.plateau) and course.high(limits.plateau):
-            with isolated(module, self._untraced):
+            with isolated(self._untraced):
                 hessian = Hessian(step, list(named.values()), limits.curvature.difference)
                 curvature = self._add_eigenvalues(curvature, hessian)
         return replace(case, model=None if model is None else _with_updates(model, layers), curvature=curvature)

@@ -8,12 +8,12 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import nn
 
 _logger = logging.getLogger("lightning_nanguard")
 
 Untraced = Callable[[], AbstractContextManager[None]]
-"""A context in which nothing that runs leaves a trace: random streams, metrics, logged values, attributes."""
+"""A context that undoes what a run changes: random streams, buffers, parameters that are not trained, metrics, logged
+values, attributes."""
 
 
 @contextmanager
@@ -30,14 +30,13 @@ def errors_logged(failed: str) -> Iterator[None]:
 
 
 @contextmanager
-def isolated(module: nn.Module, untraced: Untraced) -> Iterator[None]:
-    """Run the block uncompiled, and undo what it changes, untrained state included.
+def isolated(untraced: Untraced) -> Iterator[None]:
+    """Run the block uncompiled, and undo what it changes.
 
     Args:
-        module: The trained module.
         untraced: The caller's context, which undoes what a run changes.
     """
-    with untraced(), untrained_kept(module), uncompiled(), without_anomaly_checks():
+    with untraced(), uncompiled(), without_anomaly_checks():
         yield
 
 
@@ -54,23 +53,6 @@ def without_anomaly_checks(*, lines: bool = False) -> Iterator[None]:
         yield
     finally:
         torch.autograd.set_detect_anomaly(enabled, check_nan=checks)
-
-
-@contextmanager
-def untrained_kept(module: nn.Module) -> Iterator[None]:
-    """Restore the state that a ``training_step`` may change: buffers, and parameters that are not trained."""
-    # Untrained parameters may be averages and target networks, which a training_step may update itself.
-    live = [*module.buffers(), *(p for p in module.parameters() if not p.requires_grad)]
-    before = [(tensor, tensor.detach().clone()) for tensor in live]
-    named = [(owner, dict(owner._buffers)) for owner in module.modules() if owner._buffers]
-    try:
-        yield
-    finally:
-        for owner, buffers in named:
-            owner._buffers.update(buffers)
-        with torch.no_grad():
-            for tensor, value in before:
-                tensor.copy_(value)
 
 
 def uncompiled() -> AbstractContextManager[Any]:

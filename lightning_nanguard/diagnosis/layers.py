@@ -53,7 +53,7 @@ def measure_layers_untraced(
     """The result of :func:`measure_layers` for a batch. Everything that the pass changes is undone."""
     fields = dict(tensor_fields(batch))
     targets = [fields[name] for name in target_fields(batch, fields)]
-    with isolated(module, untraced):
+    with isolated(untraced):
         return measure_layers(module, step, targets, thresholds)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from lightning_nanguard.diagnosis.batch import samples, target_fields, tensor_fields
 from lightning_nanguard.diagnosis.case import Clues, Origin
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient
-from lightning_nanguard.diagnosis.isolation import Untraced, isolated, untrained_kept, without_anomaly_checks
+from lightning_nanguard.diagnosis.isolation import Untraced, isolated, without_anomaly_checks
 from lightning_nanguard.diagnosis.operation_trace import OperationTrace, RunningModules, storage_key
 from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.state.device import OutOfMemory
@@ -44,7 +44,7 @@ def replay(
     """
     scale = loss_scale or 1.0
     # Tracing costs several times the pass itself, so the first run is not traced.
-    with isolated(module, untraced):
+    with isolated(untraced):
         try:
             loss = step()
         except OutOfMemory:
@@ -68,7 +68,7 @@ def replay(
         return clues
     finite, origin = all(map(math.isfinite, norms.values())), None
     if not finite:
-        with isolated(module, untraced), RunningModules(module) as modules, without_anomaly_checks(lines=True):
+        with isolated(untraced), RunningModules(module) as modules, without_anomaly_checks(lines=True):
             loss = step()
             size = samples(batch) or 0
             origin = None if loss is None else origin_of_bad_gradient(loss * scale, module, modules, size)
@@ -82,7 +82,7 @@ def replay(
 
 
 def _closer(clues: Clues, batch: Any, module: nn.Module, step: Step, untraced: Untraced) -> Clues:
-    with isolated(module, untraced):
+    with isolated(untraced):
         origin = _origin_of_bad_loss(batch, module, step, purposeful=not clues.bad_fields)
     # The gradient of a non-finite loss gives no further clue.
     return replace(clues, replayed=True, origin=origin, gradient_finite=False)
@@ -105,8 +105,8 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
 
 
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
-    """Loss and gradient norm of one more run; ``None`` if there is no loss."""
-    with untrained_kept(module), without_anomaly_checks():
+    """Loss and gradient norm of one more run; ``None`` if there is no loss. The caller undoes what the run changes."""
+    with without_anomaly_checks():
         loss = step()
         if loss is None:
             return None

@@ -63,11 +63,9 @@ class Arguments:
         _check_instances("detectors", self.detectors, Detector)
         _check_instances("remedies", self.remedies, Remedy)
         executors(self.remedies)
-        for name, kind in (("budget", Budget), ("thresholds", Thresholds)):
-            value = getattr(self, name)
-            if not isinstance(value, kind):
-                got = type(value).__name__
-                raise TypeError(f"{_NAME}({name}={value!r}): expected a {kind.__name__}, but got {got}.")
+        if not isinstance(self.budget, Budget):
+            got = type(self.budget).__name__
+            raise TypeError(f"{_NAME}(budget={self.budget!r}): expected a Budget, but got {got}.")
         for name, choices in _CHOICES.items():
             value = getattr(self, name)
             require(value in choices, _NAME, name, value, f"one of {choices}")

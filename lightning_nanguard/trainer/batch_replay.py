@@ -80,10 +80,6 @@ class TrainerBatchReplay:
         self._delay = delay
         self._limits = thresholds
         self._distrusted = -1
-        # Whether the hook at the end of a batch is running. Only in this hook may the module log.
-        self.may_log = False
-        # Logs the values that have to wait for this hook.
-        self.to_log: Callable[[], None] | None = None
         # Index of the micro-batch to diagnose, if only one of the window is bad.
         self.suspect: int | None = None
         self.batch: Any = None

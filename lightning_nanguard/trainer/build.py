@@ -34,6 +34,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit import Fit
+from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.settings import begun_with
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.averages import AveragedCopies
@@ -53,8 +54,8 @@ def build_fit(
     arguments: Arguments,
     memory: Memory,
     order: DataOrder,
-    run_id: str | None = None,
-    settings: Mapping[str, Any] | None = None,
+    run_id: str | None,
+    settings: Mapping[str, Any],
 ) -> Fit:
     """Make one fit and its guard.
 
@@ -67,10 +68,11 @@ def build_fit(
         run_id: Id of the run that is resumed; ``None`` for a new one.
         settings: Settings of the guard, for the log of the run.
     """
-    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings or {}))
+    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings))
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
     context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
-    sinks = fit_sinks(trainer, module, info, memory, arguments.sinks, context, replay)
+    numbers = LoggerNumbers(trainer, module, memory, context)
+    sinks = fit_sinks(trainer, info, memory, arguments.sinks, context, numbers)
     advice = fit_advice(info, arguments.thresholds.records)
     file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
     samples = SampleFinder(trainer, module, context, replay, order, file if info.rank == 0 else None, info.run_id)
@@ -108,7 +110,7 @@ def build_fit(
         if keeps_good is False
         else SampleKeeper(module, replay, samples, guard, arguments.thresholds.samples, always=bool(keeps_good))
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, advice, folder, averages, order, samples, keeper)
+    return Fit(trainer, guard, replay, diagnostics, sinks, numbers, advice, folder, averages, order, samples, keeper)
 
 
 def _context(

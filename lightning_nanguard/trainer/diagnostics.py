@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any, final
 
+from torch import Tensor
+
 from lightning_nanguard.diagnosis.bundle import Bundle
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
@@ -21,7 +23,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.loaders import readable_loader
@@ -61,8 +63,8 @@ class Diagnostics:
         examine_after: int | None,
         bundles: BundleStore | None,
         samples: SampleFinder,
-        rules: Sequence[Rule] = (),
-        thresholds: DiagnosisThresholds = DEFAULT,
+        rules: Sequence[Rule],
+        thresholds: DiagnosisThresholds,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -93,7 +95,7 @@ class Diagnostics:
         )
         self._examines = examine_after is not None
         # Observes the first updates; ``None`` after them, and if nothing can be observed.
-        self.first_updates = (
+        self._first_updates = (
             None if self._ranks.sharded else FirstUpdates(trainer, module, context, thresholds.mistakes)
         )
         # Whether the preflight is still due, and whether the user asked for an examination.
@@ -148,9 +150,35 @@ class Diagnostics:
             loss_scale=self._loss_scale(),
         )
 
+    def see_batch(self, batch: Any, batch_idx: int) -> None:
+        """A batch begins."""
+        if self._first_updates is not None:
+            self._first_updates.see_batch(batch, batch_idx)
+
+    def see_loss(self, loss: Tensor) -> None:
+        """A backward pass is about to begin."""
+        if self._first_updates is not None and self._first_updates.looks:
+            self._first_updates.see_loss(loss)
+
+    def see_step(self, optimizer_index: int) -> None:
+        """An optimizer is about to step."""
+        if self._first_updates is not None and self._first_updates.looks:
+            self._first_updates.see_step(optimizer_index)
+
+    def end_batch(self) -> None:
+        """A batch is over: examine the loss and judge the first updates if that is due."""
+        self._examine_if_due()
+        if self._first_updates is not None and self._first_updates.end_batch():
+            self.judge_first_updates()
+
+    def close(self) -> None:
+        """The fit is over."""
+        if self._first_updates is not None:
+            self._first_updates.close()
+
     def judge_first_updates(self) -> None:
         """Give advice about mistakes that the first updates showed, and stop observing."""
-        first, self.first_updates = self.first_updates, None
+        first, self._first_updates = self._first_updates, None
         if first is None:
             return
         found: Sequence[Finding] = ()
@@ -176,7 +204,7 @@ class Diagnostics:
             if finding.confidence > self._thresholds.confidence.told:
                 self.advise("preflight", finding)
 
-    def examine_if_due(self) -> None:
+    def _examine_if_due(self) -> None:
         """Examine a loss that does not move, or the present run if the user asked for it."""
         if not (self._examines or self.asked):
             return

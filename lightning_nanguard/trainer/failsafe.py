@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast
 
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.errors import has_to_be_raised
-from lightning_nanguard.trainer.guard_copies import CopyableGuard
+from lightning_nanguard.trainer.guard_state import StatefulGuard
 from lightning_nanguard.trainer.private.packages import Trainer
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -29,7 +29,7 @@ def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
 
     def decorated(hook: _Hook) -> _Hook:
         @wraps(hook)
-        def wrapped(guard: CopyableGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        def wrapped(guard: StatefulGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
             try:
                 hook(guard, trainer, *args, **kwargs)
             except Exception as error:
@@ -42,7 +42,7 @@ def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
     return decorated
 
 
-def _leave(guard: CopyableGuard, hook: str, error: Exception) -> None:
+def _leave(guard: StatefulGuard, hook: str, error: Exception) -> None:
     what = f"the guard failed in {hook} with {type(error).__name__}: {error}"
     _logger.error(
         "NaNGuard: %s. The run goes on without the guard. Please report this with the traceback.", what, exc_info=error

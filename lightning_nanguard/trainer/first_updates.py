@@ -69,19 +69,19 @@ class FirstUpdates:
         # Number of updates before this fit; ``None`` before its first one.
         self._begun: int | None = None
         # Number of updates after which to decide again what is checked.
-        self.next_due: float = math.inf
+        self._next_due: float = math.inf
         # Whether the present update is checked: the first ones, a few later ones, and all while parameters have no
         # gradient.
         self.looks = True
         # Whether the present batch is compared with others.
-        self.compares = _draws(trainer, thresholds)
+        self._compares = _draws(trainer, thresholds)
 
     # ---------------------------------------------------------------------------------------------- while it trains
 
     def see_batch(self, batch: Any, batch_idx: int) -> None:
         """A batch begins."""
-        if self.compares:
-            self.compares = self._batches.see(batch, first=batch_idx == 0)
+        if self._compares:
+            self._compares = self._batches.see(batch, first=batch_idx == 0)
         if self._updates and self._waiting and self._calls is None:
             modules = dict(self._module.named_modules())
             self._calls = ModuleCalls(modules, self._limits.most_modules)
@@ -96,7 +96,7 @@ class FirstUpdates:
         self._unoptimized = {name for name, p in self._named.items() if id(p) not in owned}
         self._modes = self._idle = {path: one for path, one in self._module.named_modules() if _has_modes(one)}
         self._begun = self._context.state.step
-        self.next_due = self._begun + 1
+        self._next_due = self._begun + 1
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
@@ -131,7 +131,7 @@ class FirstUpdates:
         """
         if self._calls is not None:
             self._calls.end()
-        if self._begun is None or self._context.state.step < self.next_due:
+        if self._begun is None or self._context.state.step < self._next_due:
             return False
         self._updates = updates = self._context.state.step - self._begun
         due = self._due
@@ -145,7 +145,7 @@ class FirstUpdates:
             or any(one.looks for one in self._gradients)
         )
         next_due = updates + 1 if self.looks else due[0] if due else self._limits.updates
-        self.next_due = self._begun + next_due
+        self._next_due = self._begun + next_due
         return updates >= self._limits.updates
 
     def close(self) -> None:

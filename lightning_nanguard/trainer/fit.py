@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 import logging
-import math
-from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from operator import is_not
 from typing import Any, final
 
-import torch
 from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.finite import all_finite
-from lightning_nanguard.metrics import NonFiniteRate
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.memory import Memory
@@ -29,11 +25,12 @@ from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.loggers.curves import LoggerCurves
+from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.report import log_report
 from lightning_nanguard.trainer.own_scalers import fallen_scales
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import after_every_batch, is_from_callback
+from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
@@ -64,6 +61,7 @@ class Fit:
         replay: Runs batches again.
         diagnostics: Finds causes and gives advice.
         sinks: Where records go.
+        numbers: Logs the numbers of the run.
         advice: Keeps advice.
         folder: The folder of the run.
         averages: The averaged copies that callbacks keep.
@@ -79,12 +77,13 @@ class Fit:
         replay: TrainerBatchReplay,
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
+        numbers: LoggerNumbers,
         advice: FitLog[Advice],
         folder: RunFolder,
         averages: AveragedCopies,
         order: DataOrder,
         samples: SampleFinder,
-        keeper: SampleKeeper | None = None,
+        keeper: SampleKeeper | None,
     ) -> None:
         self._trainer = trainer
         self.guard = guard
@@ -92,6 +91,7 @@ class Fit:
         self.replay = replay
         self.diagnostics = diagnostics
         self._sinks = sinks
+        self.numbers = numbers
         self.advice = advice
         self.folder = folder
         self.averages = averages
@@ -108,12 +108,12 @@ class Fit:
         self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None, listens: Callable[[Any], bool]) -> None:
+    def start(self, max_memory: float | None, is_guard: IsGuard) -> None:
         """Check the state before the first update, and install the guard on the trainer.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
-            listens: Says which callback is the guard's.
+            is_guard: Says whether a callback is the guard.
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
@@ -130,7 +130,7 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, listens, keeper))
+            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, is_guard, keeper))
             later(run_micro_batches_by(self._trainer, runner))
             self.context.state.redo_since = runner.redo_since
             later(setattr, self.context.state, "redo_since", None)
@@ -146,14 +146,14 @@ class Fit:
             )
         )
         if not self.context.settings.observe:
-            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, listens)))
+            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, is_guard)))
             later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self._trainer))
 
-    def _excuses(self, listens: Callable[[Any], bool], optimizer: Optimizer, error: Exception) -> bool:
+    def _excuses(self, is_guard: IsGuard, optimizer: Optimizer, error: Exception) -> bool:
         """Whether a skipped update caused an exception. An exception from a callback never counts."""
         numeric = is_numeric(error)
-        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, listens)
+        possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, is_guard)
         return possible and self.guard.excuses(optimizer, numeric=numeric)
 
     def _keeps_whole(self, module: LightningModule) -> bool:
@@ -199,12 +199,7 @@ class Fit:
 
     def non_finite_rate(self) -> float:
         """Share of the updates, over all ranks, whose loss or gradient was not finite."""
-        # All ranks have the same counts, so no sum over ranks is needed.
-        rate = NonFiniteRate(sync_on_compute=False)
-        bad = self.guard.non_finite
-        rate.update(torch.tensor(math.nan), times=bad)
-        rate.update(torch.tensor(0.0), times=self.guard.updates - bad)
-        return float(rate.compute())
+        return self.guard.non_finite / max(1, self.guard.updates)  # all ranks have the same counts
 
     def has_other_optimizers(self) -> bool:
         """Whether the user's code has replaced optimizers since the guard was built."""
@@ -330,7 +325,6 @@ class Fit:
             last.callback(self.samples.close)
             last.push(self._patches)
             last.callback(self.guard.close)
-            if self.diagnostics.first_updates is not None:
-                last.callback(self.diagnostics.first_updates.close)
+            last.callback(self.diagnostics.close)
             if self.last_good is not None:
                 last.callback(self.last_good.end)

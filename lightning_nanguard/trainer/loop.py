@@ -35,7 +35,7 @@ class TrainerLoop:
         replay: TrainerBatchReplay,
         diagnostics: Diagnostics,
         sinks: SinkDispatcher,
-        run_id: str = "",
+        run_id: str,
     ) -> None:
         self._trainer = trainer
         self._module = module

@@ -74,7 +74,7 @@ class SampleFinder:
         replay: TrainerBatchReplay,
         order: DataOrder,
         file: JsonLines | None,
-        run_id: str = "",
+        run_id: str,
     ) -> None:
         self._trainer = trainer
         self._module = module

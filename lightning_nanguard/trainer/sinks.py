@@ -19,39 +19,36 @@ from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.words import LoggerWords
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.types import Advice
 
 
 def fit_sinks(
     trainer: Trainer,
-    module: LightningModule,
     run: RunInfo,
     memory: Memory,
     own: Sequence[Sink],
     context: GuardContext,
-    replay: TrainerBatchReplay,
+    numbers: LoggerNumbers,
 ) -> SinkDispatcher:
     """All sinks of a fit: memory and file first, the user's own sinks last.
 
     Args:
         trainer: The trainer.
-        module: Its module.
         run: Facts about the fit for sinks.
         memory: Keeps interventions from one fit to the next.
         own: The user's sinks.
         context: The objects that the parts of the guard share.
-        replay: Says whether metrics may be logged now.
+        numbers: Logs the numbers of the run.
     """
     thresholds = context.thresholds.records
     sinks = [
         memory,
         JsonLines(run.dirpath / RECORDS_FILE, thresholds),
         Console(thresholds),
-        LoggerNumbers(trainer, module, memory, context, replay),
+        numbers,
         LoggerWords(trainer),
         LayerNormsFile(
             run.dirpath / LAYER_NORMS_FILE, partial(context.norms.read, context.learner.named_sizes), thresholds
@@ -71,7 +68,7 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> FitLog[
     return FitLog(partial(describe_advice, thresholds=thresholds), sink, run.run_id, logging.WARNING)
 
 
-def fit_outcomes(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> tuple[FitLog[Receipt], FitLog[HeldTrial]]:
+def fit_outcomes(run: RunInfo, thresholds: RecordsThresholds) -> tuple[FitLog[Receipt], FitLog[HeldTrial]]:
     """The logs of receipts and trials of a fit; on other ranks than 0 they keep them in memory only.
 
     Args:

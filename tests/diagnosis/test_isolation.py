@@ -7,15 +7,12 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import nn
 
 from lightning_nanguard.diagnosis.isolation import errors_logged, isolated
 
 
-def test_buffers_and_untrained_parameters_come_back() -> None:
-    """Those that are written into, and those that are replaced; also where the code raises."""
-    net = nn.BatchNorm1d(2)
-    net.average = nn.Parameter(torch.ones(2), requires_grad=False)
+def test_code_runs_within_the_callers_context_and_its_backward_pass_may_give_nan() -> None:
+    """What is followed is the user's own code, and NaN in its backward pass is what is looked for."""
     order: list[str] = []
 
     @contextmanager
@@ -24,15 +21,12 @@ def test_buffers_and_untrained_parameters_come_back() -> None:
         yield
         order.append("out")
 
-    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
-    with isolated(net, untraced):
-        net(torch.randn(8, 2))
-        net.average.mul_(3)
-        net.running_mean = torch.full((2,), 9.0)
-    assert order == ["in", "out"]
-    with pytest.raises(RuntimeError, match="size of tensor a"), isolated(net, untraced):
-        net.average.mul_(torch.tensor([3.0, 3.0])).add_(torch.ones(7))
-    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+    weight = torch.zeros(1, requires_grad=True)
+    with torch.autograd.set_detect_anomaly(True), isolated(untraced):
+        order.append("run")
+        (gradient,) = torch.autograd.grad((weight.sqrt() * 0).sum(), weight)
+    assert order == ["in", "run", "out"]
+    assert gradient.isnan()
 
 
 def test_an_error_is_only_logged(caplog: pytest.LogCaptureFixture) -> None:

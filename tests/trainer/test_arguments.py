@@ -69,7 +69,6 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("remedies", [Rollback(), 0.5], r"0\.5 is not an instance of Remedy"),
     ("budget", 20, r"budget=20\): expected a Budget, but got int"),
     ("budget", None, r"budget=None\): expected a Budget, but got NoneType"),
-    ("thresholds", {"decision": 1}, r"thresholds=.*expected a Thresholds, but got dict"),
 ]
 
 

@@ -46,15 +46,13 @@ class CheckReport:
         return any(finding.confidence > DEFAULT.confidence.told for finding in self.findings)
 
 
-def check_config(
-    config: Path, model: Any = None, data: Any = None, *, gradients: bool = False, overfit: bool = False
-) -> CheckReport:
+def check_config(config: Path, model: Any, data: Any, *, gradients: bool, overfit: bool) -> CheckReport:
     """Check the data and the untrained model of a LightningCLI configuration. It writes nothing.
 
     Args:
         config: The YAML file.
-        model: Class of the module, if the file names none.
-        data: Class of the data module, if the file names none.
+        model: Class of the module; ``None`` if the file names one.
+        data: Class of the data module; ``None`` if the file names one.
         gradients: Whether to compare gradients with finite differences, too.
         overfit: Whether to test, too, if the model can overfit a few samples.
     """

@@ -8,6 +8,8 @@ from typing import Any, final
 
 from lightning_nanguard.trainer.private.packages import Callback, is_kind
 
+IsGuard = Callable[[Any], bool]
+"""Says whether a callback is the guard."""
 _TUNERS = ("BatchSizeFinder", "LearningRateFinder")
 
 
@@ -46,18 +48,18 @@ def unfreezes(trainer: Any) -> bool:
     return any(is_kind(one, "BaseFinetuning") for one in trainer.callbacks)
 
 
-def is_from_callback(error: BaseException, listens: Callable[[Any], bool]) -> bool:
+def is_from_callback(error: BaseException, is_guard: IsGuard) -> bool:
     """Whether an exception was raised in a hook of a callback.
 
     Args:
         error: The exception.
-        listens: Says which callback is the guard's, which does not count.
+        is_guard: Says whether a callback is the guard, which does not count.
     """
     trace = error.__traceback__
     while trace is not None:
         frame, trace = trace.tb_frame, trace.tb_next
         # The caller's frame names the callback. The hook's own frame may not, as with LambdaCallback.
-        if frame.f_code.co_name == "_call_callback_hooks" and not listens(frame.f_locals.get("callback")):
+        if frame.f_code.co_name == "_call_callback_hooks" and not is_guard(frame.f_locals.get("callback")):
             return True
     return False
 

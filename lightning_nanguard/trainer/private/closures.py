@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
+from lightning_nanguard.trainer.private.callbacks import IsGuard
 
 _HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
 
@@ -110,17 +111,17 @@ def result_of(trainer: Any, loss: Tensor) -> Any:
 
 
 @contextmanager
-def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
+def uncounted(trainer: Any, is_guard: IsGuard | None) -> Iterator[None]:
     """Inside, a micro-batch is run a second time: no callback is called, and progress is not counted.
 
     Args:
         trainer: The trainer.
-        listens: Says which callbacks are still called.
+        is_guard: Says whether a callback is the guard, which is still called; ``None`` if it is not called either.
     """
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list, because the thread of a progress bar searches it.
-    silenced = [one for one in trainer.callbacks if not listens(one)]
+    silenced = [one for one in trainer.callbacks if is_guard is None or not is_guard(one)]
     undo = undo_all([wrap_method(one, name, call_nothing) for one in silenced for name in _HOOKS])
     try:
         yield
@@ -129,10 +130,10 @@ def uncounted(trainer: Any, listens: Callable[[Any], bool]) -> Iterator[None]:
         loop.optim_progress.load_state_dict(progress)
 
 
-def call_after_backward(trainer: Any, listens: Callable[[Any], bool]) -> None:
-    """Call ``on_after_backward`` of the callbacks after a repeated backward pass."""
+def call_after_backward(trainer: Any, is_guard: IsGuard) -> None:
+    """Call ``on_after_backward`` of the other callbacks after a repeated backward pass."""
     for callback in trainer.callbacks:
-        if not listens(callback):
+        if not is_guard(callback):
             callback.on_after_backward(trainer, trainer.lightning_module)
 
 

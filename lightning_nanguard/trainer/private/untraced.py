@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import random
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 
 from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.random_state import RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.clock import clock_kept
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of
@@ -37,9 +36,10 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
     """
     trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
     trace.open()
-    try:
+    with ExitStack() as last:
+        last.callback(trace.undo)
+        last.callback(RandomStreams(module.device).now().restore)
         with (
-            _same_randomness(module.device),
             clock_kept(trainer),
             _without_saves(trainer),
             _without_logs(trainer),
@@ -47,8 +47,6 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
             torch.enable_grad(),
         ):
             yield
-    finally:
-        trace.undo()
 
 
 @contextmanager
@@ -70,19 +68,6 @@ def unlogged(module: LightningModule) -> Iterator[None]:
         yield
     finally:
         undo()
-
-
-@contextmanager
-def _same_randomness(device: torch.device) -> Iterator[None]:
-    """Restore every random stream at the end: torch's on CPU and on the device, NumPy's and Python's."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    devices = [device.index or 0] if device.type == "cuda" else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(numpy_state)
 
 
 @contextmanager

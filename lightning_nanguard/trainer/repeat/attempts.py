@@ -10,7 +10,7 @@ import torch
 
 from lightning_nanguard.act.patches import wrap_method
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
-from lightning_nanguard.trainer.private.closures import accumulates, changes_gradients, uncounted
+from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.repeat.parts import RepeatParts
@@ -29,7 +29,6 @@ class Attempts:
         allowed: Whether steps may be repeated in this run.
         together: Whether several ranks repeat them together.
         repeats: Whether the present run of a micro-batch is a repeated one.
-        may_pass: Whether a bad loss may go on to its backward pass.
     """
 
     def __init__(self, parts: RepeatParts) -> None:
@@ -41,7 +40,7 @@ class Attempts:
         self._careful = changes_gradients(parts.trainer, parts.module)
         self.together = self._check.together()
         self.allowed = parts.guard.context.acts_alone or self.together
-        self.repeats = self.may_pass = False
+        self.repeats = self._may_pass = False
         # Whether the present forward pass is over, and the function that replaces it.
         self._forward_over = False
         self._instead: Any = None
@@ -56,7 +55,7 @@ class Attempts:
         self._forward_over = False
         result = self._forward_among_ranks(forward) if self.together else forward()
         self._forward_over = True
-        if not self.together and self.accumulating() and self.may_repeat() and not self.may_pass:
+        if not self.together and self.accumulating() and self.may_repeat() and not self._may_pass:
             fault = self._check.fault_of_loss(result.closure_loss)
             if fault is not None:
                 raise BadLossError(fault, result)
@@ -77,7 +76,7 @@ class Attempts:
             return original(*args, **kwargs)
         except Exception as error:
             batch = self._window.micros[-1].run.batch if self._window.micros else None
-            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.listens)
+            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.is_guard)
             if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
                 raise
             self._caught = error
@@ -114,7 +113,7 @@ class Attempts:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
             numeric = self.repeats or may_be_numeric(error, micro.run.batch)
-            if is_from_callback(error, self._parts.listens) or not numeric:
+            if is_from_callback(error, self._parts.is_guard) or not numeric:
                 raise
             return Outcome(error=error, early=not self._forward_over)
         if not self.repeats:
@@ -133,20 +132,37 @@ class Attempts:
         return self._check.fault(careful=self._careful, extreme=extreme)
 
     @contextmanager
-    def repeating(self, *, counted: bool, passing: bool = False, instead: Any = None) -> Iterator[None]:
+    def repeating(self, *, counted: bool, instead: Any = None) -> Iterator[None]:
         """Inside, runs are repeated ones.
 
         Args:
             counted: Whether hooks and progress of the micro-batch were already done by an earlier run.
-            passing: Whether a bad loss may go on to its backward pass.
             instead: The function that replaces the forward pass.
         """
-        self.repeats, self.may_pass, self._instead = True, passing, instead
+        self.repeats, self._instead = True, instead
         try:
-            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
                 yield
         finally:
-            self.repeats, self.may_pass, self._instead = False, False, None
+            self.repeats, self._instead = False, None
+
+    @contextmanager
+    def passing(self) -> Iterator[None]:
+        """Inside, a bad loss may go on to its backward pass."""
+        self._may_pass = True
+        try:
+            yield
+        finally:
+            self._may_pass = False
+
+    def call_missed_hooks(self, first: Outcome) -> None:
+        """Call ``on_after_backward`` if the first run ended in its backward pass, and a repeated one did not.
+
+        Args:
+            first: The outcome of the first run.
+        """
+        if first.error is not None and not first.early:
+            call_after_backward(self._parts.trainer, self._parts.is_guard)
 
     def rewind(self, micro: WindowEntry, outcome: Outcome) -> None:
         """Restore everything except the gradients to the start of a micro-batch, after a run with an outcome."""

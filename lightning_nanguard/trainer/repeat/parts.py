@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, final
+from typing import final
 
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.private.callbacks import IsGuard
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors
 from lightning_nanguard.trainer.repeat.window import Window
@@ -26,7 +26,7 @@ class RepeatParts:
         module: Its module.
         guard: The guard.
         replay: Keeps the batches, and makes the objects that undo a micro-batch.
-        listens: Says which callback is the guard's.
+        is_guard: Says whether a callback is the guard.
         window: The micro-batches of the present update.
         memory: Saves the state before a step.
         errors: Finds out whether NaN or Inf caused an exception.
@@ -37,7 +37,7 @@ class RepeatParts:
     module: LightningModule
     guard: Guard
     replay: TrainerBatchReplay
-    listens: Callable[[Any], bool]
+    is_guard: IsGuard
     window: Window
     memory: StepMemory
     errors: NumericErrors
@@ -54,7 +54,7 @@ def made_parts(
     module: LightningModule,
     guard: Guard,
     replay: TrainerBatchReplay,
-    listens: Callable[[Any], bool],
+    is_guard: IsGuard,
     keeper: SampleKeeper | None,
 ) -> RepeatParts:
     """Make the shared objects of one fit.
@@ -64,10 +64,10 @@ def made_parts(
         module: Its module.
         guard: The guard.
         replay: Keeps the batches.
-        listens: Says which callback is the guard's.
+        is_guard: Says whether a callback is the guard.
         keeper: Gives the good samples of a bad batch.
     """
     thresholds = guard.context.thresholds.batches.repeated
     window, memory = Window(trainer, guard.steps.undos, thresholds), StepMemory(module, thresholds)
     errors = NumericErrors(trainer, module, guard, replay)
-    return RepeatParts(trainer, module, guard, replay, listens, window, memory, errors, keeper)
+    return RepeatParts(trainer, module, guard, replay, is_guard, window, memory, errors, keeper)

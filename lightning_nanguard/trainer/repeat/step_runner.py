@@ -14,8 +14,6 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
-    accumulates,
-    call_after_backward,
     logging_for,
     result_of,
     uncounted,
@@ -92,26 +90,25 @@ class StepRunner:
 
     def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
         micro = self._window.add(run, start)
-        steps = not accumulates(self._parts.trainer)
         try:
-            outcome = self._runs.attempt(micro, steps=steps)
+            outcome = self._runs.attempt(micro, steps=self._window.completes)
             if outcome.good:
-                return self._over(outcome.result, steps=steps)
+                return self._over(outcome.result)
             if self._runs.together and outcome.error is None:
                 return self._ranks.run(outcome)
             if self._runs.together or not self._runs.may_repeat():
                 return given(outcome)
             self._parts.memory.close()
             if len(self._window.micros) > 1 and not outcome.early:
-                return self._over(self._windows.run(outcome, steps=steps), steps=steps)
-            return self._micro_again(micro, outcome, steps=steps)
+                return self._over(self._windows.run(outcome))
+            return self._micro_again(micro, outcome)
         finally:
-            if steps:
+            if self._window.completes:
                 self._window.close()
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
-    def _micro_again(self, micro: WindowEntry, first: Outcome, *, steps: bool) -> Any:
+    def _micro_again(self, micro: WindowEntry, first: Outcome) -> Any:
         """Run a bad micro-batch again. The gradients may hold those of earlier micro-batches, but not its own."""
         after = micro.start.clock_now()
         last, counted = first, False
@@ -122,14 +119,13 @@ class StepRunner:
             if keeps:
                 after.restore_counters()
             with self._runs.repeating(counted=counted):
-                last = self._runs.attempt(micro, steps=steps)
+                last = self._runs.attempt(micro, steps=self._window.completes)
             if last.good:
                 if keeps:
                     after.restore_counters()
-                if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.listens)
+                self._runs.call_missed_hooks(first)
                 self._records.transient(fault_of(first), counters=after.names if keeps else ())
-                return self._over(last.result, steps=steps)
+                return self._over(last.result)
             # A step that raises only when it is run again depends on something that its first run has used up.
             if last.error is not None and (first.error is None or not may_be_numeric(last.error, micro.run.batch)):
                 self._parts.memory.repeatable = False
@@ -137,17 +133,14 @@ class StepRunner:
                 break
         if after.counted:
             after.restore_counters()  # as after one run
-        return self._stays_bad(micro, first, last, after, counted=counted or not last.early, steps=steps)
+        return self._stays_bad(micro, first, last, after, counted=counted or not last.early)
 
-    def _stays_bad(
-        self, micro: WindowEntry, first: Outcome, last: Outcome, after: StepClock, *, counted: bool, steps: bool
-    ) -> Any:
+    def _stays_bad(self, micro: WindowEntry, first: Outcome, last: Outcome, after: StepClock, *, counted: bool) -> Any:
         """The fault came back: keep the good samples, leave out the micro-batch, or let the guard handle it."""
-        kept = self._with_good_samples(micro, first, last, counted=counted, steps=steps)
+        kept = self._with_good_samples(micro, first, last, counted=counted)
         if micro.kept is not None and kept is not None:
-            if first.error is not None and not first.early:
-                call_after_backward(self._parts.trainer, self._parts.listens)
-            return self._window_over(kept.result, steps=steps)
+            self._runs.call_missed_hooks(first)
+            return self._window_over(kept.result)
         if first.error is not None and not self._parts.errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
         ):
@@ -155,23 +148,21 @@ class StepRunner:
         if kept is not None:
             last, counted = kept, counted or kept.fault is not None
         if self._may_go_back(fault_of(first)):
-            again = self._from_snapshot(micro, first, last, counted=counted, steps=steps)
+            again = self._from_snapshot(micro, first, last, counted=counted)
             if again.good:
-                return self._over(again.result, steps=steps)
+                return self._over(again.result)
             last = Outcome(early=True)  # everything was restored to the start of the micro-batch
-        alone = steps and len(self._window.left_out()) == len(self._window.micros) - 1
+        alone = self._window.completes and len(self._window.left_out()) == len(self._window.micros) - 1
         if not self._runs.accumulating() and first.error is None and last.error is None and not last.early:
-            self._keep(steps=steps)
+            self._keep()
             return last.result  # forward and backward have run; the guard handles the result
         self._runs.rewind(micro, last)
         if self._runs.accumulating() and not alone and self._check.state_is_finite():
-            return self._leave_out(micro, first, after, counted=counted, steps=steps)
-        self._keep(steps=steps)
+            return self._leave_out(micro, first, after, counted=counted)
+        self._keep()
         return self._pass_on(micro, first, after, counted=counted)
 
-    def _with_good_samples(
-        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
-    ) -> Outcome | None:
+    def _with_good_samples(self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool) -> Outcome | None:
         """Run the good samples of a bad micro-batch; ``None`` if nothing was run or restored."""
         if (
             self._parts.keeper is None
@@ -186,7 +177,7 @@ class StepRunner:
             return Outcome(early=True)
         with self._runs.repeating(counted=counted), logging_for(self._parts.trainer, micro.run.batch):
             # In a window, bad gradients may come from other micro-batches.
-            outcome = self._runs.attempt(micro, steps=steps and len(self._window.micros) == 1)
+            outcome = self._runs.attempt(micro, steps=self._window.completes and len(self._window.micros) == 1)
         if self._parts.keeper.settle(micro, outcome, part):
             return outcome
         self._runs.rewind(micro, outcome)
@@ -201,9 +192,7 @@ class StepRunner:
             return False
         return not (self._updates.futile and self._check.state_is_finite())
 
-    def _from_snapshot(
-        self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool, steps: bool
-    ) -> Outcome:
+    def _from_snapshot(self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool) -> Outcome:
         """The state may be at fault: repeat the updates since the snapshot, and then run this micro-batch."""
         snapshot = self._parts.guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
@@ -220,10 +209,9 @@ class StepRunner:
             self._undos.begin_again(earliest.carried_back)
             self._window.rewind(micro)
             with self._runs.repeating(counted=counted):
-                again = self._runs.attempt(micro, steps=steps)
+                again = self._runs.attempt(micro, steps=self._window.completes)
             if again.good:
-                if first.error is not None and not first.early:
-                    call_after_backward(self._parts.trainer, self._parts.listens)
+                self._runs.call_missed_hooks(first)
                 self._records.transient(fault_of(first), spoilt=spoilt, since=snapshot)
                 self._updates.log_again()
                 return again
@@ -255,7 +243,8 @@ class StepRunner:
         self._check.raised(self._check.in_words(first.error))
         stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
         with (
-            self._runs.repeating(counted=counted, passing=True, instead=stands),
+            self._runs.repeating(counted=counted, instead=stands),
+            self._runs.passing(),
             torch.autograd.set_detect_anomaly(False) if stands is not None else nullcontext(),
         ):
             try:
@@ -274,48 +263,48 @@ class StepRunner:
 
     def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
         """Skip the forward and backward pass of a batch whose samples are all known to be bad."""
-        micro, steps = self._window.add(run, start), not accumulates(self._parts.trainer)
-        micro.left_out, result = NOTHING_LEFT, self._nan_result()
+        self._window.add(run, start).left_out = NOTHING_LEFT
+        result = self._nan_result()
         if run.zero_grad is not None:
             run.zero_grad()
         try:
-            if steps and len(self._window.left_out()) == len(self._window.micros):
+            if self._window.completes and len(self._window.left_out()) == len(self._window.micros):
                 self._check.pass_over()
                 if self._parts.guard.context.learner.scaler is not None:  # a GradScaler raises if it finds no gradients
                     for parameter in self._parts.module.parameters():
                         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
-                return self._over(result, steps=steps)
-            return self._window_over(result, steps=steps)
+                return self._over(result)
+            return self._window_over(result)
         finally:
-            if steps:
+            if self._window.completes:
                 self._window.close()
 
     # ---------------------------------------------------------------------------------------- windows
 
-    def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool, steps: bool) -> Any:
+    def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Go on as if the micro-batch were not in its window. Everything was already restored to its start."""
         if micro.run.zero_grad is not None:
-            with uncounted(self._parts.trainer, self._parts.listens) if counted else nullcontext():
+            with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)
         self._parts.replay.batches.leave_out(micro.run.batch)
-        return self._window_over(self._nan_result() if first.result is None else first.result, steps=steps)
+        return self._window_over(self._nan_result() if first.result is None else first.result)
 
-    def _window_over(self, result: Any, *, steps: bool) -> Any:
+    def _window_over(self, result: Any) -> Any:
         """A micro-batch was left out or made smaller: before the update, check the gradients of the others."""
-        if steps and len(self._window.micros) > 1:
+        if self._window.completes and len(self._window.micros) > 1:
             fault = self._runs.weighed_fault()
             if fault is not None and self._runs.may_repeat():
-                result = self._windows.run(Outcome(result, fault), steps=steps)
-        return self._over(result, steps=steps)
+                result = self._windows.run(Outcome(result, fault))
+        return self._over(result)
 
-    def _over(self, result: Any, *, steps: bool) -> Any:
+    def _over(self, result: Any) -> Any:
         """The micro-batch is over. If the update follows, keep it, and record the micro-batches that were left out."""
         if self._window.micros:
             self._window.micros[-1].loss = getattr(result, "loss", None)
-        self._keep(steps=steps)
-        if steps:
+        self._keep()
+        if self._window.completes:
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
                     with self._parts.replay.suspecting(micro.run.batch_idx):
@@ -325,7 +314,7 @@ class StepRunner:
                     self._records.kept_good_samples(fault, finding)
         return result
 
-    def _keep(self, *, steps: bool) -> None:
+    def _keep(self) -> None:
         """Keep the data of the next update, so that it can be repeated."""
-        if steps:
+        if self._window.completes:
             self._updates.keep(self._check.number, self._window.whole(), self._undos.measures)

@@ -250,7 +250,7 @@ class UpdatesAgain:
         try:
             with ExitStack() as inside:
                 inside.enter_context(self._replay.rehearsing())
-                inside.enter_context(uncounted(self._trainer, lambda callback: False))
+                inside.enter_context(uncounted(self._trainer, None))
                 restore(learner, snapshot)
                 if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
                     if any(self._make(updates, start, faulty, bad=bad) for start, updates in ways):

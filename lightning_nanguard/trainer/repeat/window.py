@@ -14,7 +14,7 @@ from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, accumulates, logging_for
 from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.types import Fault, Finding
 
@@ -55,6 +55,7 @@ class Window:
 
     Attributes:
         micros: The micro-batches so far, the newest last.
+        completes: Whether the newest micro-batch is the last one of its update, so that the update follows.
         shares: Over all ranks, the micro-batches of the update and the good ones among them; ``None`` with one process.
     """
 
@@ -65,6 +66,7 @@ class Window:
         # Bytes of the micro-batches so far, and the number of micro-batches that were released to save memory.
         self._bytes, self._let_go = 0.0, 0
         self.micros: list[WindowEntry] = []
+        self.completes = True
         self.shares: tuple[int, int] | None = None
 
     def add(self, run: MicroBatchRun, start: StepStart) -> WindowEntry:
@@ -73,6 +75,7 @@ class Window:
         if run.zero_grad is not None:
             self.close()
         micros.append(WindowEntry(run, start))
+        self.completes = not accumulates(self._trainer)
         if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
             carried = [] if len(micros) == 1 else start.not_in(micros[-2].start)
             held = bytes_of([run.batch, *(one for one in carried if isinstance(one, Tensor))])

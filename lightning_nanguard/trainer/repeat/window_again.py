@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.trainer.private.closures import call_after_backward, logging_for
+from lightning_nanguard.trainer.private.closures import logging_for
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
@@ -31,12 +32,11 @@ class WindowAgain:
         self._window = parts.window
         self._runs = runs
 
-    def run(self, first: Outcome, *, steps: bool) -> Any:
+    def run(self, first: Outcome) -> Any:
         """Run all micro-batches of the window again, one by one, and leave out those that are bad.
 
         Args:
             first: The outcome of the newest one.
-            steps: Whether the update follows.
 
         Returns:
             The result for Lightning.
@@ -50,17 +50,16 @@ class WindowAgain:
         self._undos.undo()
         with self._runs.repeating(counted=True):
             for micro in window.micros:
-                last = steps and micro is window.micros[-1]
+                last = window.completes and micro is window.micros[-1]
                 result = self._one(micro, known, trace, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
             if not self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
                 raise first.error
-        if steps:
+        if window.completes:
             fault = self._runs.weighed_fault()
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
-            if first.error is not None:
-                call_after_backward(self._parts.trainer, self._parts.listens)
+            self._runs.call_missed_hooks(first)
             self._parts.guard.steps.records.transient(fault_of(first))
         return first.result if result is None else result
 
@@ -97,10 +96,8 @@ class WindowAgain:
         return outcome.result
 
     def _attempt(self, micro: WindowEntry, *, passing: bool = False) -> Outcome:
-        self._runs.may_pass = passing
-        with logging_for(self._parts.trainer, micro.run.batch):
+        with logging_for(self._parts.trainer, micro.run.batch), self._runs.passing() if passing else nullcontext():
             outcome = self._runs.attempt(micro, steps=False)
-        self._runs.may_pass = False
         if outcome.good:
             outcome.fault = self._check.fault_of_gradients()
         return outcome

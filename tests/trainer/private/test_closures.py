@@ -11,6 +11,7 @@ import torch
 from pytorch_lightning import Callback
 from torch.optim import Optimizer
 
+from lightning_nanguard.trainer.private.callbacks import IsGuard
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulates,
@@ -28,8 +29,8 @@ from tests.helpers import Batch, Task, batches, differences, fit, mlp, state_of,
 class Runner:
     """Passes everything on, or runs each micro-batch twice."""
 
-    def __init__(self, trainer: Any = None, *, twice: bool = False, listens: Callable[[Any], bool] = bool) -> None:
-        self.trainer, self.twice, self.listens = trainer, twice, listens
+    def __init__(self, trainer: Any = None, *, twice: bool = False, is_guard: IsGuard | None = None) -> None:
+        self.trainer, self.twice, self.is_guard = trainer, twice, is_guard
         self.seen: list[tuple[MicroBatchRun, bool]] = []
         self.forwards = 0
 
@@ -38,7 +39,7 @@ class Runner:
         result = run.whole()
         if self.twice:
             gradients = [parameter.grad for parameter in self.trainer.lightning_module.parameters()]
-            with uncounted(self.trainer, self.listens):
+            with uncounted(self.trainer, self.is_guard):
                 run.whole()
             for parameter, gradient in zip(self.trainer.lightning_module.parameters(), gradients, strict=True):
                 parameter.grad = gradient
@@ -89,10 +90,10 @@ def test_every_micro_batch_is_run_by_the_runner(tmp_path: Path) -> None:
 
 
 def test_what_is_not_counted(tmp_path: Path) -> None:
-    """A repeated run calls no callback but those that listen, and makes no progress in Lightning's counts."""
+    """A repeated run calls no callback but the guard, and makes no progress in Lightning's counts."""
     progress, calls = [], []
     for twice in (False, True):
-        runner = Runner(twice=twice, listens=lambda callback: False)
+        runner = Runner(twice=twice, is_guard=None)
         installs = Installs(runner)
         run = fit(task(), batches(count=3), callbacks=[installs], folder=tmp_path)
         loop = run.trainer.fit_loop.epoch_loop.automatic_optimization
@@ -102,9 +103,9 @@ def test_what_is_not_counted(tmp_path: Path) -> None:
         assert installs in run.trainer.callbacks
     assert progress[0] == progress[1]
     assert calls[0] == calls[1] == ["zero_grad", "backward", "after"] * 3
-    listening = Installs(Runner(twice=True, listens=lambda callback: isinstance(callback, Installs)))
-    fit(task(), batches(count=1), callbacks=[listening], folder=tmp_path)
-    assert len(listening.calls) == 6
+    guard = Installs(Runner(twice=True, is_guard=lambda callback: isinstance(callback, Installs)))
+    fit(task(), batches(count=1), callbacks=[guard], folder=tmp_path)
+    assert len(guard.calls) == 6
 
 
 class Logs(Task):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
@@ -85,6 +86,29 @@ def test_a_batch_run_again_leaves_no_trace(tmp_path: Path) -> None:
     assert 0 < abs(exact - first) < 0.05
     assert looks.norms[0] > 0.1
     assert 0 < looks.norms[1] < 0.011
+
+
+class Writes(Callback):
+    """Writes into what is not trained and replaces a buffer, in a run that ends in an error."""
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        before = copied(dict(pl_module.state_dict()))
+        with pytest.raises(RuntimeError, match="size of tensor a"), untraced(trainer, pl_module):
+            self._write(pl_module)
+        assert differences(before, dict(pl_module.state_dict())) == []
+
+    def _write(self, module: Any) -> None:
+        module.average.mul_(3)
+        module.net.register_buffer("mask", torch.zeros(2))
+        module.average.add_(torch.ones(7))
+
+
+def test_what_is_not_trained_comes_back(tmp_path: Path) -> None:
+    """Averages and target networks, which a step may write into itself, and buffers that it replaces."""
+    module = task("mlp")
+    module.average = torch.nn.Parameter(torch.ones(2), requires_grad=False)
+    module.net.register_buffer("mask", torch.ones(2))
+    fit(module, batches(count=1), callbacks=[Writes()], folder=tmp_path)
 
 
 class LogsItself(Task):

@@ -20,7 +20,9 @@ from lightning_nanguard.types import Fault
 
 
 def window_of(*batches: Any, most: int = 1 << 20, began: bool = True, memory: StepMemory | None = None) -> Window:
-    trainer: Any = SimpleNamespace(accumulate_grad_batches=len(batches))
+    trainer: Any = SimpleNamespace(
+        accumulate_grad_batches=len(batches), fit_loop=SimpleNamespace(_should_accumulate=lambda: False)
+    )
     limits = replace(RepeatedStepsThresholds(), window_bytes=most)
     window = Window(trainer, SimpleNamespace(), limits)  # type: ignore[arg-type]
     memory, streams = memory or StepMemory(nn.Linear(1, 1)), RandomStreams(torch.device("cpu"))

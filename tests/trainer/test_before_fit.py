@@ -28,6 +28,6 @@ def test_a_fit_that_breaks_leaves_the_loader_as_it_was(hook: str, tmp_path: Path
     guard = NaNGuard(dirpath=tmp_path)
     with pytest.raises(OSError, match="broken"):
         fit(task(), loader, guard, callbacks=[Breaks(hook)])
-    assert guard._order is None
+    assert guard._before.order is None
     assert "_get_iterator" not in vars(loader)
     assert type(loader.batch_sampler).__module__ == "torch.utils.data.sampler"
