@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import attrgetter
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from lightning_nanguard.diagnosis.case import BadField, Clues, Range
-from lightning_nanguard.measure.batches import mapped, named_tensors
+from lightning_nanguard.measure.batches import largest_magnitudes, mapped, named_tensors
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values, is_plain, local
 from lightning_nanguard.thresholds.diagnosis import DataThresholds
@@ -45,6 +46,24 @@ def batch_clues(
         target=target,
         normalises=_normalises(module),
     )
+
+
+def compared(clues: Clues, healthy: Sequence[Any]) -> Clues:
+    """Add to the ranges of a batch how large the same fields were in the healthy batches before.
+
+    Args:
+        clues: The clues of the batch.
+        healthy: The healthy batches.
+    """
+    known = [dict(named_tensors(batch)) for batch in healthy]
+
+    def with_before(found: Range | None) -> Range | None:
+        if found is None:
+            return None
+        fields = [one[found.field] for one in known if found.field in one]
+        return replace(found, before=max((size for field in fields for size in largest_magnitudes(field)), default=0.0))
+
+    return replace(clues, inputs=with_before(clues.inputs), target=with_before(clues.target))
 
 
 def tensor_fields(batch: Any) -> Iterator[tuple[str, Tensor]]:

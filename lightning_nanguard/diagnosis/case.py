@@ -42,6 +42,7 @@ class Range:
         std: Standard deviation.
         outliers: Samples whose largest magnitude is far above that of the others.
         usual: Median over samples of the largest magnitude.
+        before: Largest magnitude of the field in the healthy batches before; 0 if it is not known.
     """
 
     field: str
@@ -52,6 +53,7 @@ class Range:
     std: float
     outliers: tuple[int, ...] = ()
     usual: float = 0.0
+    before: float = 0.0
 
     @property
     def largest(self) -> float:

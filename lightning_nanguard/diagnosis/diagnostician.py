@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.batch import batch_clues
+from lightning_nanguard.diagnosis.batch import batch_clues, compared
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
@@ -143,6 +143,8 @@ class Diagnostician:
             usual = non_finite_fields(healthy)
             clues = [replace(one, bad_fields=tuple(f for f in one.bad_fields if f.field not in usual)) for one in clues]
         chosen = next((index for index, one in enumerate(clues) if one.bad_fields), len(micros) - 1)
+        if fault.scope == "batch":
+            clues = [compared(one, healthy) for one in clues]
         case = replace(case, clues=clues[chosen])
         self.looked_at = micros[chosen]
         if look == "batch" or not self._replay_due(fault):

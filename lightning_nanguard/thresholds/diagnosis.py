@@ -15,6 +15,8 @@ class DataThresholds:
 
     Attributes:
         outlier_factor: Factor on the usual largest magnitude of a sample. A sample that reaches it is an outlier.
+        other_units: Factor on the largest number of the same field in the healthy batches before. A batch with a larger
+            number may be in other units.
         outlier_min_samples: Fewest samples in a batch with which there is a usual magnitude.
         unnormalised_rms: Root mean square at which an input counts as not normalised. Pixels of 0 to 255 have about
             150.
@@ -23,6 +25,7 @@ class DataThresholds:
     """
 
     outlier_factor: float = 1e3
+    other_units: float = 100.0
     outlier_min_samples: int = 3
     unnormalised_rms: float = 10.0
     trusted_steps: int = 20

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lightning_nanguard import BadField
-from lightning_nanguard.diagnosis.batch import batch_clues, samples, target_fields, tensor_fields
+from lightning_nanguard.diagnosis.batch import batch_clues, compared, samples, target_fields, tensor_fields
 from lightning_nanguard.thresholds.diagnosis import DataThresholds
 
 NAN = math.nan
@@ -92,3 +92,15 @@ def test_samples_lie_along_the_axis_that_counts_them() -> None:
         ((torch.tensor([0.0, NAN, 0.0, 0.0]), torch.zeros(4)), BadField("0", (1,))),
     ):
         assert batch_clues(batch, net, count=4).bad_fields == (field,)
+
+
+def test_ranges_are_compared_with_the_batches_before() -> None:
+    """Each field with the same field, by its largest number; a field that they do not have is not compared."""
+    before = [(torch.full((4, 2), value), torch.tensor([1.0, -5.0])) for value in (2.0, 3.0)]
+    clues = batch_clues((torch.full((4, 2), 900.0), torch.tensor([7.0, 8.0])), nn.Linear(2, 1))
+    found = compared(clues, before)
+    assert found.inputs is not None
+    assert found.target is not None
+    assert (found.inputs.before, found.target.before) == (3.0, 5.0)
+    assert compared(clues, [{"x": torch.ones(2)}]).inputs == clues.inputs
+    assert compared(batch_clues("words", nn.Linear(2, 1)), before).inputs is None

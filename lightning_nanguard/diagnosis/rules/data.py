@@ -12,11 +12,12 @@ from lightning_nanguard.diagnosis.rules.phrases import (
     finding_at,
     listed,
     of_samples,
+    other_units_finding,
     outlier_finding,
     range_evidence,
     target_span,
 )
-from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, inputs_are_large, learner_diverged
+from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, in_other_units, inputs_are_large, learner_diverged
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -74,9 +75,11 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
             f"{target_span(target, origin)}, {origin.operation} needs numbers {DOMAINS[origin.operation].words}. "
             f"Fix the targets{of_samples(origin.samples)}.",
         )
+    confidence = thresholds.confidence.outliers
+    if in_other_units(target, thresholds.data) and target is not None and not target.outliers:
+        return other_units_finding("target_out_of_domain", confidence, target, "Fix the targets.")
     if target is None or not target.outliers or case.fault.scope != "batch":
         return class_out_of_range(case, thresholds)
-    confidence = thresholds.confidence.outliers
     return outlier_finding("target_out_of_domain", confidence, target, "Fix the targets, or clip them.")
 
 
@@ -126,6 +129,8 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
         return None
     if inputs.outliers and fault.scope == "batch":
         return outlier_finding("unnormalised_input", known.outliers, inputs, "Clean the data, or clip the inputs.")
+    if in_other_units(inputs, thresholds.data) and fault.scope == "batch":
+        return other_units_finding("unnormalised_input", known.outliers, inputs, "Clean the data, or clip the inputs.")
     if not inputs_are_large(case, thresholds.data):
         return None
     harm = harm_of_large_inputs(case.model, thresholds.model)

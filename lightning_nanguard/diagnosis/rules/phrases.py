@@ -48,6 +48,21 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
     )
 
 
+def other_units_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
+    """A finding about a batch whose numbers are far larger than those of the batches before."""
+    return Finding(
+        cause,
+        confidence,
+        evidence={**range_evidence(found), "before": found.before},
+        place=f"field {found.field} of the batch",
+        scope="batch",
+        suggestion=(
+            f"field {found.field} reaches {found.largest:.4g} in this batch, and at most {found.before:.4g} in the "
+            f"batches before: it may be in other units. {remedy}"
+        ),
+    )
+
+
 def target_span(target: Range | None, origin: Origin) -> str:
     """The range of the targets, or of an operation's input that was computed from them."""
     domain = DOMAINS.get(origin.operation)

@@ -29,7 +29,12 @@ BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_
 
 NOTHING = Origin("mean", empty=True, from_target=True)
 
+OTHER_UNITS = Range("0", "float32", -3e3, 3e3, 0.0, 1e3, before=3.0)
+"""A thousand times as large as in the batches before."""
+
 ROWS: list[Row] = [
+    ("unnormalised_input", SPIKE, {}, Clues(inputs=OTHER_UNITS)),
+    ("target_out_of_domain", SPIKE, {}, Clues(target=OTHER_UNITS)),
     (None, LOSS, {}, Clues(inputs=NORMAL)),
     ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
     ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
