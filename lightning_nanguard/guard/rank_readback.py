@@ -247,6 +247,7 @@ class RankReadback:
         return True
 
     def clear(self) -> None:
-        """Forget all reports, and all readings that have not arrived yet."""
+        """Forget all reports, all readings that have not arrived yet, and a fault that was found outside of a step."""
+        self._outside = None
         self._sent.clear()
         self._readings.clear()

@@ -66,14 +66,14 @@ class KeptNames:
         return self._kept.get(name) is value
 
     def _keep(self, *, on_step: bool) -> None:
-        results, connector = self._trainer.fit_loop.epoch_loop._results, self._trainer._logger_connector
-        known = self._trainer.callback_metrics
+        results = self._trainer.fit_loop.epoch_loop._results
+        # Not ``callback_metrics``, which would compute the means now.
+        known = self._trainer._logger_connector._callback_metrics
         for item in results.values():
-            if not (item.meta.on_step if on_step else item.meta.on_epoch):
+            if not (item.has_reset and (item.meta.on_step if on_step else item.meta.on_epoch)):
                 continue
             for name in set(results._forked_name(item, on_step)) - known.keys():
-                nan = torch.tensor(torch.nan, device=item.device)
-                connector._callback_metrics[name] = self._kept[name] = nan
+                known[name] = self._kept[name] = torch.tensor(torch.nan, device=item.device)
 
 
 def running_means(trainer: Any) -> list[Any]:

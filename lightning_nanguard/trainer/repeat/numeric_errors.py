@@ -108,11 +108,13 @@ class NumericErrors:
             backward: Whether the exception was raised in the backward pass.
         """
         healthy = self._replay.batches.healthy
-        others: list[Any] = []
-        if healthy:  # before the first healthy batch, the user's code is at fault
+        # In the first update the user's code is at fault. With several ranks batches are known to be healthy only later.
+        others = [finite_in(run.batch)] if healthy or self._context.state.step else []
+        if healthy:
             # A healthy batch may hold NaN that did no harm there but causes the exception here.
             other = with_values_of(run.batch, healthy[-1][0])
-            others = [one for one in (other, finite_in(other), finite_in(run.batch)) if one is not None]
+            others = [other, finite_in(other), *others]
+        others = [one for one in others if one is not None]
         if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
             return True
         if not self._context.ring.certified:
