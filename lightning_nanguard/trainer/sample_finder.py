@@ -284,10 +284,13 @@ class SampleFinder:
             found = [BadSample.from_dict(one) for of_rank in everywhere for one in of_rank]
         if found and self._known.quarantine and not self._said and self._file is not None:
             self._said = True
-            _logger.warning(
-                "NaNGuard: bad samples are left out from now on (quarantine=True); nanguard samples %s lists them.",
-                self._file.path.parent,
+            what = (
+                "bad samples cannot be left out (quarantine=True), because each batch combines samples of several "
+                "loaders"
+                if self._order.combines()
+                else "bad samples are left out from now on (quarantine=True)"
             )
+            _logger.warning("NaNGuard: %s; nanguard samples %s lists them.", what, self._file.path.parent)
         for one in found:
             times = self._known.met(one.key)
             if self._file is not None:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from pytorch_lightning import LightningModule
+from pytorch_lightning.utilities import CombinedLoader
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset, default_collate
 
@@ -400,3 +401,22 @@ def test_searches_in_vain_are_bounded(tmp_path: Path) -> None:
     assert skipped > 80
     # Each skipped batch is run a few times as a whole, and the last search may go beyond the limit.
     assert RootOfOutput.passes < 200 + 100 + 256 + 5 * 32 + 20 * skipped
+
+
+class Combined(LogTargets):
+    """Takes a batch of each of two loaders."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        losses = [super(Combined, self).training_step(one, index) for one in batch.values()]
+        return torch.stack([loss for loss in losses if loss is not None]).sum()
+
+
+def test_samples_of_several_loaders_cannot_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """With ``quarantine=True`` a message says so, because the samples of two loaders hardly ever come together again."""
+    loaders = {name: DataLoader(data, batch_size=8) for name, data in (("a", rows(x7=math.nan)), ("b", rows(88)))}
+    guard = NaNGuard(quarantine=True)
+    with caplog.at_level(logging.WARNING, "lightning_nanguard"):
+        trainer_for(tmp_path, guard, max_epochs=2).fit(Combined(), CombinedLoader(loaders, "max_size_cycle"))
+    assert [one.remedies for one in guard.interventions] == [("skip",)] * 2
+    (said,) = [one.message for one in caplog.records if "quarantine=True" in one.message]
+    assert "bad samples cannot be left out" in said

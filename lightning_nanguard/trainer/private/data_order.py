@@ -170,6 +170,10 @@ class DataOrder:
                     batch = part_of(batch, [index for index in range(count) if index not in bad])
         return original(batch, *args, **kwargs)
 
+    def combines(self) -> bool:
+        """Whether each batch combines samples of several loaders. The same ones hardly ever come together again."""
+        return len(getattr(self._trainer.fit_loop._combined_loader, "flattened", ())) > 1
+
     def origin(self, batch_idx: int) -> BatchOrigin:
         """The origin of the present batch in the data.
 
