@@ -412,7 +412,7 @@ class Combined(LogTargets):
 
 
 def test_samples_of_several_loaders_cannot_be_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """With ``quarantine=True`` a message says so, because the samples of two loaders hardly ever come together again."""
+    """With ``quarantine=True`` a message says so, because samples of two loaders hardly ever come together again."""
     loaders = {name: DataLoader(data, batch_size=8) for name, data in (("a", rows(x7=math.nan)), ("b", rows(88)))}
     guard = NaNGuard(quarantine=True)
     with caplog.at_level(logging.WARNING, "lightning_nanguard"):
