@@ -86,7 +86,8 @@ def local_minimum(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Find
 
 def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The updates of one layer are far larger, relative to its weights, than those of the others."""
-    layers = [] if case.model is None else [one for one in case.model.layers if one.update is not None and one.weight]
+    # A layer that gets no update is frozen, or is not used in this batch.
+    layers = [] if case.model is None else [one for one in case.model.layers if one.update and one.weight]
     if len(layers) < 2:
         return None
     limits, known = thresholds.plateau, thresholds.confidence
@@ -95,11 +96,17 @@ def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     others = median(one.update or 0.0 for one in layers if one is not worst)
     if update < limits.large_update or update < limits.updates_apart * others:
         return None
-    stuck = case.course is not None and not case.course.moves(limits)
-    alone = known.layer_update_stuck if stuck else known.layer_update_guess
+    trial = case.evidence.trial
+    if trial is not None and trial.lacks > 0:
+        confidence = known.layer_update_guess  # a lower rate for all layers was shown to help
+    elif case.fault.scope == "learner":
+        confidence = known.layer_update_diverged
+    else:
+        stuck = case.course is not None and not case.course.moves(limits)
+        confidence = known.layer_update_stuck if stuck else known.layer_update_guess
     return Finding(
         "layer_update_abnormal",
-        known.layer_update_diverged if case.fault.scope == "learner" else alone,
+        confidence,
         evidence={"update_to_weight": update, "others": others},
         place=worst.path,
         suggestion=(

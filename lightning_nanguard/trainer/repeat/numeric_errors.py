@@ -108,7 +108,7 @@ class NumericErrors:
             backward: Whether the exception was raised in the backward pass.
         """
         healthy = self._replay.batches.healthy
-        # In the first update the user's code is at fault. With several ranks batches are known to be healthy only later.
+        # In the first update the user's code is at fault. With several ranks, batches count as healthy only later.
         others = [finite_in(run.batch)] if healthy or self._context.state.step else []
         if healthy:
             # A healthy batch may hold NaN that did no harm there but causes the exception here.

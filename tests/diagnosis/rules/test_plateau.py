@@ -6,10 +6,11 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nanguard import Case, Course, Curvature, Layer, Model
+from lightning_nanguard import Case, Course, Curvature, Evidence, Fault, Layer, Model
 from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.diagnosis.rules.plateau import oscillation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
+from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import rules_of
 
 FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
@@ -18,6 +19,7 @@ NOISY = replace(FLAT, updates=256, noise=8.0, batches=64, clear=9.0)
 LOW = replace(FLAT, before=0.5, now=0.5)
 NOTHING = Curvature(slope=1e-8, bend=1e-8, smallest=0.1, largest=1.0)
 LAYERS = tuple(Layer(f"net.{i}", "Linear", weight=1.0, update=1e-3) for i in range(4))
+LARGE = Layer("net.9", "Linear", weight=1.0, update=0.5)
 
 ROWS: list[tuple[str | None, Case]] = [
     (None, Case(course=FLAT)),
@@ -42,9 +44,11 @@ ROWS: list[tuple[str | None, Case]] = [
     (None, Case(course=FLAT, curvature=replace(NOTHING, smallest=0.0, largest=0.0))),
     (
         "layer_update_abnormal",
-        Case(course=FLAT, model=Model((*LAYERS, replace(LAYERS[0], path="net.9", update=0.5)), updates=100)),
+        Case(course=FLAT, model=Model((*LAYERS, LARGE), updates=100)),
     ),
     (None, Case(course=FLAT, model=Model(LAYERS, updates=100))),
+    # Layers without an update are frozen or unused.
+    (None, Case(course=FLAT, model=Model((LARGE, *(replace(one, update=0.0) for one in LAYERS)), updates=100))),
     ("batch_size", Case(course=replace(NOISY, batch_size=2))),
     (None, Case(course=replace(NOISY, batch_size=2, batches=8))),
     (None, Case(course=replace(NOISY, batch_size=2, clear=1.0))),
@@ -63,6 +67,14 @@ def test_the_surest_cause(cause: str | None, case: Case) -> None:
     """The surest cause above low confidence."""
     said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
     assert said[:1] == ([] if cause is None else [cause])
+
+
+def test_a_lower_rate_that_was_shown_to_help_is_surer_than_one_layer() -> None:
+    """After a trial that confirmed the suspicion, the rate is named."""
+    fault = Fault("stuck_loss", "learner", "loss", 2.3, certain=False)
+    evidence = Evidence(step=100, healthy_steps=100, trial=Trial(0.8, factor=1 / 16), lr=0.1)
+    case = Case(fault, evidence, course=FLAT, model=Model((*LAYERS, LARGE), updates=100))
+    assert next(one.cause for one in findings(case)) == "learning_rate_too_high"
 
 
 def test_every_rule_has_a_row() -> None:
