@@ -126,7 +126,7 @@ def _mark(shared: Shared, owner: Any, name: str, phase: str, after: Callable[...
         try:
             result = original(*args, **kwargs)
             if after is not None:
-                after(*args)
+                after(*args, **kwargs)
             return result
         finally:
             shared.phase = before
@@ -143,7 +143,7 @@ def _mark_all(shared: Shared) -> None:
     def note_kept(new: Path, old: Path) -> None:
         shared.kept = written["step"]
 
-    def note_record(file: Any, line: bytes) -> None:
+    def note_record(file: Any, line: bytes, **_: Any) -> None:
         shared.records += 1
 
     _mark(shared, snapshot_placement, "capture", "snapshot")
@@ -152,7 +152,7 @@ def _mark_all(shared: Shared) -> None:
 
     _mark(shared, fit, "write_checkpoint", "last good", note_written)
     _mark(shared, last_good, "_replace", "last good", note_kept)
-    _mark(shared, jsonl, "_append", "record", note_record)
+    _mark(shared, jsonl, "append", "record", note_record)
 
 
 def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any]:

@@ -96,17 +96,11 @@ def layer_update_abnormal(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     others = median(one.update or 0.0 for one in layers if one is not worst)
     if update < limits.large_update or update < limits.updates_apart * others:
         return None
-    trial = case.evidence.trial
-    if trial is not None and trial.lacks > 0:
-        confidence = known.layer_update_guess  # a lower rate for all layers was shown to help
-    elif case.fault.scope == "learner":
-        confidence = known.layer_update_diverged
-    else:
-        stuck = case.course is not None and not case.course.moves(limits)
-        confidence = known.layer_update_stuck if stuck else known.layer_update_guess
+    stuck = case.course is not None and not case.course.moves(limits)
+    alone = known.layer_update_stuck if stuck else known.layer_update_guess
     return Finding(
         "layer_update_abnormal",
-        confidence,
+        known.layer_update_diverged if case.fault.scope == "learner" else alone,
         evidence={"update_to_weight": update, "others": others},
         place=worst.path,
         suggestion=(

@@ -6,11 +6,10 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nanguard import Case, Course, Curvature, Evidence, Fault, Layer, Model
+from lightning_nanguard import Case, Course, Curvature, Layer, Model
 from lightning_nanguard.diagnosis.rules import findings
 from lightning_nanguard.diagnosis.rules.plateau import oscillation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
-from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import rules_of
 
 FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
@@ -67,14 +66,6 @@ def test_the_surest_cause(cause: str | None, case: Case) -> None:
     """The surest cause above low confidence."""
     said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
     assert said[:1] == ([] if cause is None else [cause])
-
-
-def test_a_lower_rate_that_was_shown_to_help_is_surer_than_one_layer() -> None:
-    """After a trial that confirmed the suspicion, the rate is named."""
-    fault = Fault("stuck_loss", "learner", "loss", 2.3, certain=False)
-    evidence = Evidence(step=100, healthy_steps=100, trial=Trial(0.8, factor=1 / 16), lr=0.1)
-    case = Case(fault, evidence, course=FLAT, model=Model((*LAYERS, LARGE), updates=100))
-    assert next(one.cause for one in findings(case)) == "learning_rate_too_high"
 
 
 def test_every_rule_has_a_row() -> None:
