@@ -314,16 +314,21 @@ class NaNGuard(DisplayedGuard):
     @leaves_run_if_it_fails()
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the state before it is validated, and before averaged weights replace it."""
-        if self._fit is not None and not trainer.sanity_checking:
-            self._fit.guard.check()
-            self._fit.guard.swapped = swaps_weights(trainer)
+        fit = self._fit
+        if fit is None or trainer.sanity_checking:
+            return
+        swaps = swaps_weights(trainer)
+        # With uneven data other ranks may not validate now. Without a guarded update there is nothing to go back to.
+        if swaps or (fit.guard.updates and not fit.context.many):
+            fit.guard.check()
+        fit.guard.swapped = swaps
 
     @leaves_run_if_it_fails()
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle a validation loss that was not finite, before a checkpoint is saved because of it."""
         if self._fit is not None and not trainer.sanity_checking:
+            self._fit.validation.judge()  # averaged weights may still be in place
             self._fit.guard.swapped = False
-            self._fit.validation.judge()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Restore a good state before the run ends."""

@@ -46,7 +46,7 @@ def test_all_of_them_hang_together() -> None:
         )
         return inside | {type(made).__module__}
 
-    # What `nanguard check` and the report use belongs to no guard.
-    others = {"lightning_nanguard.thresholds.check", "lightning_nanguard.thresholds.report"}
+    # What `nanguard check` and the report use belongs to no guard, and fixed numbers cannot be set.
+    others = {f"lightning_nanguard.thresholds.{name}" for name in ("check", "fixed", "report")}
     own = {module.__name__ for module in MODULES} - others
     assert modules(thresholds.Thresholds()) >= own

@@ -18,11 +18,11 @@ NOT_ALIKE = "code outside of the optimizer's step changes weights or gradients, 
 
 @final
 class Control:
-    """A branch of the present state, at the present rate, which makes some updates beside the run.
+    """A branch of the present state, at the present rate, which makes the next update beside the run, some times.
 
     Code outside of the optimizer's step may change weights or gradients: a callback that clips weights, a projection
     in ``optimizer_step``, noise on gradients. A branch is trained without it, so its losses say nothing about the run.
-    Then the control is not where the run is after these updates, and the guard compares no branches with this run.
+    Then the control is not where the run is after the update, and the guard compares no branches with this run.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -38,50 +38,57 @@ class Control:
         self._limits = context.thresholds.trial
         self._start: Snapshot | None = None
         self._branch: Branch | None = None
+        # The state of the run after the update that the control makes.
+        self._target: Snapshot | None = None
+        self._begun = self._seen = 0
         self._left = 0
-        self._step = 0
         self.failed = False
 
     def begin(self) -> None:
         """Make the control anew with the next update."""
-        self._start = self._branch = None
+        self._branch = None
         self._left = self._limits.controlled
 
     def follow(self, step: int) -> bool:
-        """Make the present update; return whether the control is where the run is. Call it inside ``beside``.
+        """Follow the run by an update; return whether the control was where the run was. Call it inside ``beside``.
 
         Args:
-            step: Number of the update.
+            step: Number of the update whose batch is at hand. Late readings bring batches of earlier updates.
         """
-        if self.failed or self._left == 0 or step == self._step:
+        context, branches = self._context, self._branches
+        now = context.state.step
+        if self.failed or self._left == 0 or now == self._seen:
             return not self.failed
-        self._step, context = step, self._context
+        self._seen, self._left = now, self._left - 1
+        branch = self._branch
+        # The run itself is elsewhere after a rollback or a cut of the rate.
         moved = context.state.healthy_since_restore == 1 or (
-            self._branch is not None and self._branch.rate != context.rate.state_dict()
+            branch is not None and branch.rate != context.rate.state_dict()
         )
-        if self._branch is None or moved:  # the run itself is elsewhere after a rollback or a cut of the rate
-            return self._start_here()
-        if self._branches.train(self._branch) is None:
+        if branch is None or moved or step > self._begun + 1:
+            return self._start_here(now)
+        if now == self._begun + 1:
+            made = branches.of(branches.present)
+            self._target = None if made is None else made.state
+        if step <= self._begun:
+            return True
+        if branches.train(branch) is None:
             return False
-        self._left -= 1
-        self.failed = not all(context.ranks.gather(self._is_alike(self._branch)))
-        if self.failed or self._left == 0:
-            self._start = self._branch = None
-        return not self.failed
+        self.failed = not all(context.ranks.gather(self._is_alike(branch)))
+        # Each update begins where the run is, because rounding grows at a rate that is far too high.
+        return not self.failed and self._start_here(now)
 
-    def _start_here(self) -> bool:
-        begun, branch = self._branches.of(), self._branches.of()
-        if begun is None or branch is None:
-            return False
-        self._start, self._branch = begun.state, branch
-        return True
+    def _start_here(self, now: int) -> bool:
+        begun = self._branches.of(self._branches.present)  # restores the learner to the present state
+        self._branch, self._target, self._begun = self._branches.of(), None, now
+        self._start = None if begun is None else begun.state
+        return self._start is not None and self._branch is not None
 
     def _is_alike(self, branch: Branch) -> bool:
-        start, present = self._start, self._branches.present
-        if start is None or present is None:
-            return False
-        moved = _distance(present, start)
-        return _distance(branch.state, present) <= self._limits.alike * moved
+        start, target = self._start, self._target
+        if start is None or target is None:
+            return True  # not known
+        return _distance(branch.state, target) <= self._limits.alike * _distance(target, start)
 
 
 def _distance(one: Snapshot, other: Snapshot) -> float:

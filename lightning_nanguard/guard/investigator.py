@@ -330,7 +330,7 @@ class Investigator:
         matrices = _matrices(self._learner.weights())
         now = zip(matrices, norms(list(matrices.values())), strict=True)  # read from the device at once
         ratios = [norm / before for name, norm in now if (before := begun.get(name, 0.0)) > 0]
-        return max((ratio if math.isfinite(ratio) else math.inf for ratio in ratios), default=1.0)
+        return max((ratio for ratio in ratios if not math.isnan(ratio)), default=1.0)  # NaN is no growth
 
 
 def norms_to_grow_from(leaves: Iterable[tuple[StateKey, Any]]) -> dict[str, float]:

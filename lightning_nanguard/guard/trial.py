@@ -410,7 +410,7 @@ class TrialRunner:
     def _room(self) -> int:
         # Memory is needed for copies of the start, the best and the present state, for the control, and for one copy
         # during training.
-        return self._branches.room() - 6
+        return self._branches.room() - 7
 
     def _judged(self, updates: int) -> int:
         return updates // self._limits.judged_part

@@ -40,10 +40,10 @@ class TrialThresholds:
         changed: Factor by which the rate has to have risen since the newest trial for another one, or fallen since the
             best state for an arm that continues from it. It is the ratio of neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
-        controlled: Updates after which a copy at the present rate has to be where the run is. They are over before a
-            trial can end.
-        alike: Share of the way of the run in these updates by which the copy may be off. On the CPU it is 0 in
-            practice; kernels that are not deterministic add rounding.
+        controlled: Updates that a copy at the present rate makes beside the run, to be compared with it. They are over
+            before a trial can end.
+        alike: Share of the way of the run in one update by which the copy may be off. On the CPU it is 0 in practice;
+            kernels that are not deterministic, and sums over ranks, add rounding.
     """
 
     factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)

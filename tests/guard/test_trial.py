@@ -157,7 +157,7 @@ def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     loop.run(30)
     learner = loop.guard.context.learner
     size = tensor_bytes(dict(learner.leaves()))
-    for states, arms in ((6, 0), (7, 1), (100, 4)):
+    for states, arms in ((7, 0), (8, 1), (100, 4)):
         monkeypatch.setattr(learner.device, "host_memory", lambda states=states: 4 * states * size)
         trial, began = with_trial(loop)
         assert began == bool(arms)

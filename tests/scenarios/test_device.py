@@ -177,7 +177,8 @@ def test_certified_snapshots_are_never_torn(
     assert watch.torn == []
     assert len(watch.certified) >= 5
     for one in others[writes]:
-        if when == "late" and isinstance(one, Swap):
+        if when == "late" and readback == "step" and isinstance(one, Swap):
+            # With late readings, the check of the state before a validation waits for all copies.
             assert one.copied > 0, "copies were made while other weights were in place"
     assert [record.remedies for record in guard.interventions] == ([] if bad is None else [("skip",)])
     assert driver.released == 1
