@@ -9,12 +9,12 @@ import pytest
 
 from lightning_nanguard import Advice, Finding, Intervention, NaNGuard
 from lightning_nanguard.cli.main import main
-from lightning_nanguard.record.files import ADVICE_FILE
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_log import append_event
 from lightning_nanguard.record.text import STEPS
 from tests.classifier import Model, Numbers
-from tests.helpers import batches, fit, folder_of, task, trainer_for
+from tests.helpers import batches, fit, folder_of, task, trainer_for, with_bad
 from tests.report.runs import write_run
 
 
@@ -35,6 +35,15 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     assert "\n  the loss went from " in said
     assert len(said.splitlines()) == 2 + 5 + 2 + 1
     assert said.splitlines()[-1] == STEPS
+
+
+def test_a_run_whose_records_are_lost_is_not_healthy(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The log of the run says how many interventions there were."""
+    guard = NaNGuard()
+    fit(task(), with_bad(3, 5, count=8), guard, folder=tmp_path)
+    (folder_of(guard) / RECORDS_FILE).unlink()
+    assert main(["explain", str(tmp_path)]) == 0
+    assert "8 updates, 2 interventions, of which 2 cannot be read" in capsys.readouterr().out
 
 
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
