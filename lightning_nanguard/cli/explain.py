@@ -90,7 +90,7 @@ def headline(data: RunData) -> str:
     total = len(data.interventions)
     none = "no interventions" if data.advice or data.resumed_at else "healthy, no interventions"
     done = counted(total, "intervention") if total else none
-    lost = sum(log.ended.get("faults", {}).values()) - total if not data.resumed_at else 0
+    lost = 0 if data.resumed_at else data.logged_of_last_fit - total
     if lost > 0:
         done = f"{counted(total + lost, 'intervention')}, of which {lost} cannot be read"
     told = f"{began}: {counted(data.updates, 'update')}, {done}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from operator import attrgetter
 from typing import Any
 
@@ -48,22 +49,24 @@ def batch_clues(
     )
 
 
-def compared(clues: Clues, healthy: Sequence[Any]) -> Clues:
-    """Add to the ranges of a batch how large the same fields were in the healthy batches before.
+def compared(clues: Sequence[Clues], healthy: Sequence[Any]) -> list[Clues]:
+    """Add to the ranges of some batches how large the same fields were in the healthy batches before.
 
     Args:
-        clues: The clues of the batch.
+        clues: The clues of each batch.
         healthy: The healthy batches.
     """
     known = [dict(named_tensors(batch)) for batch in healthy]
 
-    def with_before(found: Range | None) -> Range | None:
-        if found is None:
-            return None
-        fields = [one[found.field] for one in known if found.field in one]
-        return replace(found, before=max((size for field in fields for size in largest_magnitudes(field)), default=0.0))
+    @cache
+    def before(field: str) -> float:
+        fields = [one[field] for one in known if field in one]
+        return max((size for tensor in fields for size in largest_magnitudes(tensor)), default=0.0)
 
-    return replace(clues, inputs=with_before(clues.inputs), target=with_before(clues.target))
+    def with_before(found: Range | None) -> Range | None:
+        return None if found is None else replace(found, before=before(found.field))
+
+    return [replace(one, inputs=with_before(one.inputs), target=with_before(one.target)) for one in clues]
 
 
 def tensor_fields(batch: Any) -> Iterator[tuple[str, Tensor]]:

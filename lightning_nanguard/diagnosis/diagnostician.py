@@ -144,7 +144,7 @@ class Diagnostician:
             clues = [replace(one, bad_fields=tuple(f for f in one.bad_fields if f.field not in usual)) for one in clues]
         chosen = next((index for index, one in enumerate(clues) if one.bad_fields), len(micros) - 1)
         if fault.scope == "batch":
-            clues = [compared(one, healthy) for one in clues]
+            clues = compared(clues, healthy)
         case = replace(case, clues=clues[chosen])
         self.looked_at = micros[chosen]
         if look == "batch" or not self._replay_due(fault):

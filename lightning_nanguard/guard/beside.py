@@ -8,6 +8,7 @@ from typing import final
 
 from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.control import Control
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.trial import TrialRunner
@@ -24,12 +25,14 @@ class Beside:
         trials: Tests whether a lower rate learns what the run does not.
         receipts: Tests whether interventions in a run with finite numbers helped.
         branches: Trains the arms and the branch.
+        control: Finds out whether branches make the updates of the run.
     """
 
     context: GuardContext
     trials: TrialRunner
     receipts: Receipts
     branches: Branches
+    control: Control
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
         """Continue trial and comparison after a healthy update, unless the run was rolled back.
@@ -46,6 +49,7 @@ class Beside:
         shown = self.trials.after(readings)
         if not (self.receipts.open or self.trials.running):
             self.branches.release()
+            self.control.release()
         return shown
 
     def close(self) -> None:

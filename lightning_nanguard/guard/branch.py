@@ -11,6 +11,7 @@ from typing import Any, final
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.state.device import OutOfMemory
+from lightning_nanguard.state.learner import give_scheduled, scheduled_values
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, tensor_bytes
 from lightning_nanguard.state.switch import StateSwitch
@@ -86,14 +87,12 @@ class Branches:
         if known is None or len(known) != len(groups):
             yield
             return
-        now = [{key: group[key] for key in before} for group, before in zip(groups, known, strict=True)]
+        now = scheduled_values(groups)
         try:
-            for group, before in zip(groups, known, strict=True):
-                group.update(before)
+            give_scheduled(groups, known)
             yield
         finally:
-            for group, mine in zip(groups, now, strict=True):
-                group.update(mine)
+            give_scheduled(groups, now)
 
     def release(self) -> None:
         """Free the memory for the present state, because no branch is trained any longer."""

@@ -129,7 +129,7 @@ def build_guard(
             outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(context, trials, receipts, branches),
+            beside=Beside(context, trials, receipts, branches, control),
             steps=steps,
         )
     )

@@ -40,14 +40,17 @@ class Control:
         self._branch: Branch | None = None
         # The state of the run after the update that the control makes.
         self._target: Snapshot | None = None
-        self._begun = self._seen = 0
-        self._left = 0
+        self._seen = self._left = 0
         self.failed = False
 
     def begin(self) -> None:
         """Make the control anew with the next update."""
-        self._branch = None
+        self.release()
         self._left = self._limits.controlled
+
+    def release(self) -> None:
+        """Free the memory of its copies."""
+        self._start = self._branch = self._target = None
 
     def follow(self, step: int) -> bool:
         """Follow the run by an update; return whether the control was where the run was. Call it inside ``beside``.
@@ -56,41 +59,43 @@ class Control:
             step: Number of the update whose batch is at hand. Late readings bring batches of earlier updates.
         """
         context, branches = self._context, self._branches
-        now = context.state.step
+        now, branch, start = context.state.step, self._branch, self._start
         if self.failed or self._left == 0 or now == self._seen:
             return not self.failed
         self._seen, self._left = now, self._left - 1
-        branch = self._branch
         # The run itself is elsewhere after a rollback or a cut of the rate.
         moved = context.state.healthy_since_restore == 1 or (
             branch is not None and branch.rate != context.rate.state_dict()
         )
-        if branch is None or moved or step > self._begun + 1:
-            return self._start_here(now)
-        if now == self._begun + 1:
+        if branch is None or start is None or moved or step > start.step + 1:
+            return self._start_here()
+        if now == start.step + 1:
             made = branches.of(branches.present)
             self._target = None if made is None else made.state
-        if step <= self._begun:
+        if step <= start.step:
             return True
         if branches.train(branch) is None:
             return False
-        self.failed = not all(context.ranks.gather(self._is_alike(branch)))
+        self.failed = not all(context.ranks.gather(self._is_alike(branch.state, start)))
         # Each update begins where the run is, because rounding grows at a rate that is far too high.
-        return not self.failed and self._start_here(now)
+        return not self.failed and self._start_here()
 
-    def _start_here(self, now: int) -> bool:
+    def _start_here(self) -> bool:
+        self.release()
+        if self._left == 0:
+            return True
         begun = self._branches.of(self._branches.present)  # restores the learner to the present state
-        self._branch, self._target, self._begun = self._branches.of(), None, now
-        self._start = None if begun is None else begun.state
+        self._start, self._branch = None if begun is None else begun.state, self._branches.of()
         return self._start is not None and self._branch is not None
 
-    def _is_alike(self, branch: Branch) -> bool:
-        start, target = self._start, self._target
-        if start is None or target is None:
+    def _is_alike(self, made: Snapshot, start: Snapshot) -> bool:
+        target = self._target
+        if target is None:
             return True  # not known
-        return _distance(branch.state, target) <= self._limits.alike * _distance(target, start)
+        return _distance(made, target) <= self._limits.alike * _distance(target, start)
 
 
 def _distance(one: Snapshot, other: Snapshot) -> float:
     pairs = [(leaf, other.leaves.get(key)) for key, leaf in one.leaves.items() if key[0] == "parameter"]
-    return math.hypot(*(norms([a - b])[0] for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)))
+    # One list, so that the device is read once.
+    return math.hypot(*norms([a - b for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]))

@@ -9,7 +9,7 @@ from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.guard.readback import MAX_DELAY
-from lightning_nanguard.state.learner import SCHEDULED
+from lightning_nanguard.state.learner import scheduled_values
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Reading
 
@@ -121,7 +121,7 @@ class GuardState:
 
     def note_groups(self, groups: Iterable[Mapping[str, Any]]) -> None:
         """Store what a scheduler may have set for this step in the parameter groups of the optimizer."""
-        self.groups.append((self.step, [{key: group[key] for key in SCHEDULED if key in group} for group in groups]))
+        self.groups.append((self.step, scheduled_values(groups)))
 
     def note_rate(self, rate: float | None) -> None:
         """Store the effective learning rate of this step, if it changed."""

@@ -97,9 +97,14 @@ class RunData:
         ended = None if self.log is None else self.log.ended
         if not self.resumed_at or ended is None or not isinstance(ended.get("updates_of_fit"), int):
             return None
-        faults = ended.get("faults")
+        return ended["updates_of_fit"], self.logged_of_last_fit
+
+    @property
+    def logged_of_last_fit(self) -> int:
+        """Number of interventions of the newest fit by the log of the run, which may have more than the records."""
+        faults = None if self.log is None or self.log.ended is None else self.log.ended.get("faults")
         counts = faults.values() if isinstance(faults, dict) else ()
-        return ended["updates_of_fit"], sum(count for count in counts if isinstance(count, int))
+        return sum(count for count in counts if isinstance(count, int))
 
     @property
     def mostly_skipped(self) -> str:

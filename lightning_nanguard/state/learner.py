@@ -7,7 +7,7 @@ changes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
@@ -37,7 +37,18 @@ CLOCK_KEYS = frozenset(
         "momentum", "base_momentum", "max_momentum", "betas",
     }
 )  # fmt: skip
-SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
+_SCHEDULED = tuple(sorted(CLOCK_KEYS - {"params"}))
+
+
+def scheduled_values(groups: Iterable[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """What a scheduler may have written into each of some parameter groups."""
+    return [{key: group[key] for key in _SCHEDULED if key in group} for group in groups]
+
+
+def give_scheduled(groups: Iterable[dict[str, Any]], values: Iterable[Mapping[str, Any]]) -> None:
+    """Write values of :func:`scheduled_values` into as many parameter groups."""
+    for group, known in zip(groups, values, strict=True):
+        group.update(known)
 
 
 class Scaler(Protocol):

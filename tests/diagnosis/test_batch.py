@@ -98,9 +98,9 @@ def test_ranges_are_compared_with_the_batches_before() -> None:
     """Each field with the same field, by its largest number; a field that they do not have is not compared."""
     before = [(torch.full((4, 2), value), torch.tensor([1.0, -5.0])) for value in (2.0, 3.0)]
     clues = batch_clues((torch.full((4, 2), 900.0), torch.tensor([7.0, 8.0])), nn.Linear(2, 1))
-    found = compared(clues, before)
+    (found,) = compared([clues], before)
     assert found.inputs is not None
     assert found.target is not None
     assert (found.inputs.before, found.target.before) == (3.0, 5.0)
-    assert compared(clues, [{"x": torch.ones(2)}]).inputs == clues.inputs
-    assert compared(batch_clues("words", nn.Linear(2, 1)), before).inputs is None
+    assert compared([clues], [{"x": torch.ones(2)}])[0].inputs == clues.inputs
+    assert compared([batch_clues("words", nn.Linear(2, 1))], before)[0].inputs is None

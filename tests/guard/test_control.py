@@ -63,3 +63,4 @@ def test_a_run_is_compared_if_its_updates_can_be_made_again() -> None:
         followed.append(control._left)
     assert followed == [*range(15, -1, -1), 0, 0, 0]
     assert not control.failed
+    assert control._branch is control._start is control._target is None, "its copies are released"

@@ -19,7 +19,7 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.learner import SCHEDULED
+from lightning_nanguard.state.learner import give_scheduled, scheduled_values
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
@@ -157,8 +157,7 @@ class UpdatesAgain:
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
         if self._room and (kept or number <= first):
-            groups = self._context.learner.optimizers[0].param_groups
-            scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in groups]
+            scheduled = scheduled_values(self._context.learner.optimizers[0].param_groups)
             before: Sequence[Callable[[], None]] = ()
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
@@ -246,7 +245,7 @@ class UpdatesAgain:
         except OutOfMemory:
             return None
         self._context.state.redo_cause = "", ""
-        scheduled = [{key: group[key] for key in SCHEDULED if key in group} for group in optimizer.param_groups]
+        scheduled = scheduled_values(optimizer.param_groups)
         try:
             with ExitStack() as inside:
                 inside.enter_context(self._replay.rehearsing())
@@ -262,8 +261,7 @@ class UpdatesAgain:
                     self.futile = after is None and not self._context.state.redo_cause[0]
         except Exception as error:  # an error in a repeated pass must not end the run
             _logger.debug("NaNGuard: the updates since the snapshot could not be made again: %r", error)
-        for group, values in zip(optimizer.param_groups, scheduled, strict=True):
-            group.update(values)
+        give_scheduled(optimizer.param_groups, scheduled)
         optimizer.zero_grad(set_to_none=True)
         restore(learner, before if after is None else after)
         if after is not None and left is not None:
@@ -379,8 +377,7 @@ class UpdatesAgain:
 
     def _losses(self, update: _Update, *, spoilt: bool) -> list[tuple[Tensor | None, Tensor]]:
         optimizer = update.micros[0].run.optimizer
-        for group, values in zip(optimizer.param_groups, update.groups, strict=True):
-            group.update(values)
+        give_scheduled(optimizer.param_groups, update.groups)
         losses: list[tuple[Tensor | None, Tensor]] = []
         for micro in update.micros:
             micro.start.restore(carried=not spoilt)  # values carried from bad weights are not used
