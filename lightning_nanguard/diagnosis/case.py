@@ -431,6 +431,8 @@ class Case:
         course: The loss and the gradients of the newest updates.
         curvature: The curvature of the loss at the present weights.
         earlier: The findings of earlier faults of this run, oldest first.
+        unstable: A hyperparameter with which the optimizer diverges whatever the gradients are, in words; ``""`` if
+            there is none.
     """
 
     fault: Fault = NO_FAULT
@@ -440,6 +442,7 @@ class Case:
     course: Course | None = None
     curvature: Curvature | None = None
     earlier: tuple[EarlierFinding, ...] = ()
+    unstable: str = ""
 
     def earlier_here(self) -> tuple[EarlierFinding, ...]:
         """The findings of earlier faults of this kind at this place."""

@@ -17,6 +17,7 @@ from lightning_nanguard.diagnosis.batch import batch_clues, compared
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
+from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
@@ -94,7 +95,8 @@ class Diagnostician:
             good: The good state to run the batch from. By default it is chosen from the ring.
             healthy: Healthy batches before this update. NaN and Inf in the same fields as in these are usual.
         """
-        case = Case(fault, evidence, earlier=tuple(self._earlier))
+        unstable = unstable_setting(self._learner.optimizers)
+        case = Case(fault, evidence, earlier=tuple(self._earlier), unstable=unstable)
         self.looked_at = None
         with errors_logged(_failed(fault)):
             if look != "nothing" and micros:

@@ -75,9 +75,12 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
 
 
 def _rate_to_start_with(intervention: Intervention) -> str:
-    before, after = intervention.lr_before, intervention.lr_after
-    if before is None or after is None or not after < before:
-        return ""
+    before, after, finding = intervention.lr_before, intervention.lr_after, intervention.finding
+    if before is None or after is None or not after < before or finding is None or "lr" not in finding.evidence:
+        return ""  # the rate was not lowered, or something else is to blame
+    largest = finding.evidence.get("largest_rate")
+    if isinstance(largest, float) and after > largest:
+        return f" This run goes on at {after:.4g}, and lowers the rate further if that is not enough."
     return f" This run goes on at {after:.4g}: begin the next one at about this rate."
 
 

@@ -48,6 +48,7 @@ class Confidences:
         rate_diverged: Other signs show that the learner diverged.
         rate_worse: Only the comparison with the last good weights supports it.
         rate_above_limit: In addition, the rate is above the one that the curvature allows.
+        unstable: The learner diverged, and a momentum or a weight decay alone makes it diverge.
         ill_conditioned: One direction is far steeper than the others, and the rate looks low.
         collapsed: A trial shows that the run has lost what it had learned.
         saturated_most: Most outputs of a bounded activation are at their lowest or highest value.
@@ -114,6 +115,7 @@ class Confidences:
     rate_diverged: float = 0.9
     rate_worse: float = 0.6
     rate_above_limit: float = 0.91
+    unstable: float = 0.98
     ill_conditioned: float = 0.915
     collapsed: float = 0.8
     saturated_most: float = 0.85

@@ -140,3 +140,20 @@ def test_nothing_reaches_a_terminal_but_text(intervention: Intervention) -> None
         lines = text.split("\n  ")
         assert len(lines) <= 4
         assert all(line.isprintable() for line in lines)
+
+
+@pytest.mark.parametrize(
+    ("evidence", "said"),
+    [
+        ({"lr": 0.1}, "Lower it. This run goes on at 0.05: begin the next one at about this rate."),
+        ({"lr": 0.1, "largest_rate": 0.06}, "This run goes on at 0.05: begin the next one at about this rate."),
+        ({"lr": 0.1, "largest_rate": 0.001}, "This run goes on at 0.05, and lowers the rate further if that is not"),
+        ({}, "to do: Lower it."),
+    ],
+)
+def test_the_rate_of_this_run_is_not_at_odds_with_the_finding(evidence: dict[str, float], said: str) -> None:
+    """A rate is proposed for the next run only if the rate is to blame, and the present one is below the limit."""
+    finding = Finding("learning_rate_too_high", 0.9, dict(evidence), "loss", suggestion="The rate is 0.1. Lower it.")
+    told = tell(replace(ROLLBACK, finding=finding))
+    assert said in told
+    assert ("begin the next one" in said) == ("begin the next one" in told)

@@ -55,6 +55,7 @@ from lightning_nanguard.diagnosis.rules.learner import (
     exploding_gradient,
     ill_conditioned,
     learning_rate_too_high,
+    unstable_hyperparameter,
 )
 from lightning_nanguard.diagnosis.rules.loss_function import (
     double_softmax,
@@ -90,6 +91,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     forward_writes_buffer,
     corrupted_state,
     exploding_gradient,
+    unstable_hyperparameter,
     learning_rate_too_high,
     double_softmax,
     mse_for_classification,

@@ -164,6 +164,20 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     )
 
 
+def unstable_hyperparameter(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
+    """The learner diverged, and a hyperparameter other than the rate makes it diverge whatever the gradients are."""
+    if not case.unstable or _rate_confidence(case, thresholds) == 0.0:
+        return None
+    return Finding(
+        "unstable_hyperparameter",
+        thresholds.confidence.unstable,
+        evidence={"weights_grew": case.evidence.growth},
+        place=case.fault.place,
+        suggestion=f"{case.unstable}.",
+        scope="learner",
+    )
+
+
 def _how_to_lower(case: Case, rate: float | None) -> str:
     now = case.evidence.lr
     peaked = rate is not None and now is not None and now < rate
@@ -186,7 +200,7 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
-    if _updates_enlarged_it(case, limits):
+    if _updates_enlarged_it(case, limits) or (evidence.redo_cause[0] and evidence.growth > limits.ruined):
         return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
         if _lost_what_it_had(evidence) and not signs:
@@ -296,6 +310,8 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
         return None
     best = min((level for level in evidence.levels if level is not None), default=None)
     numbers: dict[str, float | str] = {"untrained": evidence.first}
+    if (rate := _rate(case)) is not None:
+        numbers["lr"] = rate
     had = ""
     if best is not None and best < evidence.first:
         numbers["best"] = best
@@ -362,10 +378,12 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
+    """The rate to lower it to: from a trial, from the curvature, or for advice a guess."""
     rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
     trial = case.evidence.trial
     if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
         return f" to {rate * trial.factor:.2g}"
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}"
-    return "" if rate is None else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    # After a certain fault the rate at which the run goes on is a better answer than a guess.
+    return "" if rate is None or case.fault.certain else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"

@@ -29,6 +29,8 @@ def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 
 
 def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: str, cure: str) -> Finding | None:
+    if case.evidence.growth > thresholds.learner.ruined:
+        return None  # weights of this size let any later number overflow
     known, place = case.evidence.redo_cause
     confidence = thresholds.confidence.update_again
     if not known and case.evidence.corrupt is not None:

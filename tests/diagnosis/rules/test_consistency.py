@@ -182,6 +182,7 @@ def cases(draw: st.DrawFn) -> Case:
         "model": draw(st.none() | models),
         "course": draw(st.none() | courses),
         "curvature": draw(st.none() | curvatures),
+        "unstable": draw(st.sampled_from(["", "the momentum is 1.1: it adds up. Use a momentum below 1"])),
     }
     earlier = tuple(
         EarlierFinding(draw(st.integers(1, 299)), fault.kind, fault.place, one, draw(st.none() | rate))
@@ -299,5 +300,5 @@ def test_a_record_agrees_with_itself(case: Case, factor: float) -> None:
 def test_every_part_of_a_case_is_drawn() -> None:
     """A part that is added to a case is added to the cases above."""
     assert {field.name for field in fields(Case)} == {
-        *("fault", "evidence", "clues", "model", "course", "curvature", "earlier")
+        *("fault", "evidence", "clues", "model", "course", "curvature", "earlier", "unstable")
     }

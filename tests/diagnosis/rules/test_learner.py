@@ -85,7 +85,7 @@ def test_the_surest_cause(cause: str | None, fault: Fault, known: dict[str, Any]
 
 def test_every_rule_has_a_row() -> None:
     """A rule is called as the cause it finds, and each has a row, or a test below."""
-    assert rules_of("learner") - {"ill_conditioned"} <= {row[0] for row in ROWS}
+    assert rules_of("learner") - {"ill_conditioned", "unstable_hyperparameter"} <= {row[0] for row in ROWS}
 
 
 def test_the_curvature_says_which_rate_is_allowed() -> None:
@@ -110,6 +110,16 @@ def test_weights_that_grew_until_numbers_gave_out(fault: Fault, growth: float, c
     known = Evidence(step=16, healthy_steps=15, comparison=Comparison(NAN, 2.3), climbing=True, growth=growth, lr=1.0)
     finding = diagnose(Case(fault, known, overflow, curvature=Curvature(slope=0.4, bend=0.28)))
     assert (None if finding is None else finding.cause) == cause
+
+
+@pytest.mark.parametrize(("fault", "cause"), [(EXPLODING, "unstable_hyperparameter"), (LOSS, None)])
+def test_a_hyperparameter_that_diverges_by_itself_is_named(fault: Fault, cause: str | None) -> None:
+    """It is surer than a rate that is too high, and it is no cause of a single bad batch."""
+    words = "the momentum is 1.1: the sum of gradients grows. Use a momentum below 1"
+    known = Evidence(step=16, lr=0.5, comparison=WORSE if fault is EXPLODING else None)
+    finding = diagnose(Case(fault, known, unstable=words))
+    assert (None if finding is None else finding.cause) == cause
+    assert finding is None or finding.suggestion == f"{words}."
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,42 @@
+"""Finds hyperparameters of an optimizer with which its updates grow by themselves, at any loss."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import Any
+
+from torch.optim import SGD, AdamW, Optimizer
+
+
+def unstable_setting(optimizers: Iterable[Optimizer]) -> str:
+    """The first hyperparameter with which an optimizer diverges whatever the gradients are, in words; ``""`` if none.
+
+    * With a momentum of 1 or more, the sum of past gradients never decays.
+    * SGD and AdamW multiply each weight by ``1 - lr * weight_decay`` in every update. Above ``lr * weight_decay = 2``
+      this is below −1, so the weights grow and change their sign each time.
+
+    Example:
+        >>> import torch
+        >>> unstable_setting([torch.optim.SGD([torch.zeros(2)], lr=0.1, momentum=1.1)])
+        'the momentum is 1.1: the optimizer adds up all past gradients, and never forgets one. Use a momentum below 1'
+    """
+    for optimizer in optimizers:
+        for group in optimizer.param_groups:
+            momentum, rate, decay = (_number(group, key) for key in ("momentum", "lr", "weight_decay"))
+            if momentum >= 1.0:
+                return (
+                    f"the momentum is {momentum:.4g}: the optimizer adds up all past gradients, and never forgets one. "
+                    "Use a momentum below 1"
+                )
+            if isinstance(optimizer, (SGD, AdamW)) and rate * decay > 2.0:
+                return (
+                    f"the weight decay is {decay:.4g}: at a learning rate of {rate:.4g} it multiplies each weight by "
+                    f"{1 - rate * decay:.4g} in every update. Use a weight decay far below {1 / rate:.4g}"
+                )
+    return ""
+
+
+def _number(group: dict[str, Any], key: str) -> float:
+    value = group.get(key)
+    return float(value) if isinstance(value, (int, float)) and math.isfinite(value) else 0.0
