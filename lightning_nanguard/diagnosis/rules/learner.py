@@ -385,5 +385,6 @@ def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
         return f" to {rate * trial.factor:.2g}"
     if rate is not None and limit is not None and limit < rate:
         return f" below {limit:.2g}"
-    # After a certain fault the rate at which the run goes on is a better answer than a guess.
-    return "" if rate is None or case.fault.certain else f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    if rate is None or case.fault.certain:
+        return ""  # after a certain fault the rate at which the run goes on is a better answer than a guess
+    return f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
