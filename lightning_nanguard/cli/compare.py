@@ -41,5 +41,5 @@ def run(chosen: argparse.Namespace) -> int:
     names, runs = names_of(folders), [read_run_data(folder) for folder in folders]
     say_table([["", *names], *([label, *values] for label, values in compare(runs))])
     if chosen.output is not None:
-        write_page(chosen.output, comparison_page(names, runs))
+        write_page(chosen.output, comparison_page(names, runs), "compare.html")
     return 0

@@ -37,7 +37,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Tell each run: how it went, its records and its advice."""
     where: Path = chosen.run_folder
     if where.is_file():
-        _tell_file(where)
+        _tell_file(where, read_run_data(where.parent))
         return 0
     if not where.is_dir():
         say(f"nanguard: there is no folder {where}", file=sys.stderr)
@@ -52,7 +52,7 @@ def run(chosen: argparse.Namespace) -> int:
         _say_what_is_elsewhere(data, folders)
         for name in (RECORDS_FILE, ADVICE_FILE):
             if (folder / name).is_file():
-                _tell_file(folder / name)
+                _tell_file(folder / name, data)
         for trial in data.trials:
             say(trial.told())
         if data.interventions or data.advice:
@@ -90,8 +90,7 @@ def headline(data: RunData) -> str:
     total = len(data.interventions)
     none = "no interventions" if data.advice or data.resumed_at else "healthy, no interventions"
     done = counted(total, "intervention") if total else none
-    lost = 0 if data.resumed_at else data.logged_of_last_fit - total
-    if lost > 0:
+    if lost := data.unreadable:
         done = f"{counted(total + lost, 'intervention')}, of which {lost} cannot be read"
     told = f"{began}: {counted(data.updates, 'update')}, {done}"
     if not data.resumed_at:
@@ -120,13 +119,12 @@ def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
             say(f"  what came before it was resumed: nanguard explain {shlex.quote(str(part.folder))}")
 
 
-def _tell_file(file: Path) -> None:
+def _tell_file(file: Path, data: RunData) -> None:
     if file.name == ADVICE_FILE:
         for advice in read_advice(file):
             say(describe_advice(advice))
         return
     seen: set[Kind] = set()
-    data = read_run_data(file.parent)
     before = None
     for record in read_records(file):
         if data.resumed_at and before is not None and record.global_step < before:

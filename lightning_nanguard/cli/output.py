@@ -46,15 +46,22 @@ def say_no_run(where: Path) -> int:
     return 2
 
 
-def write_page(output: Path, text: str) -> None:
+def write_page(output: Path, text: str, name: str) -> None:
     """Write a page in one move, and say where it lies.
 
     Args:
-        output: The file.
+        output: The file, or a folder that exists.
         text: The page.
+        name: Name of the file in such a folder.
     """
+    if output.is_dir():
+        output /= name
     output.parent.mkdir(parents=True, exist_ok=True)
     new = output.with_name(f"{output.name}.new")
-    new.write_text(text, encoding="utf-8")
-    os.replace(new, output)
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, output)
+    except OSError:
+        new.unlink(missing_ok=True)
+        raise
     say(str(output))

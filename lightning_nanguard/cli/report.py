@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of a run, or a folder with runs below it, of which the newest is taken",
     )
     parser.add_argument(
-        "-o", "--output", type=Path, help="file to write (default: report.html in the folder of the run)"
+        "-o", "--output", type=Path, help="file or folder to write to (default: report.html in the folder of the run)"
     )
 
 
@@ -32,6 +32,5 @@ def run(chosen: argparse.Namespace) -> int:
     if folder is None:
         return say_no_run(chosen.run_folder)
     text = page(read_run_data(folder))
-    output: Path = chosen.output or folder / "report.html"
-    write_page(output, text)
+    write_page(chosen.output or folder, text, "report.html")
     return 0

@@ -72,7 +72,7 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
     rows += [
         ("learning rate at the start", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
         ("learning rate at the end", [f"{known[-1]:.4g}" if known else _NONE for known in rates]),
-        ("interventions", [f"{len(run.interventions):,}" for run in runs]),
+        ("interventions", [_interventions(run) for run in runs]),
         ("batches skipped", [f"{run.remedies['skip']:,}" for run in runs]),
         ("rollbacks", [f"{run.remedies['restore']:,}" for run in runs]),
         ("updates undone by rollbacks", [f"{run.updates_lost:,}" for run in runs]),
@@ -84,6 +84,11 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
     if any(advice):
         rows.append(("advice about", [causes or _NONE for causes in advice]))
     return [*rows, *_differing(runs, "settings", "NaNGuard: "), *_differing(runs, "hyperparameters", "")]
+
+
+def _interventions(run: RunData) -> str:
+    lost = f" and {run.unreadable:,} that cannot be read" if run.unreadable else ""
+    return f"{len(run.interventions):,}{lost}"
 
 
 def comparison_page(names: Sequence[str], runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> str:

@@ -107,6 +107,11 @@ class RunData:
         return sum(count for count in counts if isinstance(count, int))
 
     @property
+    def unreadable(self) -> int:
+        """Number of interventions that the log of the run counts and that cannot be read; 0 for a resumed run."""
+        return 0 if self.resumed_at else max(0, self.logged_of_last_fit - len(self.interventions))
+
+    @property
     def mostly_skipped(self) -> str:
         """A message if most of its updates were skipped; else ``""``."""
         skipped = sum("skip" in one.remedies for one in self.interventions if one.applied)

@@ -112,6 +112,8 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
         return f"Mostly skipped: {data.mostly_skipped}.", False
     if losses and not math.isfinite(losses[-1]):
         return f"In trouble: the newest loss is not finite; {count}.", False
+    if data.unreadable:
+        return f"Not known: {counted(data.unreadable, 'intervention')} of the run cannot be read.", None
     if not data.interventions and data.advice:
         causes = sorted({in_words(one.finding.cause) for one in data.advice})
         held = f"; {trials_in_words(data.trials)}" if data.trials else ""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, fields
+from functools import cache
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from lightning_nanguard.types.faults import Scope
@@ -197,10 +198,15 @@ def from_plain(kind: type[_Record], data: Mapping[str, Any], what: str, **conver
         ValueError: If a field is missing or cannot be converted. The message says that ``data`` is not a ``what``.
     """
     try:
-        names = [one.name for one in fields(kind) if one.name in data]
+        names = [name for name in _names(kind) if name in data]
         return kind(**{name: convert[name](data[name]) if name in convert else data[name] for name in names})
     except (TypeError, ValueError, AttributeError) as error:
         raise ValueError(f"not a {what}: {error}; its keys are {sorted(data)}") from error
+
+
+@cache
+def _names(kind: type[DataclassInstance]) -> tuple[str, ...]:
+    return tuple(one.name for one in fields(kind))
 
 
 def _number(value: Any) -> Any:

@@ -8,6 +8,7 @@ import pytest
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.record.files import RECORDS_FILE
 from tests.helpers import batches, fit, task, with_bad
 
 
@@ -30,6 +31,12 @@ def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two"), "-o", str(page)]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == str(page)
     assert "2 runs compared" in page.read_text(encoding="utf-8")
+    lost = next((tmp_path / "one").rglob(RECORDS_FILE))
+    lost.unlink()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    lines = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert ["outcome", "Not", "known", "Healthy"] in lines
+    assert "interventions 0 and 1 that cannot be read 0".split() in lines
 
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
