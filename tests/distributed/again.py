@@ -65,6 +65,15 @@ class Marked(Faulty):
                     parameter.grad.mul_(1 / self.good)
 
 
+class Communicates(Marked):
+    """Its step calls a collective, as a loss over all ranks does."""
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        torch.distributed.all_reduce(torch.ones(1))
+        return loss
+
+
 class Always(Faulty):
     """A mistake of the user's on one rank, whatever the numbers are."""
 
@@ -138,6 +147,11 @@ def again(worker: Worker) -> None:
             worker.fit(f"expected {rank} {bad}", Marked("nothing", share), guarded=False, **options)
             for way in ("loss", "raises"):
                 worker.fit(f"{way} {rank} {bad}", Marked(way), **options)
+    for bad in LEFT_OUT[:2]:
+        options = {"accumulate_grad_batches": 2}
+        both: Any = lambda rank, bad=bad: marked(rank, *bad)(rank)  # noqa: E731
+        worker.fit(f"expected together {bad}", Marked("nothing", 0.5), guarded=False, data=both, **options)
+        worker.fit(f"together {bad}", Communicates("loss"), data=marked(1, *bad), **options)
     everywhere = {"accumulate_grad_batches": 2, "data": lambda rank: marked(rank, AT - 1, AT)(rank)}
     worker.fit("all of a window", Marked("loss"), **everywhere)
     worker.fit("never a window", Marked("loss"), guarded=False, **{**everywhere, "data": without(AT - 1, AT)})
@@ -147,3 +161,8 @@ def again(worker: Worker) -> None:
 def mistaken(worker: Worker) -> None:
     """One rank raises for a reason of its own."""
     worker.fit("mistaken", Always(None))
+
+
+def apart(worker: Worker) -> None:
+    """One rank raises before it reaches a collective of the step, in which the other one waits."""
+    worker.fit("apart", Communicates("raises"), data=marked(1, AT))

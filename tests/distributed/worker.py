@@ -34,7 +34,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.trainer import build
-from tests.distributed.again import again, mistaken
+from tests.distributed.again import again, apart, mistaken
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNValidation
 from tests.distributed.plain import plain
@@ -311,7 +311,7 @@ def uneven(worker: Worker) -> None:
     worker.fit("uneven", data=lambda rank: batches(count=STEPS - 3 * rank, seed=rank))
 
 
-_ALL = (again, mistaken, faults, behaviour, plain, saves, sharded, raising, trials, uneven, zero, zero_alone)
+_ALL = (again, apart, mistaken, faults, behaviour, plain, saves, sharded, raising, trials, uneven, zero, zero_alone)
 SUITES = {one.__name__: one for one in _ALL}
 
 

@@ -9,6 +9,7 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.act.patches import wrap_method
+from lightning_nanguard.distributed.collective_count import collectives_begun
 from lightning_nanguard.trainer.private.callbacks import is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
@@ -29,6 +30,7 @@ class Attempts:
         allowed: Whether steps may be repeated in this run.
         together: Whether several ranks repeat them together.
         repeats: Whether the present run of a micro-batch is a repeated one.
+        collectives: With several ranks: the collectives that the newest whole ``training_step`` called.
     """
 
     def __init__(self, parts: RepeatParts) -> None:
@@ -41,6 +43,7 @@ class Attempts:
         self.together = self._check.together()
         self.allowed = parts.guard.context.acts_alone or self.together
         self.repeats = self._may_pass = False
+        self.collectives = 0
         # Whether the present forward pass is over, and the function that replaces it.
         self._forward_over = False
         self._instead: Any = None
@@ -72,15 +75,20 @@ class Attempts:
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._step is not None:
             return self._step()
+        begun = collectives_begun()
         try:
-            return original(*args, **kwargs)
+            result = original(*args, **kwargs)
         except Exception as error:
             batch = self._window.micros[-1].run.batch if self._window.micros else None
             numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.is_guard)
-            if not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
+            # Other ranks would wait in a collective of the step that this one does not reach.
+            missed = collectives_begun() - begun < self.collectives
+            if missed or not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
                 raise
             self._caught = error
             return nan_loss(self._parts.module)
+        self.collectives = collectives_begun() - begun
+        return result
 
     @contextmanager
     def in_place_of_step(self, step: Callable[[], Any]) -> Iterator[None]:

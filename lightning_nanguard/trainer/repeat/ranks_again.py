@@ -24,7 +24,8 @@ from lightning_nanguard.types import Fault
 class RanksAgain:
     """Repeats steps together with the other ranks, all of which found the same gradient to be bad.
 
-    Every rank makes the same number of passes with synchronised gradients, and calls the same collectives.
+    Every rank makes the same number of passes with synchronised gradients, and calls the same collectives. If the
+    module's step calls some itself, a micro-batch that is bad on one rank is left out on all of them.
 
     Args:
         parts: The objects that all classes of this package share.
@@ -103,7 +104,8 @@ class RanksAgain:
             with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
             self._tell_errors(raised)
-            good = [micro for micro in window.micros if micro.left_out is None]
+            self._leave_out_beside()
+            good = [micro for micro in window.micros if micro.is_used]
             total, every = sum(self._ranks.gather(len(good))), len(window.micros) * self._ranks.world
             self._check.drop_losses()
             self._undos.undo()
@@ -114,14 +116,23 @@ class RanksAgain:
             give_gradients(parameters, [None] * len(parameters))
             window.shares = every, total
             outcome = self._make(good)
-        if window.micros[-1].left_out is not None:
+        if not window.micros[-1].is_used:
             after.restore()
         window.micros[-1].loss = getattr(outcome.result, "loss", None)
         if outcome.good and total == every:
             self._records.transient(fault_of(first), ranks=self._check.seen_by)
         elif outcome.good:
             self._record_left_out()
-        return outcome.result if first.result is None or window.micros[-1].left_out is None else first.result
+        return outcome.result if first.result is None or window.micros[-1].is_used else first.result
+
+    def _leave_out_beside(self) -> None:
+        """If the step communicates, leave out a micro-batch on all ranks, or the others would wait for it."""
+        if not any(self._ranks.gather(self._runs.collectives)):
+            return
+        micros = self._window.micros
+        unused = self._ranks.gather([index for index, micro in enumerate(micros) if not micro.is_used])
+        for index in {index for of_rank in unused for index in of_rank if index < len(micros)}:
+            micros[index].beside = micros[index].left_out is None
 
     def _raises(self, micro: WindowEntry, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
         """Run a micro-batch alone, and leave it out if it is bad; return whether it raised."""
@@ -145,7 +156,7 @@ class RanksAgain:
     def _make(self, good: Sequence[WindowEntry]) -> Outcome:
         """Run the good micro-batches. Every rank runs the last one with synchronised gradients."""
         for index, micro in enumerate(good):
-            clean = index == 0 or all(one.left_out is None for one in self._window.micros)
+            clean = index == 0 or all(one.is_used for one in self._window.micros)
             micro.start.restore(carried=clean)
             with logging_for(self._parts.trainer, micro.run.batch):
                 if micro is good[-1]:

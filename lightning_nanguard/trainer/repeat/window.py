@@ -31,6 +31,8 @@ class WindowEntry:
         run: Runs it.
         start: The state at its start, except weights and buffers.
         left_out: The fault for which it is left out of the update; ``None`` if it is not left out.
+        beside: Whether it is left out because another rank leaves out its micro-batch at the same place, and the two
+            communicate.
         kept: Fault and cause if only its good samples are used; ``None`` if all are.
         loss: Its loss; ``None`` if it is not known.
         raised: The exception that its first run raised, if it was replaced by a loss of NaN for the other ranks.
@@ -39,9 +41,15 @@ class WindowEntry:
     run: MicroBatchRun
     start: StepStart
     left_out: Fault | None = None
+    beside: bool = False
     kept: tuple[Fault, Finding | None] | None = None
     loss: Tensor | None = None
     raised: Exception | None = None
+
+    @property
+    def is_used(self) -> bool:
+        """Whether it is part of the update."""
+        return self.left_out is None and not self.beside
 
 
 @final

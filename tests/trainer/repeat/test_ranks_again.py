@@ -64,6 +64,16 @@ def test_a_bad_micro_batch_of_one_rank(seen: Results, rank: int, bad: tuple[int,
     assert told == [(["leave out"], [rank], index) for index in bad]
 
 
+@pytest.mark.parametrize("bad", LEFT_OUT[:2])
+def test_a_bad_micro_batch_of_a_step_that_communicates(seen: Results, bad: tuple[int, ...]) -> None:
+    """The micro-batch is left out on all ranks, because the others would wait in its collectives; one record names the
+    rank at which it was bad."""
+    one = agreed(seen, f"together {bad}")
+    assert one["end"] == agreed(seen, f"expected together {bad}")["end"]
+    told = [(record["remedies"], record["ranks"], record["batch_idx"]) for record in one["records"]]
+    assert told == [(["leave out"], [1], index) for index in bad]
+
+
 def test_a_window_that_is_bad_on_all_ranks(seen: Results) -> None:
     """Nothing is left to make the update from: it is skipped."""
     assert record_of(seen, "all of a window")["remedies"] == ["skip"]
@@ -75,8 +85,16 @@ def test_a_late_fault_of_one_rank(seen: Results) -> None:
     assert record_of(seen, "late")["remedies"] == ["restore"]
 
 
-def test_a_mistake_of_one_rank(launched: Launch) -> None:  # noqa: F811
-    """An exception that numbers have not caused ends that rank with it, and the other as without the guard."""
-    errors = [result["mistaken"]["error"] for result in launched("fork", 2, "mistaken")]
-    assert errors[1] == "ValueError: a mistake of the user's"
+@pytest.mark.parametrize(
+    ("suite", "error"),
+    [
+        ("mistaken", "ValueError: a mistake of the user's"),
+        ("apart", "ValueError: Expected value argument to be within the support"),
+    ],
+)
+def test_an_exception_of_one_rank(launched: Launch, suite: str, error: str) -> None:  # noqa: F811
+    """It ends that rank, and the other as without the guard, if numbers have not caused it, or if the other waits in a
+    collective that the rank has not reached."""
+    errors = [result[suite]["error"] for result in launched("fork", 2, suite)]
+    assert errors[1] == error
     assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]
