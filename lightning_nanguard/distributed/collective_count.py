@@ -14,4 +14,4 @@ def collectives_begun() -> int:
     if not (distributed.is_available() and distributed.is_initialized()):
         return 0
     group = distributed.distributed_c10d._get_default_group()
-    return int(group._get_sequence_number_for_group())
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
