@@ -73,6 +73,7 @@ class StepSkipper:
     def open(self) -> None:
         """A batch begins: nothing is skipped yet. Copy the state that could not be restored later."""
         self.skipped.clear()
+        self._copies = {index: copy for index, copy in self._copies.items() if index in self._learner.quasi_newton}
         for index in self._learner.quasi_newton:
             self._copy(index)
 

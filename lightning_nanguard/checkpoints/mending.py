@@ -30,7 +30,9 @@ def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateK
     def mend(value: Any, where: tuple[str, ...]) -> Any:
         if isinstance(value, Mapping):
             if is_optimizer_state(value):
-                return _with_good_state(value, optimizers)
+                # Lightning saves them in order. Elsewhere, such as in a callback's state, only the sizes tell.
+                known = optimizers[int(where[1]) :][:1] if where[:1] == ("optimizer_states",) else optimizers
+                return _with_good_state(value, known)
             averaged = where[:1] == ("callbacks",) or (swapped and where == ("state_dict",))
             names = {key for key, item in value.items() if isinstance(item, Tensor) and is_weight(key, item, weights)}
             source = _average_of(names, averages.values(), weights) if averaged else weights

@@ -152,6 +152,8 @@ class Guard:
             self._parts.recorder.mark()
         found, passed_over = self._judge.take_found(), self._state.passed_over
         self._state.restored = None
+        if not found:
+            self._parts.skipper.undo()  # of an update that was skipped without a fault, as of a quarantined batch
         try:
             if found:
                 self._snapshots.settle()  # handling the fault may write to the learner

@@ -155,7 +155,7 @@ class Receipts:
         self._branches.take(known.branch)
         self._control.begin()
         context.ring.drop_pending()  # it belongs to the branch that was just left
-        context.ring.beside = known.branch.state
+        self._snapshots.continue_from(known.branch.state)
         self._snapshots.want()
         # Of the policy's memory only the budgets are still valid.
         spent = state.policy

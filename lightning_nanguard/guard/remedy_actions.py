@@ -102,7 +102,7 @@ class RemedyActions:
         arm = None if self._found is None else self._found.arm
         if arm is not None:
             left = restore(context.learner, arm)  # keep what the arm has learned since
-            ring.beside = arm
+            self._snapshots.continue_from(arm)
         self._look_at_restored(left)
         context.state.healthy_since_restore, context.state.redone = 0, False
         self._forget(snapshot)

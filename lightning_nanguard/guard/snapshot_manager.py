@@ -203,6 +203,12 @@ class SnapshotManager:
         self.count_from(step)
         return snapshot
 
+    def continue_from(self, state: Snapshot) -> None:
+        """The run goes on from a state that was trained beside it. Later states are compared with this one."""
+        state.wait()
+        state.typical = self._screens(state.leaves)[0].typical
+        self._ring.beside = state
+
     def settle(self) -> None:
         """Let the next update, or other write to the learner, wait for copies that are under way."""
         self._placement.settle()

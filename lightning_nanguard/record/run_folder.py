@@ -21,6 +21,9 @@ except ImportError:  # not on Windows
 LOCK_FILE = ".nanguard.lock"
 """Name of the file that a live run has locked in its folder."""
 
+_HELD: set[str] = set()
+"""Real paths of the folders that this process has locked. The system forgets a lock once any handle is closed."""
+
 
 @final
 class RunFolder:
@@ -68,6 +71,7 @@ class RunFolder:
                 os.unlink(self.path / LOCK_FILE)
             os.close(self._lock)
             self._lock = None
+            _HELD.discard(os.path.realpath(self.path))
 
 
 def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapping[str, Any]) -> RunFolder:
@@ -105,7 +109,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether the run of a folder is alive in another process. Without locks: whether its log has no end.
+    """Whether the run of a folder is alive in any process. Without locks: whether its log has no end.
 
     Args:
         folder: The folder of the run.
@@ -113,7 +117,7 @@ def is_alive(folder: Path) -> bool:
     run = read_run(folder)
     if run is None or run.ended is not None:
         return False
-    if fcntl is None:
+    if fcntl is None or os.path.realpath(folder) in _HELD:
         return True
     try:
         handle = os.open(folder / LOCK_FILE, os.O_RDWR)
@@ -155,4 +159,5 @@ def _lock(folder: Path) -> int:
             if error.errno in (errno.EAGAIN, errno.EACCES):
                 os.close(handle)
                 raise BlockingIOError(str(error)) from error
+    _HELD.add(os.path.realpath(folder))
     return handle

@@ -70,3 +70,21 @@ def test_the_state_of_another_optimizer_stays() -> None:
     """What has groups of other sizes was not made by an optimizer of the learner."""
     other = {"state": {0: {"x": torch.ones(1)}}, "param_groups": [{"params": [0]}]}
     assert Mended(optimizer_states=[other]).result["optimizer_states"] == [other]
+
+
+def test_optimizers_of_equal_sizes_are_told_apart() -> None:
+    """The two optimizers of a GAN may have equally many parameters: each one gets its own moments back."""
+    nets = [nn.Linear(2, 1), nn.Linear(3, 5)]
+    optimizers = [torch.optim.AdamW(net.parameters()) for net in nets]
+    for net in nets:
+        net(torch.ones(1, net.in_features)).sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+    learner = Learner(nn.ModuleList(nets), optimizers)
+    good = copied(dict(learner.leaves()))
+    before = copied([optimizer.state_dict() for optimizer in optimizers])
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            state["exp_avg"].fill_(math.nan)
+    found = mended({"optimizer_states": [optimizer.state_dict() for optimizer in optimizers]}, learner, good)
+    assert differences(found["optimizer_states"], before) == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -361,3 +362,29 @@ def test_a_guard_that_is_loaded_is_the_guard_that_was_saved() -> None:
     other = PlainLoop()
     other.guard.load_state_dict(json.loads(json.dumps(saved)))
     assert other.guard.state_dict() == json.loads(json.dumps(saved))
+
+
+def test_a_step_that_is_skipped_without_a_fault_is_undone_at_once() -> None:
+    """An optimizer of another package moves weights without a gradient. The copy that undoes this is of this batch: a
+    fault many updates later does not bring the old weights back."""
+
+    class Drifts(torch.optim.SGD):
+        @torch.no_grad()
+        def step(self, closure: Any = None) -> Any:  # type: ignore[override]
+            super().step(closure)
+            for parameter in self.param_groups[0]["params"]:
+                parameter.mul_(0.999)
+
+    loop = PlainLoop()
+    loop.optimizer = Drifts(loop.net.parameters(), lr=0.01)
+    loop.guard = guard_for(loop.net, [loop.optimizer], loop, replay=loop, settings=Settings(snapshot_every=4))
+    loop.run(6)
+    before = loop.net.weight.clone()
+    loop.guard.context.state.passed_over = True  # every sample of the batch is known to be bad
+    loop.train(torch.randn(8, 3))
+    assert torch.equal(loop.net.weight, before)
+    loop.run(20)
+    before = loop.net.weight.clone()
+    loop.train(torch.full((8, 3), math.nan))
+    assert torch.equal(loop.net.weight, before)
+    assert [record.remedies for record in loop.records] == [("skip",)]

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from lightning_nanguard.record.files import LAST_GOOD, RECORDS_FILE
-from lightning_nanguard.record.run_folder import LOCK_FILE, RunFolder, open_run_folder
+from lightning_nanguard.record.run_folder import LOCK_FILE, RunFolder, is_alive, open_run_folder
 from lightning_nanguard.record.run_log import read_run
 
 
@@ -93,6 +93,27 @@ def test_a_live_run_is_left_alone(tmp_path: Path) -> None:
         assert taken(tmp_path).path.parent == tmp_path
     again = taken(tmp_path, run_id)
     assert (again.path, again.run_id) == (tmp_path, run_id)
+
+
+def test_a_look_at_an_own_run_does_not_unlock_its_folder(tmp_path: Path) -> None:
+    """A run may be drawn while it goes on: it is alive for this process and for others, before and after."""
+    code = (
+        "import sys, pathlib; from lightning_nanguard.record.run_folder import is_alive\n"
+        "print(is_alive(pathlib.Path(sys.argv[1])))"
+    )
+
+    def seen_elsewhere() -> str:
+        return subprocess.run(
+            [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        ).stdout.strip()
+
+    one = take(tmp_path)
+    assert is_alive(tmp_path)
+    assert is_alive(tmp_path)
+    assert seen_elsewhere() == "True"
+    one.log("end", updates=1)
+    one.close()
+    assert not is_alive(tmp_path)
 
 
 def test_a_killed_run_that_left_nothing_gives_its_place(tmp_path: Path) -> None:
