@@ -40,9 +40,9 @@ LIBRARIES = (
 _UNINITIALISED = frozenset({"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"})
 _NONE: frozenset[str] = frozenset()
 _MASK = frozenset({"mask"})
-# Index of the divisor, or of the argument of a logarithm.
 # Matrix products whose first argument is added to the product.
 _WITH_SUMMAND = frozenset({"addmm", "addmv", "addbmm", "baddbmm", "addr"})
+# Index of the divisor, or of the argument of a logarithm.
 _DENOMINATOR = {"div": 1, "true_divide": 1, "divide": 1, "remainder": 1, "fmod": 1, "addcdiv": 2, "xlogy": 1}
 
 
@@ -151,14 +151,14 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        inputs = _tensors((args, kwargs) if kwargs else args)
+        inputs = tensors_in((args, kwargs) if kwargs else args)
         mutated = _mutates(func)
         before = non_finite(inputs) if mutated else None
         sources = {storage_key(one) for one in inputs}
         self._recent.append(sources)
         result = func(*args, **kwargs)
         # A result that shares memory with an input and was not written is a view, and already known.
-        made = [one for one in _tensors(result) if mutated or storage_key(one) not in sources]
+        made = [one for one in tensors_in(result) if mutated or storage_key(one) not in sources]
         if made:
             self._last = func, args, made, self._modules.current()
         known = [found for source in sources if (found := self._labels.get(source))]
@@ -233,7 +233,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             from_target="target" in labels,
             from_mask="mask" in labels,
             empty=empty,
-            infinite=any(map(_has_infinity, _tensors(args))),
+            infinite=any(map(_has_infinity, tensors_in(args))),
             given=self._bad_arguments(func, args, kwargs),
             made_by=self._made_by.get(storage_key(operand), "") if isinstance(operand, Tensor) else "",
         )
@@ -272,7 +272,8 @@ def _puts_in(args: Any, kwargs: Any) -> bool:
     return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs)))
 
 
-def _tensors(value: Any) -> list[Tensor]:
+def tensors_in(value: Any) -> list[Tensor]:
+    """The tensors in nested containers."""
     if isinstance(value, Tensor):
         return [value]
     if isinstance(value, Mapping):
@@ -284,7 +285,7 @@ def _tensors(value: Any) -> list[Tensor]:
         if isinstance(item, Tensor):
             found.append(item)
         elif isinstance(item, (list, tuple, Mapping)):
-            found += _tensors(item)
+            found += tensors_in(item)
     return found
 
 

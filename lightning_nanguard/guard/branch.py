@@ -49,10 +49,16 @@ class Branches:
         self.present: Snapshot | None = None
         """The present state of the run, while branches are trained."""
 
-    def possible(self) -> bool:
-        """Whether the present batch can be run again exactly as in the run."""
+    def hindrance(self) -> str:
+        """Why states cannot be compared on the present batch, in words; ``""`` if they can."""
         context = self._context
-        return len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()
+        if not (len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()):
+            return "the batches of this run cannot be run again"
+        if context.replay.draws_from_weights():
+            return (
+                "the loss depends on samples that the model draws itself, so it does not show which weights are better"
+            )
+        return ""
 
     def room(self) -> int:
         """Number of states that fit into the share of the free memory that branches may take together."""

@@ -15,7 +15,7 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator, norms_to_grow_from
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
-from lightning_nanguard.measure.tensors import local, shape_of
+from lightning_nanguard.measure.tensors import is_strided, local, shape_of
 from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.types import Reading
 
@@ -58,6 +58,20 @@ class Certification:
             first = self._capture(step)
             if first is not None:
                 first.healthy = healthy
+
+    def start_again_if_changed(self) -> None:
+        """Take the first snapshot again if hooks before the first batch have changed the learner, and it is finite."""
+        context = self._context
+        first = context.ring.pending
+        if first is None or context.ring.certified:
+            return
+        first.wait()
+        changed = any(
+            not _is_same(first.leaves[key], live) for key, live in context.learner.leaves() if key in first.leaves
+        )
+        if any(context.ranks.gather(changed)) and context.corrupt()[0] is None:
+            self.start()
+            self._snapshots.settle()
 
     def start_again_if_lazy(self) -> None:
         """Take the first snapshot again if the first forward pass has made parameters."""
@@ -134,6 +148,19 @@ class Certification:
     def _capture(self, step: int) -> Snapshot | None:
         global_step, _, _ = self._loop.clock()
         return self._snapshots.capture(step, global_step, self._context.rate.first())
+
+
+def _is_same(saved: Any, live: Any) -> bool:
+    """Whether two values are equal. Values that cannot be compared count as equal."""
+    try:
+        if not (isinstance(saved, Tensor) and isinstance(live, Tensor)):
+            return bool(saved == live)
+        saved, live = local(saved), local(live)
+        if not (is_strided(saved) and is_strided(live)) or saved.shape != live.shape:
+            return True
+        return bool((saved.to(live.device) == live).all())
+    except (RuntimeError, ValueError, TypeError):  # containers of tensors, and dtypes without a comparison
+        return True
 
 
 def _is_resized(saved: Any, live: Tensor) -> bool:

@@ -53,6 +53,7 @@ class Guard:
         # State of the present batch.
         self._open = False
         self._running = False
+        self._begun = False
         self._updated = False
         self._loss_seen = False
 
@@ -85,6 +86,9 @@ class Guard:
 
     def open_batch(self) -> None:
         """Copy what the next batch may change. A window of accumulation counts as one batch."""
+        if not self._begun:
+            self._begun = True
+            self._parts.certification.start_again_if_changed()
         self._running = True
         self._loss_seen = False
         within, self._open = self._open, True

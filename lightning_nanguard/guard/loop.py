@@ -84,6 +84,10 @@ class BatchReplay(Protocol):
         """Loss of a recent batch under the present weights."""
         return None
 
+    def draws_from_weights(self) -> bool:
+        """Whether the step draws samples from the model itself, so that losses under other weights say nothing."""
+        return False
+
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For each of some recent batches, a function that gives its loss under the weights of the call.
 

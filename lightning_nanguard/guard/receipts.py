@@ -77,13 +77,14 @@ class Receipts:
         if self._control.failed:
             self._not_measured(global_step, 0, NOT_ALIKE)
             return
-        if branches.possible():
+        hindrance = branches.hindrance()
+        if not hindrance:
             with branches.beside(state.step) as possible:
                 branch = branches.of() if possible else None
                 if branch is not None and skipped and branches.train(branch) is None:
                     branch = None
         if branch is None:
-            self._not_measured(global_step, 0, "the batches of this run cannot be run again, or memory is too short")
+            self._not_measured(global_step, 0, hindrance or "a batch could not be run again, or memory is too short")
             return
         if not tried:
             self._control.begin()

@@ -82,19 +82,16 @@ class StepRecords:
             fault = replace(fault, place=tensor)
         self._transient[fault.place] += 1
         times = self._transient[fault.place]
-        suggestion = "The step was made again from its own state, batch and random numbers, and the fault was gone."
+        again = "the step was made again from its own state, batch and random numbers"
         if since is not None:
-            what = f"{tensor} {how} by itself." if tensor else "The state had gone bad by itself."
-            what = what if late is None else f"Update {late} was read only after later updates had been made."
-            suggestion = (
-                f"{what} The updates since the snapshot at update {since.step} were made again from their own batches "
-                "and random numbers, and the fault was gone."
-            )
+            what = f"{tensor} {how} by itself; " if tensor else ""
+            again = f"{what}the updates since the snapshot at update {since.step} were made again from their own data"
+        suggestion = f"{again}, and the fault was gone. Nothing, unless it keeps happening."
         if counters:
             names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
             suggestion = f"The fault depends on what the step itself changes: look at how {names} is used."
         elif times >= self._limits.test_device:
-            suggestion += " It keeps happening at this place: test the device."
+            suggestion = f"{again}, and the fault was gone. It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
         confidence = self._context.thresholds.diagnosis.confidence.transient
         finding = Finding(cause, confidence, {"times": float(times)}, fault.place, suggestion=suggestion)

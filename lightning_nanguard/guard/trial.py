@@ -177,7 +177,7 @@ class TrialRunner:
         Returns:
             Whether a trial is running now.
         """
-        if self._running is not None or self._control.failed or not self._branches.possible():
+        if self._running is not None or self._control.failed or self._branches.hindrance():
             return self._running is not None
         limits, base = self._limits, arm or start
         if min(self._context.ranks.gather(self._loop.updates_left())) < limits.updates:

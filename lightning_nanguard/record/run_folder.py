@@ -117,7 +117,9 @@ def is_alive(folder: Path) -> bool:
     run = read_run(folder)
     if run is None or run.ended is not None:
         return False
-    if fcntl is None or os.path.realpath(folder) in _HELD:
+    if os.path.realpath(folder) in _HELD:
+        return True
+    if fcntl is None:
         return True
     try:
         handle = os.open(folder / LOCK_FILE, os.O_RDWR)

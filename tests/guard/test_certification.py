@@ -126,3 +126,27 @@ def test_the_rate_of_a_run_that_learns_is_proven(lr: float, proven: float) -> No
     loop = PlainLoop(lr=lr)
     loop.run(30)
     assert loop.guard.context.state.policy.proven_rate == proven
+
+
+def test_the_first_snapshot_is_of_the_state_that_the_first_batch_finds() -> None:
+    """Hooks before the first batch may load weights or switch a mode of the optimizer: a rollback to the start brings
+    these back. What is not finite then is not taken as a start."""
+    loop = PlainLoop()
+    loop.guard.start()
+    with torch.no_grad():
+        loop.net.weight.fill_(0.25)
+    loop.optimizer.param_groups[0]["train_mode"] = True
+    loop.guard.open_batch()
+    first = loop.guard.context.ring.pending
+    assert first is not None
+    assert first.leaves["parameter", "weight"].tolist() == [[0.25] * 3]
+    assert first.leaves["group", 0, 0, "train_mode"] is True
+
+    loop = PlainLoop()
+    loop.guard.start()
+    with torch.no_grad():
+        loop.net.weight.fill_(math.nan)
+    loop.guard.open_batch()
+    first = loop.guard.context.ring.pending
+    assert first is not None
+    assert bool(torch.isfinite(first.leaves["parameter", "weight"]).all())
