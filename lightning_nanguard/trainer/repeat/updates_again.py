@@ -32,6 +32,7 @@ from lightning_nanguard.trainer.private.closures import end_backward, logging_fo
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
 from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
+from lightning_nanguard.trainer.repeat.outside_writes import written_outside
 from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
 from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Reading
@@ -252,11 +253,15 @@ class UpdatesAgain:
                 inside.enter_context(uncounted(self._trainer, None))
                 restore(learner, snapshot)
                 if (then is None or self._is_finite(then)) and not self._stays_bad(bad, ways[0][1]):
-                    if any(self._make(updates, start, faulty, bad=bad) for start, updates in ways):
+                    made = (start for start, updates in ways if self._make(updates, start, faulty, bad=bad))
+                    if (start := next(made, None)) is not None:
                         after = self._capture(snapshot)
                         left = None if attributes is None else attributes.attributes_now()
                         measures = self._measures.now()
-                        if self._is_written_again(snapshot, then):
+                        if (written := written_outside(start, before, after)) is not None:
+                            _logger.info("NaNGuard: not kept, because code outside of the steps wrote to %s.", written)
+                            self._kept.clear()
+                        if written is not None or self._is_written_again(snapshot, then):
                             after = None
                     self.futile = after is None and not self._context.state.redo_cause[0]
         except Exception as error:  # an error in a repeated pass must not end the run
