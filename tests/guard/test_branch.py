@@ -62,7 +62,15 @@ def test_a_branch_of_an_earlier_state_can_be_gone_on_from() -> None:
 
 
 def test_where_no_branch_is_possible() -> None:
-    """A loop that cannot run batches again, and one that only observes, have none."""
-    assert not branches(PlainLoop()).possible()
-    assert not branches(BranchingLoop(lr=0.05, settings=Settings(observe=True))).possible()
-    assert branches(BranchingLoop(lr=0.05)).possible()
+    """A loop that cannot run batches again, one that only observes, and one whose model draws its own samples, have
+    none, and the reason is given."""
+    again = "the batches of this run cannot be run again"
+    assert branches(PlainLoop()).hindrance() == again
+    assert branches(BranchingLoop(lr=0.05, settings=Settings(observe=True))).hindrance() == again
+    assert branches(BranchingLoop(lr=0.05)).hindrance() == ""
+
+    class Draws(BranchingLoop):
+        def draws_from_weights(self) -> bool:
+            return True
+
+    assert "samples that the model draws itself" in branches(Draws(lr=0.05)).hindrance()
