@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
 
@@ -22,7 +23,7 @@ from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
-from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails
+from lightning_nanguard.trainer.failsafe import leave_run, leaves_run_if_it_fails
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
@@ -209,7 +210,7 @@ class NaNGuard(DisplayedGuard):
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
-        fit.start(given.max_snapshot_memory, lambda callback: callback is self)
+        fit.start(given.max_snapshot_memory, lambda callback: callback is self, partial(leave_run, self))
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
         instead = self._before.end_resuming()
@@ -345,10 +346,7 @@ class NaNGuard(DisplayedGuard):
         except Exception as error:
             # The user must see the exception that ended the run.
             _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
-        try:
-            self._end()  # Lightning calls no teardown after an exception
-        except Exception as error:
-            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
+        self._end_safely()  # Lightning calls no teardown after an exception
 
     @leaves_run_if_it_fails()
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -361,7 +359,13 @@ class NaNGuard(DisplayedGuard):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the summary line, and release the trainer and the module."""
-        self._end()
+        self._end_safely()
+
+    def _end_safely(self) -> None:
+        try:
+            self._end()
+        except Exception as error:
+            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
     def _end(self) -> None:
         self._before.close()

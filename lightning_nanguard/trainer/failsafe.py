@@ -35,14 +35,21 @@ def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
             except Exception as error:
                 if isinstance(error, meant) or has_to_be_raised(error, trainer.world_size):
                     raise
-                _leave(guard, hook.__name__, error)
+                leave_run(guard, hook.__name__, error)
 
         return cast(_Hook, wrapped)
 
     return decorated
 
 
-def _leave(guard: StatefulGuard, hook: str, error: Exception) -> None:
+def leave_run(guard: StatefulGuard, hook: str, error: Exception) -> None:
+    """Let a guard leave its run because of an error in it. The error is logged, and kept as advice.
+
+    Args:
+        guard: The guard.
+        hook: Where the error was raised, in words.
+        error: The error.
+    """
     what = f"the guard failed in {hook} with {type(error).__name__}: {error}"
     _logger.error(
         "NaNGuard: %s. The run goes on without the guard. Please report this with the traceback.", what, exc_info=error

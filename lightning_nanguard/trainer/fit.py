@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
 from operator import is_not
@@ -23,6 +24,7 @@ from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.failsafe_runner import FailsafeRunner
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.loggers.curves import LoggerCurves
 from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
@@ -108,12 +110,13 @@ class Fit:
         self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None, is_guard: IsGuard) -> None:
+    def start(self, max_memory: float | None, is_guard: IsGuard, leave: Callable[[str, Exception], None]) -> None:
         """Check the state before the first update, and install the guard on the trainer.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
             is_guard: Says whether a callback is the guard.
+            leave: Lets the guard leave the run, because of an error in the named place.
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
@@ -131,7 +134,7 @@ class Fit:
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
             runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, is_guard, keeper))
-            later(run_micro_batches_by(self._trainer, runner))
+            later(run_micro_batches_by(self._trainer, FailsafeRunner(runner, leave, self._trainer.world_size)))
             self.context.state.redo_since = runner.redo_since
             later(setattr, self.context.state, "redo_since", None)
         elif not (module.automatic_optimization or self.context.settings.observe):

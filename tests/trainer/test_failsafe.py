@@ -16,6 +16,9 @@ from lightning_nanguard.cli.main import main
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.reading_judge import ReadingJudge
+from lightning_nanguard.guard.step_check import StepCheck
+from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
 from lightning_nanguard.trainer.validation import ValidationWatch
 from tests.helpers import FaultAt, batches, differences, fit, state_of, task
 
@@ -25,6 +28,9 @@ BROKEN = [
     (Guard, "start", 0),
     (Guard, "open_batch", 8),
     (Guard, "see_loss", 8),
+    (StepMemory, "open", 8),
+    (StepCheck, "fault", 8),
+    (UpdatesAgain, "keep", 8),
     (ReadingJudge, "judge", 8),
     (Certification, "judge", 8),
     (Guard, "end_epoch", 0),

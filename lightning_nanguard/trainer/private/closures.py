@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from traceback import walk_tb
 from typing import Any, Protocol, final
 
 from torch import Tensor
@@ -97,6 +99,12 @@ def _make_closure(
 
 def _run(runner: MicroBatchRunner, micro: MicroBatchRun, *args: Any, **kwargs: Any) -> Any:
     return runner.run(micro)
+
+
+def is_from_run(error: BaseException) -> bool:
+    """Whether an exception was raised while a micro-batch was run, by the user's code, a callback or Lightning."""
+    frames = (frame.f_code for frame, _ in walk_tb(error.__traceback__))
+    return any(code.co_name == "closure" and Path(code.co_filename).stem == "automatic" for code in frames)
 
 
 def accumulates(trainer: Any) -> bool:
