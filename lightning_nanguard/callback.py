@@ -195,7 +195,7 @@ class NaNGuard(DisplayedGuard):
             log_settings(trainer, self._settings())
             self._before.install(trainer, pl_module, self, given)
 
-    @leaves_run_if_it_fails(ValueError)
+    @leaves_run_if_it_fails
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Build the guard of this fit and check the state before the first update."""
         given = self._given
@@ -227,7 +227,7 @@ class NaNGuard(DisplayedGuard):
         self.on_train_start(trainer, pl_module)
         self._memory.add_to_run(before=before)  # it is still the same fit
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         """Copy what the batch may change."""
         if self._fit is not None and self._fit.has_other_optimizers() and not self._fit.guard.in_window:
@@ -247,14 +247,14 @@ class NaNGuard(DisplayedGuard):
         if fit.carried is not None:
             fit.carried.open()
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
         if self._fit is not None:
             self._fit.diagnostics.see_loss(loss)
             self._fit.guard.see_loss(loss)
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
         """Measure, detect, and skip a bad update."""
         fit = self._fit
@@ -263,7 +263,7 @@ class NaNGuard(DisplayedGuard):
             fit.diagnostics.see_step(index)
             fit.guard.before_step(index)
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -292,13 +292,13 @@ class NaNGuard(DisplayedGuard):
             if not guard.in_window:
                 replay.batches.clear()
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget a batch that an ``on_train_batch_start`` hook refused by returning -1, which ends the epoch."""
         if self._fit is not None:
             self._fit.end_epoch()
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_validation_batch_end(
         self,
         trainer: Trainer,
@@ -312,7 +312,7 @@ class NaNGuard(DisplayedGuard):
         if self._fit is not None and not trainer.sanity_checking:
             self._fit.validation.see(outputs)
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Check the state before it is validated, and before averaged weights replace it."""
         fit = self._fit
@@ -324,7 +324,7 @@ class NaNGuard(DisplayedGuard):
             fit.guard.check()
         fit.guard.swapped = swaps
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Handle a validation loss that was not finite, before a checkpoint is saved because of it."""
         if self._fit is not None and not trainer.sanity_checking:
@@ -348,7 +348,7 @@ class NaNGuard(DisplayedGuard):
             _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
         self._end_safely()  # Lightning calls no teardown after an exception
 
-    @leaves_run_if_it_fails()
+    @leaves_run_if_it_fails
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Read the last readings, restore a good state if needed, and sum the counts of all ranks."""
         if self._fit is not None:

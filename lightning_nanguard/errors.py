@@ -81,6 +81,14 @@ class BadCheckpointError(RuntimeError):
         self.offered = offered
 
 
+class SettingsError(ValueError):
+    """Raised when a setting of the guard does not fit the run."""
+
+
+class DetectorTypeError(TypeError):
+    """Raised when a detector returns an object of a wrong type."""
+
+
 def has_to_be_raised(error: Exception, world_size: int) -> bool:
     """Whether an error in the guard ends the run: it is meant for the user, or other ranks would wait for this one.
 
@@ -92,4 +100,5 @@ def has_to_be_raised(error: Exception, world_size: int) -> bool:
         >>> [has_to_be_raised(LookupError(), world_size) for world_size in (1, 2)]
         [False, True]
     """
-    return world_size > 1 or isinstance(error, (TrainingDivergedError, BadCheckpointError))
+    meant = (TrainingDivergedError, BadCheckpointError, SettingsError, DetectorTypeError)
+    return world_size > 1 or isinstance(error, meant)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, TypeVar, final
 
 from lightning_nanguard.detect.base import Detector, Limits
+from lightning_nanguard.errors import DetectorTypeError
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -147,8 +148,8 @@ def _name(detector: Detector) -> str:
     return type(detector).__qualname__
 
 
-def _wrong_type(detector: Detector, method: str, returned: object, expected: str) -> TypeError:
-    return TypeError(
+def _wrong_type(detector: Detector, method: str, returned: object, expected: str) -> DetectorTypeError:
+    return DetectorTypeError(
         f"{method}() of the detector {type(detector).__module__}.{_name(detector)} returned {returned!r}, "
         f"a {type(returned).__name__}. Return {expected}."
     )

@@ -37,6 +37,8 @@ class Caution:
         """Whether the next update of an optimizer may be made before its reading arrives."""
         if self._never_late or self._context.state.step < self._careful_until:
             return False
+        if optimizer_index in self._context.learner.quasi_newton:
+            return False  # it measures losses at bad places on purpose, which a late reading does not show
         return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
     def update_undone(self, found: FoundFault, *, statistics: bool) -> None:

@@ -80,6 +80,7 @@ class GuardState:
             "rates": [list(one) for one in self.rates],
             "bad_losses_usual": self.bad_losses_usual,
             "large_gradients_usual": self.large_gradients_usual,
+            "too_large": self.too_large,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -91,6 +92,7 @@ class GuardState:
         self.policy = PolicyState.from_dict(state["policy"])
         self.bad_losses_usual = bool(state.get("bad_losses_usual", False))
         self.large_gradients_usual = bool(state.get("large_gradients_usual", False))
+        self.too_large = int(state.get("too_large", 0))
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 

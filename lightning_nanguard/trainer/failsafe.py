@@ -17,29 +17,23 @@ _logger = logging.getLogger("lightning_nanguard")
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
-def leaves_run_if_it_fails(*meant: type[Exception]) -> Callable[[_Hook], _Hook]:
+def leaves_run_if_it_fails(hook: _Hook) -> _Hook:
     """Decorate a hook of the guard, so that an error in it makes the guard leave the run instead of ending it.
 
     The error is logged with its traceback, and kept as advice. With several ranks it is raised, because the other
-    ranks would wait for this one.
-
-    Args:
-        meant: Further errors that the hook raises for the user, such as those of wrong arguments.
+    ranks would wait for this one. So are errors that are meant for the user.
     """
 
-    def decorated(hook: _Hook) -> _Hook:
-        @wraps(hook)
-        def wrapped(guard: StatefulGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-            try:
-                hook(guard, trainer, *args, **kwargs)
-            except Exception as error:
-                if isinstance(error, meant) or has_to_be_raised(error, trainer.world_size):
-                    raise
-                leave_run(guard, hook.__name__, error)
+    @wraps(hook)
+    def wrapped(guard: StatefulGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+        try:
+            hook(guard, trainer, *args, **kwargs)
+        except Exception as error:
+            if has_to_be_raised(error, trainer.world_size):
+                raise
+            leave_run(guard, hook.__name__, error)
 
-        return cast(_Hook, wrapped)
-
-    return decorated
+    return cast(_Hook, wrapped)
 
 
 def leave_run(guard: StatefulGuard, hook: str, error: Exception) -> None:

@@ -12,6 +12,7 @@ from typing import Any, final
 from torch.optim import Optimizer
 
 from lightning_nanguard.checkpoints.last_good import LastGood
+from lightning_nanguard.errors import SettingsError
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.record.dispatch import SinkDispatcher
@@ -193,7 +194,7 @@ class Fit:
         fitting = int((max_memory / each - 1) * ranks.snapshot_parts) if each else ring.capacity
         fitting = min(ranks.gather(fitting))
         if fitting < 1:
-            raise ValueError(
+            raise SettingsError(
                 f"NaNGuard(max_snapshot_memory={max_memory!r}): one snapshot takes about {each:.3g} GiB and two are "
                 f"needed, one certified and one pending. Allow {2 * each:.3g} GiB, or leave the limit out and set "
                 'snapshot_device="cpu".'

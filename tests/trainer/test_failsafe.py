@@ -11,7 +11,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback
 
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import Detector, NaNGuard, Reading
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.guard import Guard
@@ -124,3 +124,15 @@ def test_a_checkpoint_is_written_without_it(
     assert run.trainer.global_step == 10
     assert torch.load(path, weights_only=True)["global_step"] == 5
     assert "failed while a checkpoint was saved with LookupError" in caplog.text
+
+
+@pytest.mark.parametrize("settings", [{}, {"observe": True}, {"readback": "deferred"}])
+def test_a_detector_that_returns_a_wrong_type_ends_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
+    """It is the user's mistake, so the error says what to return, however readings arrive."""
+
+    class Wrong(Detector):
+        def check(self, reading: Reading) -> Any:
+            return "a fault"
+
+    with pytest.raises(TypeError, match="returned 'a fault', a str. Return a Fault"):
+        fit(task(), batches(count=8), NaNGuard(detectors=[Wrong()], **settings), folder=tmp_path)

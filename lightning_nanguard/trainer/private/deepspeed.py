@@ -13,6 +13,8 @@ from typing import Any, final
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from lightning_nanguard.errors import SettingsError
+
 _GATHERED, _PARTITIONED = "DeepSpeedZeroOptimizer", "DeepSpeedZeroOptimizer_Stage3"
 _USED = {
     _GATHERED: ("averaged_gradients", "params_in_partition", "single_partition_of_fp32_groups"),
@@ -89,7 +91,7 @@ class ZeroPartitions:
         missing = [name for name in _USED.get(kind, ()) if not hasattr(zero, name)]
         if kind not in _USED or missing:
             without = f" without {', '.join(missing)}" if missing else ""
-            raise ValueError(
+            raise SettingsError(
                 f"NaNGuard does not support DeepSpeed's {kind}{without}. Use ZeRO stage 1, 2 or 3 of DeepSpeed 0.19 "
                 "without offloading, strategy='ddp', FSDPStrategy or ModelParallelStrategy, or remove the guard from "
                 "the callbacks."
