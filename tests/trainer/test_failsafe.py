@@ -134,5 +134,5 @@ def test_a_detector_that_returns_a_wrong_type_ends_the_run(settings: dict[str, A
         def check(self, reading: Reading) -> Any:
             return "a fault"
 
-    with pytest.raises(TypeError, match="returned 'a fault', a str. Return a Fault"):
+    with pytest.raises(TypeError, match=r"returned 'a fault', a str\. Return a Fault"):
         fit(task(), batches(count=8), NaNGuard(detectors=[Wrong()], **settings), folder=tmp_path)
