@@ -24,6 +24,8 @@ from lightning_nanguard.types import Finding
 _DIVISIONS = ("div", "true_divide", "divide")
 _CLASS_LOSSES = ("nll_loss", "cross_entropy")
 
+_TARGETS_OR_WEIGHTS = "Correct or clip these numbers, be they targets or weights of the samples."
+
 
 def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """NaN or Inf in the batch."""
@@ -77,10 +79,10 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
         )
     confidence = thresholds.confidence.outliers
     if in_other_units(target, thresholds.data) and target is not None and not target.outliers:
-        return other_units_finding("target_out_of_domain", confidence, target, "Fix the targets.")
+        return other_units_finding("target_out_of_domain", confidence, target, _TARGETS_OR_WEIGHTS)
     if target is None or not target.outliers or case.fault.scope != "batch":
         return class_out_of_range(case, thresholds)
-    return outlier_finding("target_out_of_domain", confidence, target, "Fix the targets, or clip them.")
+    return outlier_finding("target_out_of_domain", confidence, target, _TARGETS_OR_WEIGHTS)
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
