@@ -31,6 +31,9 @@ from lightning_nanguard.types import Advice, Intervention
 
 _Item = TypeVar("_Item")
 
+_NOT_KEPT = frozenset({"skip", "undo", "restore", "redo"})
+"""Remedies after which the weights do not have the update whose loss was measured."""
+
 
 @final
 @dataclass(frozen=True, slots=True)
@@ -118,6 +121,17 @@ class RunData:
         return mostly_skipped(skipped, self.updates)
 
     @property
+    def kept(self) -> list[CurvePoint]:
+        """The points of its curves without the losses of updates that the guard skipped or undid."""
+        removed = {one.global_step for one in self.interventions if one.applied and _NOT_KEPT & set(one.remedies)}
+        # The loss of several updates is the mean of the finite ones. It counts unless there were none.
+        return [
+            one
+            for one in self.curve
+            if not (one.step in removed and (one.updates == 1 or one.loss is None or not math.isfinite(one.loss)))
+        ]
+
+    @property
     def rate_now(self) -> float | None:
         """The effective learning rate of the newest update of the first optimizer."""
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
@@ -125,10 +139,12 @@ class RunData:
     def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
         """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
+        The losses of updates that the guard skipped or undid do not count.
+
         Args:
             thresholds: How many rows of the curves are used.
         """
-        known = [one.loss for one in self.curve if one.optimizer == 0 and one.loss is not None]
+        known = [one.loss for one in self.kept if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
         if not finite:
             return None, None
@@ -154,7 +170,7 @@ class RunData:
             thresholds: How many rows of the curves are used.
         """
         step, rows = intervention.global_step, thresholds.rows_around
-        known = [(one.step, one.loss) for one in self.curve if one.loss is not None and math.isfinite(one.loss)]
+        known = [(one.step, one.loss) for one in self.kept if one.loss is not None and math.isfinite(one.loss)]
         before = [loss for at, loss in known if at <= step][-rows:]
         after = [loss for at, loss in known if at > step + 1][:rows]
         return (median(before) if before else None), (median(after) if after else None)
