@@ -29,8 +29,6 @@ ADVICE = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
 RISING = [CurvePoint(step, 1, 0, float(step), None, None, None, None, None) for step in range(1, 31)]
 LOSSES = (6.0, 5.0, 4.0, 3.0, 2.0, 1.0, nan)
 SKIPPED = [CurvePoint(at, 1, 0, loss, None, None, None, None, None) for at, loss in enumerate(LOSSES, start=1)]
-    CurvePoint(step, 1, 0, 7.0 - step if step < 7 else nan, None, None, None, None, None) for step in range(1, 8)
-]
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
 
 
