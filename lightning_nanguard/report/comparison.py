@@ -63,11 +63,12 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
     last = [max((one.step for one in curve), default=0) for curve in curves]
     rows: list[Row] = [
         ("outcome", [verdict(run)[0].partition(":")[0] for run in runs]),
-        ("steps", [f"{step:,}" for step in last]),
+        ("steps", [f"{step:,}" if curve else _NONE for step, curve in zip(last, curves, strict=True)]),
         ("loss at the end", [_loss(curve, step, thresholds) for curve, step in zip(kept, last, strict=True)]),
     ]
-    if len(set(last)) > 1:
-        common = min(last)
+    known = {step for step, curve in zip(last, curves, strict=True) if curve}
+    if len(known) > 1:
+        common = min(known)
         rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in kept]))
     rates = [[one.lr for one in curve if one.lr is not None] for curve in curves]
     rows += [

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeVar, final
@@ -14,10 +15,8 @@ from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve, 
 from lightning_nanguard.record.files import (
     ADVICE_FILE,
     RECORDS_FILE,
-    read_advice,
-    read_receipts,
+    read_file,
     read_records,
-    read_trials,
 )
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
@@ -191,11 +190,11 @@ def read_run_data(folder: Path) -> RunData:
         is_alive(folder),
         _all(folders, CURVE_FILE, read_curve),
         _all(folders, RECORDS_FILE, read_records),
-        _all(folders, ADVICE_FILE, read_advice),
+        _all(folders, ADVICE_FILE, partial(read_file, parse=Advice.from_dict)),
         _all(folders, LAYER_NORMS_FILE, read_layer_norms),
-        _all(folders, RECEIPTS_FILE, read_receipts),
+        _all(folders, RECEIPTS_FILE, partial(read_file, parse=Receipt.from_dict)),
         earlier,
-        _all(folders, TRIALS_FILE, read_trials),
+        _all(folders, TRIALS_FILE, partial(read_file, parse=HeldTrial.from_dict)),
     )
 
 

@@ -143,14 +143,14 @@ def heading(sentence: str, good: bool | None) -> str:
 
 def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     remedies, rate = data.remedies, data.rate_now
-    steps = max((one.step for one in data.curve), default=0)
     counts = [
         counted(len(data.interventions), "intervention"),
         counted(remedies["skip"], "batch skipped", "batches skipped"),
         counted(remedies["restore"], "rollback"),
         counted(data.updates_lost, "update undone by rollbacks", "updates undone by rollbacks"),
-        counted(steps, "step"),
     ]
+    if data.curve:
+        counts.append(counted(max(one.step for one in data.curve), "step"))
     numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
     first, last = data.losses_at_ends(thresholds)
     if first is not None and last is not None:

@@ -11,7 +11,7 @@ from lightning_nanguard import Advice, Finding, Intervention, NaNGuard
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.run_log import append_event
+from lightning_nanguard.record.run_log import RUN_FILE, append_event
 from lightning_nanguard.record.text import STEPS
 from tests.classifier import Model, Numbers
 from tests.helpers import batches, fit, folder_of, task, trainer_for, with_bad
@@ -90,6 +90,24 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
         shown = capsys.readouterr()
         assert shown.out == ""
         assert f"{message} {tmp_path / folder}" in shown.err
+
+
+def test_a_log_that_is_damaged_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is said, and the run is not called one of version 0.1.0; a file that is none of a run is an error."""
+    folder = write_run(tmp_path / "run")
+    (folder / RUN_FILE).write_text("garbage")
+    told = []
+    for _ in range(2):
+        assert main(["explain", str(folder)]) == 0
+        told.append(capsys.readouterr().out.splitlines()[0])
+        (folder / RUN_FILE).unlink(missing_ok=True)
+    assert told == [
+        f"Run with a damaged run.jsonl, so that it is not known how it ended, in {folder}",
+        f"Run without its run.jsonl, so that it is not known how it ended, in {folder}",
+    ]
+    (tmp_path / "notes.txt").write_text("hello")
+    assert main(["explain", str(tmp_path / "notes.txt")]) == 2
+    assert f"there is no record in {tmp_path / 'notes.txt'}" in capsys.readouterr().err
 
 
 def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
