@@ -24,9 +24,9 @@ from unittest.mock import patch
 import pytorch_lightning as pl
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.decide.receipt import judge_receipt
+from lightning_nanguard.decide.receipt import Judged, judge_receipt
 from lightning_nanguard.state.restore import restore
-from lightning_nanguard.types import Trial, Verdict
+from lightning_nanguard.types import Trial
 
 from .cases import FAILING, Case, Form
 from .healthy import DRAWN
@@ -78,9 +78,8 @@ class _Force(pl.Callback):
 def _nothing_taken_back() -> Iterator[None]:
     """Inside, receipts are written and the run goes on as it is, so that its end shows what the intervention did."""
 
-    def judge(*arguments: Any) -> tuple[Verdict, bool, bool]:
-        verdict, _, plain = judge_receipt(*arguments)
-        return verdict, False, plain
+    def judge(*arguments: Any) -> Judged:
+        return judge_receipt(*arguments)._replace(take_back=False)
 
     with patch("lightning_nanguard.guard.receipts.judge_receipt", judge):
         yield

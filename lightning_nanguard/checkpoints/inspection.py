@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -61,11 +61,19 @@ def run_of_file(path: Path) -> str | None:
     Args:
         path: The file.
     """
+    return _run_and_step(path)[0]
+
+
+def _run_and_step(path: Path) -> tuple[str | None, int]:
+    """Run and ``global_step`` of a checkpoint file, whose tensors are not read; ``None`` and -1 if it cannot be."""
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception:  # any error of torch means that the file cannot be read
-        return None
-    return run_of(checkpoint) if isinstance(checkpoint, Mapping) else None
+        return None, -1
+    if not isinstance(checkpoint, Mapping):
+        return None, -1
+    step = checkpoint.get("global_step")
+    return run_of(checkpoint), step if isinstance(step, int) else -1
 
 
 def damage(path: Path) -> str:
@@ -165,26 +173,38 @@ def folders_of_run(log: RunLog) -> list[Path]:
 def newest_good(
     folders: Iterable[Path],
     *,
+    logs: Iterable[RunLog] = (),
     other_than: Path | None = None,
     weights: Mapping[str, Tensor] | None = None,
     allowed: Mapping[StateKey, Tensor] | None = None,
-    wanted: Callable[[Inspection], bool] = lambda found: True,
+    run: str | None = None,
     own: Collection[str] | None = None,
 ) -> Inspection | None:
-    """The newest checkpoint file, by time of writing, from which a run may be resumed.
+    """The newest checkpoint file from which a run may be resumed.
+
+    The newest one is that of the newest run, of its newest fit, and with the highest ``global_step``. The time of a
+    file decides only between equals, because copies of files get a new one.
 
     Args:
         folders: The folders to search. Folders that do not exist are ignored.
+        logs: Logs of the run, which say which fit saved a file. A file that they do not name counts as one of the
+            newest fit.
         other_than: A file to leave out.
         weights: See :func:`inspect`.
         allowed: See :func:`inspect`.
-        wanted: Whether a good file is accepted. If not, the next older one is tried.
+        run: Id of the run that the file has to belong to; ``None`` for any run.
         own: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
-    files = {file.resolve() for file in checkpoint_files(folders)}
-    for file in sorted(files - {unwanted}, key=lambda file: (file.stat().st_mtime_ns, str(file)), reverse=True):
-        found = inspect(file, weights, allowed, own)
-        if found.good() and wanted(found):
-            return found
+    saved = {path: begun for log in logs for path, begun in log.fits_of_files().items()}
+    newest = max(saved.values(), default=0.0)
+    found: list[tuple[str, float, int, int, Path]] = []
+    for file in {file.resolve() for file in checkpoint_files(folders)} - {unwanted}:
+        of, step = _run_and_step(file)
+        if run is None or of == run:
+            found.append((of or "", saved.get(str(file), newest), step, file.stat().st_mtime_ns, file))
+    for *_, file in sorted(found, reverse=True):  # ids of runs are in the order of time
+        inspected = inspect(file, weights, allowed, own)
+        if inspected.good():
+            return inspected
     return None

@@ -20,6 +20,7 @@ from lightning_nanguard.checkpoints.inspection import (
 )
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
+from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
 from lightning_nanguard.state.finite import allowances, own_buffers
 from lightning_nanguard.state.learner import Learner
@@ -93,18 +94,20 @@ class ResumeGate:
         # `nanguard last-good` uses the same folders, so both find the same file.
         logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
         nearby += [folder for log in logs for folder in folders_of_run(log)]
+        parts = [part for log in logs for part in (*earlier_parts(log), log)]
 
-        def newest(own: bool) -> Inspection | None:
-            wanted = (lambda found: found.run == run) if own else (lambda found: True)
-            return newest_good(nearby, other_than=path, weights=named, allowed=allowed, own=own_names, wanted=wanted)
+        def newest(run: str | None) -> Inspection | None:
+            return newest_good(
+                nearby, logs=parts, other_than=path, weights=named, allowed=allowed, run=run, own=own_names
+            )
 
-        other = newest(own=run is not None)
+        other = newest(run)
         if self._take and other is not None and run is not None:
             self.refused, self.taken = f"{path} is bad: {reason}", other
             return other.path
         if missing:
             return None
-        of_another = newest(own=False) if other is None else None
+        of_another = newest(None) if other is None else None
         offer = _offer(other, of_another, run)
         text = f"NaNGuard does not resume from {path}, because it is bad: {reason}. {offer}"
         raise BadCheckpointError(text, path, tensors, other and other.path) from error

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say, say_no_run, say_table, write_page
+from lightning_nanguard.record.curve import CURVE_FILE
 from lightning_nanguard.report.comparison import compare, comparison_page, names_of
 from lightning_nanguard.report.data import find_run, read_run_data
 
@@ -38,6 +39,9 @@ def run(chosen: argparse.Namespace) -> int:
     if len(folders) < 2:
         say(f"nanguard: name the folders of two or more runs; there is only one, {folders[0]}", file=sys.stderr)
         return 2
+    for folder in folders:
+        if not (folder / CURVE_FILE).is_file():
+            say(f"nanguard: there is no {CURVE_FILE} in {folder}: its steps and losses are not known", file=sys.stderr)
     names, runs = names_of(folders), [read_run_data(folder) for folder in folders]
     say_table([["", *names], *([label, *values] for label, values in compare(runs))])
     if chosen.output is not None:

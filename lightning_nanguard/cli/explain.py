@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
-from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_advice, read_records
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file, read_records
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
@@ -17,7 +17,7 @@ from lightning_nanguard.record.skipped import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
-from lightning_nanguard.types import Kind
+from lightning_nanguard.types import Advice, Kind
 
 NAME = "explain"
 HELP = "say what the guard did in a run, why, and what to do about it"
@@ -37,8 +37,10 @@ def run(chosen: argparse.Namespace) -> int:
     """Tell each run: how it went, its records and its advice."""
     where: Path = chosen.run_folder
     if where.is_file():
-        _tell_file(where, read_run_data(where.parent))
-        return 0
+        if _tell_file(where, read_run_data(where.parent)):
+            return 0
+        say(f"nanguard: there is no record in {where}", file=sys.stderr)
+        return 2
     if not where.is_dir():
         say(f"nanguard: there is no folder {where}", file=sys.stderr)
         return 2
@@ -79,7 +81,7 @@ def headline(data: RunData) -> str:
     """
     log = data.log
     if log is None:
-        return f"Run of version 0.1.0 in {data.folder}"
+        return f"Run {_without_log(data)} in {data.folder}"
     began = f"Run {log.run_id} in {log.folder}"
     if data.earlier:
         began += f", resumed from step {log.fits[0].get('step')} of {data.earlier[-1].folder}"
@@ -102,6 +104,15 @@ def headline(data: RunData) -> str:
     return f"{told} in the whole run; {fit} since it was resumed"
 
 
+def _without_log(data: RunData) -> str:
+    """What is known of a run without a log."""
+    if (data.folder / RUN_FILE).exists():
+        return f"with a damaged {RUN_FILE}, so that it is not known how it ended,"
+    if any(one.run for one in data.interventions) or any(one.run for one in data.advice):
+        return f"without its {RUN_FILE}, so that it is not known how it ended,"
+    return "of version 0.1.0"
+
+
 def _say_where_it_stands(data: RunData) -> None:
     first, last = data.losses_at_ends()
     if first is not None and last is not None:
@@ -119,14 +130,17 @@ def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
             say(f"  what came before it was resumed: nanguard explain {shlex.quote(str(part.folder))}")
 
 
-def _tell_file(file: Path, data: RunData) -> None:
+def _tell_file(file: Path, data: RunData) -> int:
+    """Tell the records or the advice in a file; gives their number."""
     if file.name == ADVICE_FILE:
-        for advice in read_advice(file):
-            say(describe_advice(advice))
-        return
+        advice = read_file(file, Advice.from_dict)
+        for piece in advice:
+            say(describe_advice(piece))
+        return len(advice)
     seen: set[Kind] = set()
     before = None
-    for record in read_records(file):
+    records = read_records(file)
+    for record in records:
         if data.resumed_at and before is not None and record.global_step < before:
             say("-- the run was resumed from an earlier step --")
         before = record.global_step
@@ -140,3 +154,4 @@ def _tell_file(file: Path, data: RunData) -> None:
         receipt = receipt_of(record, data.receipts)
         if receipt is not None:
             say(f"  result: {receipt.in_words()}")
+    return len(records)

@@ -25,20 +25,23 @@ def run(chosen: argparse.Namespace) -> int:
     """Print the path that ``resume="last-good"`` takes, too, and nothing else, on standard output."""
     from lightning_nanguard.checkpoints.inspection import folders_of_run, inspect, newest_good
     from lightning_nanguard.record.files import LAST_GOOD
+    from lightning_nanguard.record.run_history import earlier_parts
     from lightning_nanguard.record.run_log import find_runs
 
     where: Path = chosen.run_folder
-    runs = {log.run_id: log for log in find_runs(where)}  # of a run in several folders the part that was resumed last
+    logs = find_runs(where)
+    runs = {log.run_id: log for log in logs}  # of a run in several folders the part that was resumed last
     for number, log in enumerate(reversed(runs.values())):
-        folders, own = folders_of_run(log), log.run_id
-        found = newest_good(folders, wanted=lambda found, own=own: found.run == own)  # type: ignore[misc]
+        parts = [part for one in logs if one.run_id == log.run_id for part in (*earlier_parts(one), one)]
+        folders = [folder for part in parts for folder in folders_of_run(part)]
+        found = newest_good(folders, logs=parts, run=log.run_id)
         kept = log.folder / LAST_GOOD
         known = inspect(kept) if kept.exists() else None
         if known is not None and not known.good():
             say(f"nanguard: {kept} is bad: {known.damage or ', '.join(known.tensors)}", file=sys.stderr)
         if found is not None:
             if number:
-                say(f"nanguard: no good checkpoint of the newest run; this is one of run {own}", file=sys.stderr)
+                say(f"nanguard: no good checkpoint of the newest run; this is one of run {log.run_id}", file=sys.stderr)
             return _print(found, known, where)
     kept_files = set(where.rglob(LAST_GOOD)) - {log.folder / LAST_GOOD for log in runs.values()}
     for file in sorted(kept_files):
@@ -61,8 +64,8 @@ def _print(found: Inspection, kept: Inspection | None, where: Path) -> int:
     say(f"step {found.global_step}, {size:,} bytes; whole and finite", file=sys.stderr)
     if kept is not None and kept.good() and kept.path.resolve() != found.path:
         say(
-            f"{kept.path} is older (step {kept.global_step}), and its state was certified: there was no fault and no "
-            "suspicion in the updates after it. Take that one if the loss has risen since then.",
+            f"The state in {kept.path} (step {kept.global_step}) was certified: there was no fault and no suspicion in "
+            "the updates after it. Take that one if the loss has risen since then.",
             file=sys.stderr,
         )
     print(_shown(found.path, where))

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
+from lightning_nanguard.record.run_log import RUN_FILE
 from lightning_nanguard.record.text import printable
 
 
@@ -41,8 +42,10 @@ def _print(line: str, stream: TextIO) -> None:
 
 
 def say_no_run(where: Path) -> int:
-    """Say that a folder holds no run; gives the exit status."""
-    say(f"nanguard: there is no run of NaNGuard in {where} or below it", file=sys.stderr)
+    """Say that a folder holds no run, or one whose log cannot be read; gives the exit status."""
+    log = next(iter(sorted(where.rglob(RUN_FILE))), None)
+    none = f"there is no run of NaNGuard in {where} or below it"
+    say(f"nanguard: {none if log is None else f'{log} is damaged: it does not say which run it is'}", file=sys.stderr)
     return 2
 
 

@@ -44,15 +44,20 @@ def run(chosen: argparse.Namespace) -> int:
         each = dict.fromkeys(file for files, _ in groups for file in files)
         write_csv(merged(one for file in each for one in read_bad_samples(file)), sys.stdout)
         return 0
+    status = 0
     for files, name in groups:
         met: list[BadSample] = [one for file in files for one in read_bad_samples(file)]
         found = merged(met)
+        if not found:  # a run without bad samples has no such file
+            say(f"nanguard: {', '.join(map(str, files))}: no bad sample in it can be read", file=sys.stderr)
+            status = 2
+            continue
         say(f"{name}: {counted(len(found), 'bad sample')}")
         for one in found:
             say(f"  {describe_sample(one)}")
     if not groups:
         say("nanguard: no bad sample was found")
-    return 0
+    return status
 
 
 def _groups(where: Path) -> list[tuple[list[Path], str]]:

@@ -138,16 +138,24 @@ class Receipts:
         newest = -(max(known.due, limits.updates) // limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
         history = self._context.monitors.history(0)
-        verdict, take_back, plain = judge_receipt(run, without, None if history is None else history.first, limits)
-        known.verdicts += [] if early else [verdict]
+        judged = judge_receipt(run, without, None if history is None else history.first, limits)
+        known.verdicts += [] if early else [judged.verdict]
         known.due = limits.updates if early else 2 * known.due
-        if not plain and known.verdicts[-limits.in_a_row :] != [verdict] * limits.in_a_row:
+        if not judged.plain and known.verdicts[-limits.in_a_row :] != [judged.verdict] * limits.in_a_row:
             return
         self._open = None
-        clock = self._recorder.now()
-        receipt = Receipt(known.global_step, clock[0], verdict, median(run), median(without), len(known.run), take_back)
+        receipt = Receipt(
+            known.global_step,
+            self._recorder.now()[0],
+            judged.verdict,
+            median(run),
+            median(without),
+            len(known.run),
+            judged.take_back,
+            judged.reason,
+        )
         self._context.receipts.give(receipt)
-        if take_back:
+        if judged.take_back:
             self._take_back(known, receipt)
 
     def _take_back(self, known: _Open, receipt: Receipt) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
-from lightning_nanguard.record.files import read_whole, readable, with_put_aside
+from lightning_nanguard.record.files import read_file
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import SCHEMA_VERSION, Row, from_plain, plain
@@ -104,7 +104,8 @@ def _order(sample: BadSample) -> tuple[bool, int, str, int, int]:
 
 
 def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
-    """Read the bad samples of a file, the oldest first. Lines that are not records are left out.
+    """Read the bad samples of a file, the oldest first. Lines that are not records are left out
+    with one logged warning.
 
     Args:
         path: The file.
@@ -112,7 +113,7 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
     Raises:
         FileNotFoundError: If there is no such file. A run without bad samples writes none.
     """
-    return [one for file in with_put_aside(path) for one in readable(read_whole(file), BadSample.from_dict)]
+    return read_file(path, BadSample.from_dict)
 
 
 def describe_sample(sample: BadSample) -> str:

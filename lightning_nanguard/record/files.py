@@ -12,10 +12,8 @@ from io import FileIO
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.text import listed_numbers
-from lightning_nanguard.record.trials import HeldTrial
-from lightning_nanguard.types import SCHEMA_VERSION, Advice, Intervention
+from lightning_nanguard.types import SCHEMA_VERSION, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -25,7 +23,6 @@ RECORDS_FILE, ADVICE_FILE = "interventions.jsonl", "advice.jsonl"
 LAST_GOOD = "nanguard-last-good.ckpt"
 """Name of the checkpoint file that the guard itself writes."""
 
-_Record = TypeVar("_Record", Intervention, Advice, Receipt, HeldTrial)
 _Parsed = TypeVar("_Parsed")
 
 # A torn or overwritten line may have wrong bytes, another type, or too many nested brackets.
@@ -120,51 +117,24 @@ def read_records(path: str | os.PathLike[str]) -> list[Intervention]:
     Raises:
         FileNotFoundError: If there is no such file. A run in which nothing happened writes none.
     """
-    return _read(path, Intervention.from_dict)
+    return read_file(path, Intervention.from_dict)
 
 
-def read_advice(path: str | os.PathLike[str]) -> list[Advice]:
-    """Read the advice of a file that :class:`FitLog` wrote, oldest first; see :func:`read_records`.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: If there is no such file. A run in which nothing was noticed writes none.
-    """
-    return _read(path, Advice.from_dict)
-
-
-def read_receipts(path: str | os.PathLike[str]) -> list[Receipt]:
-    """Read the receipts of a run, oldest first; see :func:`read_records`.
+def read_file(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Parsed]) -> list[_Parsed]:
+    """Read the records of any kind in a file of a run, oldest first; see :func:`read_records`.
 
     Args:
         path: The file.
+        parse: Makes a record of the JSON object in a line.
 
     Raises:
-        FileNotFoundError: If there is no such file. A run without such an intervention writes none.
+        FileNotFoundError: If there is no such file. A run without such a record writes none.
     """
-    return _read(path, Receipt.from_dict)
-
-
-def read_trials(path: str | os.PathLike[str]) -> list[HeldTrial]:
-    """Read the trials of a run, oldest first; see :func:`read_records`.
-
-    Args:
-        path: The file.
-
-    Raises:
-        FileNotFoundError: If there is no such file. A run without a trial writes none.
-    """
-    return _read(path, HeldTrial.from_dict)
-
-
-def _read(path: str | os.PathLike[str], parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
     return [record for one in with_put_aside(path) for record in _read_file(one, parse)]
 
 
-def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
-    records: list[_Record] = []
+def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Parsed]) -> list[_Parsed]:
+    records: list[_Parsed] = []
     unreadable: list[int] = []
     later = False
     for number, line in enumerate(read_whole(path).splitlines(), start=1):
@@ -183,7 +153,9 @@ def _read_file(path: Path, parse: Callable[[Mapping[str, Any]], _Record]) -> lis
             listed_numbers("line", unreadable),
             "the file holds records of a later version: update lightning-nanguard to read them"
             if later
-            else "a run that was killed while writing leaves such a line, and the other records are complete",
+            else "a run that was killed while writing leaves such a line, and the other records are complete"
+            if records
+            else "no line of it is a record, so the file is damaged, or is none of a run",
         )
     return records
 

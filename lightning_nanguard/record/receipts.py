@@ -15,7 +15,7 @@ RECEIPTS_FILE = "receipts.jsonl"
 _WORDS: dict[Verdict, str] = {
     "gained": "helped",
     "cost": "did harm",
-    "no difference": "made no difference",
+    "no difference": "made no clear difference",
     "not measured": "not measured",
 }
 
@@ -33,7 +33,7 @@ class Receipt:
         loss_without: The same for the branch, that is, the run without the intervention.
         updates: Number of updates from the intervention to the comparison.
         taken_back: Whether the intervention was reversed: the run goes on from the branch.
-        reason: Why nothing was measured.
+        reason: Why nothing was measured, or why a difference does not count.
         run: Id of the run.
 
     Example:
@@ -56,8 +56,8 @@ class Receipt:
         if self.loss is None or self.loss_without is None:
             return printable(f"{_WORDS[self.verdict]}: {self.reason}")
         losses = f"the loss is {self.loss:.4g}, and {self.loss_without:.4g} without it on the same batches"
-        ended = "; it was taken back" if self.taken_back else ""
-        return f"{_WORDS[self.verdict]}: {counted(self.updates, 'update')} later {losses}{ended}"
+        ended = "; it was taken back" if self.taken_back else f"; {self.reason}" if self.reason else ""
+        return printable(f"{_WORDS[self.verdict]}: {counted(self.updates, 'update')} later {losses}{ended}")
 
     def told(self) -> str:
         """The intervention and its result, in one line."""

@@ -56,6 +56,15 @@ class RunLog:
         """When a checkpoint was saved at a path, in seconds since 1970, and by which run; ``None`` if none was."""
         return next((save for name, save in self.saved.items() if _same(self.folder / name, path)), None)
 
+    def fits_of_files(self) -> dict[str, float]:
+        """For each checkpoint that the run saved, by its real path: when the fit began that saved it last."""
+        begins = [when for fit in self.fits if isinstance(when := fit.get("time"), (int, float))]
+        return {
+            os.path.realpath(self.folder / name): max((begin for begin in begins if begin <= when), default=0.0)
+            for name, (when, run) in self.saved.items()
+            if run == self.run_id
+        }
+
 
 def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
     """Append one event to the log of the run in a folder.

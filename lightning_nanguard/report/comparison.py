@@ -59,15 +59,17 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
         thresholds: Over how many points of a curve the median loss is taken.
     """
     curves = [[one for one in run.curve if one.optimizer == 0] for run in runs]
+    kept = [[one for one in run.kept if one.optimizer == 0] for run in runs]
     last = [max((one.step for one in curve), default=0) for curve in curves]
     rows: list[Row] = [
         ("outcome", [verdict(run)[0].partition(":")[0] for run in runs]),
-        ("steps", [f"{step:,}" for step in last]),
-        ("loss at the end", [_loss(curve, step, thresholds) for curve, step in zip(curves, last, strict=True)]),
+        ("steps", [f"{step:,}" if curve else _NONE for step, curve in zip(last, curves, strict=True)]),
+        ("loss at the end", [_loss(curve, step, thresholds) for curve, step in zip(kept, last, strict=True)]),
     ]
-    if len(set(last)) > 1:
-        common = min(last)
-        rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in curves]))
+    known = {step for step, curve in zip(last, curves, strict=True) if curve}
+    if len(known) > 1:
+        common = min(known)
+        rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in kept]))
     rates = [[one.lr for one in curve if one.lr is not None] for curve in curves]
     rows += [
         ("learning rate at the start", [f"{known[0]:.4g}" if known else _NONE for known in rates]),

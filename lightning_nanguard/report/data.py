@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import TypeVar, final
@@ -14,10 +15,8 @@ from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve, 
 from lightning_nanguard.record.files import (
     ADVICE_FILE,
     RECORDS_FILE,
-    read_advice,
-    read_receipts,
+    read_file,
     read_records,
-    read_trials,
 )
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
@@ -30,6 +29,9 @@ from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Advice, Intervention
 
 _Item = TypeVar("_Item")
+
+_NOT_KEPT = frozenset({"skip", "undo", "restore", "redo"})
+"""Remedies after which the weights do not have the update whose loss was measured."""
 
 
 @final
@@ -118,6 +120,17 @@ class RunData:
         return mostly_skipped(skipped, self.updates)
 
     @property
+    def kept(self) -> list[CurvePoint]:
+        """The points of its curves without the losses of updates that the guard skipped or undid."""
+        removed = {one.global_step for one in self.interventions if one.applied and _NOT_KEPT & set(one.remedies)}
+        # The loss of several updates is the mean of the finite ones. It counts unless there were none.
+        return [
+            one
+            for one in self.curve
+            if not (one.step in removed and (one.updates == 1 or one.loss is None or not math.isfinite(one.loss)))
+        ]
+
+    @property
     def rate_now(self) -> float | None:
         """The effective learning rate of the newest update of the first optimizer."""
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
@@ -125,10 +138,12 @@ class RunData:
     def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
         """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
+        The losses of updates that the guard skipped or undid do not count.
+
         Args:
             thresholds: How many rows of the curves are used.
         """
-        known = [one.loss for one in self.curve if one.optimizer == 0 and one.loss is not None]
+        known = [one.loss for one in self.kept if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
         if not finite:
             return None, None
@@ -154,7 +169,7 @@ class RunData:
             thresholds: How many rows of the curves are used.
         """
         step, rows = intervention.global_step, thresholds.rows_around
-        known = [(one.step, one.loss) for one in self.curve if one.loss is not None and math.isfinite(one.loss)]
+        known = [(one.step, one.loss) for one in self.kept if one.loss is not None and math.isfinite(one.loss)]
         before = [loss for at, loss in known if at <= step][-rows:]
         after = [loss for at, loss in known if at > step + 1][:rows]
         return (median(before) if before else None), (median(after) if after else None)
@@ -175,11 +190,11 @@ def read_run_data(folder: Path) -> RunData:
         is_alive(folder),
         _all(folders, CURVE_FILE, read_curve),
         _all(folders, RECORDS_FILE, read_records),
-        _all(folders, ADVICE_FILE, read_advice),
+        _all(folders, ADVICE_FILE, partial(read_file, parse=Advice.from_dict)),
         _all(folders, LAYER_NORMS_FILE, read_layer_norms),
-        _all(folders, RECEIPTS_FILE, read_receipts),
+        _all(folders, RECEIPTS_FILE, partial(read_file, parse=Receipt.from_dict)),
         earlier,
-        _all(folders, TRIALS_FILE, read_trials),
+        _all(folders, TRIALS_FILE, partial(read_file, parse=HeldTrial.from_dict)),
     )
 
 

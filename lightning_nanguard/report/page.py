@@ -17,6 +17,7 @@ from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numb
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
+from lightning_nanguard.report.recorded import loss_around
 from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import SUSPICION, Intervention, Kind
 
@@ -101,7 +102,7 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     """
     count = counted(len(data.interventions), "intervention")
     ended = data.log is None or data.log.ended is not None
-    losses = [one.loss for one in data.curve if one.loss is not None]
+    losses = [one.loss for one in data.kept if one.loss is not None]
     if data.stopped:
         return f"Lost: the guard stopped the run after {count}, with the last good weights in place.", False
     if data.interventions and not any(one.applied for one in data.interventions):
@@ -142,14 +143,14 @@ def heading(sentence: str, good: bool | None) -> str:
 
 def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     remedies, rate = data.remedies, data.rate_now
-    steps = max((one.step for one in data.curve), default=0)
     counts = [
         counted(len(data.interventions), "intervention"),
         counted(remedies["skip"], "batch skipped", "batches skipped"),
         counted(remedies["restore"], "rollback"),
         counted(data.updates_lost, "update undone by rollbacks", "updates undone by rollbacks"),
-        counted(steps, "step"),
     ]
+    if data.curve:
+        counts.append(counted(max(one.step for one in data.curve), "step"))
     numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
     first, last = data.losses_at_ends(thresholds)
     if first is not None and last is not None:
@@ -240,9 +241,7 @@ def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> 
         words.append("1 batch skipped")
     if one.updates_lost:
         words.append(f"{counted(one.updates_lost, 'update')} undone")
-    before, after = data.losses_around(one, thresholds)
-    if before is not None and after is not None:
-        words.append(f"loss {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)")
+    words += loss_around(one, data, thresholds)
     receipt = receipt_of(one, data.receipts)
     return "; ".join([*words, receipt.in_words()] if receipt is not None else words)
 

@@ -7,6 +7,20 @@ from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
 from lightning_nanguard.types import Intervention
 
 
+def loss_around(intervention: Intervention, data: RunData, thresholds: ReportThresholds = REPORT) -> list[str]:
+    """The loss before and after an intervention in words; empty if one of them is not known.
+
+    Args:
+        intervention: The intervention.
+        data: Its run.
+        thresholds: How many rows of the curves are used.
+    """
+    before, after = data.losses_around(intervention, thresholds)
+    if before is None or after is None:
+        return []
+    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)"]
+
+
 def recorded_around(intervention: Intervention, data: RunData, thresholds: ReportThresholds = REPORT) -> list[str]:
     """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each.
 
@@ -15,10 +29,7 @@ def recorded_around(intervention: Intervention, data: RunData, thresholds: Repor
         data: Its run.
         thresholds: How many layers are named.
     """
-    lines = []
-    before, after = data.losses_around(intervention, thresholds)
-    if before is not None and after is not None:
-        lines.append(f"loss: {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)")
+    lines = loss_around(intervention, data, thresholds)
     norms = data.norms_at(intervention)
     if norms is not None and len(norms.updates) > 1:
         known = {name: [one for one in values if one is not None] for name, values in norms.layers.items()}

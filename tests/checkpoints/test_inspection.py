@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -51,19 +52,24 @@ def test_masks_by_name_and_by_allowance(tmp_path: Path) -> None:
 
 
 def test_the_newest_good_file(saved: Callable[..., Path], tmp_path: Path) -> None:
-    """Files are taken by their time of writing; bad ones, weights alone, and the one not wanted are passed over."""
+    """Files are taken by their step, whatever their time; bad ones, weights alone, and the one not wanted are passed
+    over. Of two with the same step, the one that was written last is taken."""
     folder = saved(5, 9, 16).parent
-    times = {"5": 3, "9": 2, "16": 1}
-    for name, age in times.items():
+    for name, age in {"5": 3, "9": 2, "16": 1}.items():
         os.utime(folder / f"{name}.ckpt", (age, age))
     torch.save({"state_dict": {}, "global_step": 99}, folder / "weights.ckpt")
     (folder / "shards.ckpt").mkdir()
+    (folder / "empty.ckpt").touch()
     found = newest_good([folder, tmp_path / "none"])
     assert found is not None
-    assert found.global_step == 5
-    found = newest_good([folder], other_than=folder / "5.ckpt")
+    assert found.global_step == 16
+    assert newest_good([folder], run=found.run) == found
+    assert newest_good([folder], run="another") is None
+    found = newest_good([folder], other_than=folder / "16.ckpt")
     assert found is not None
     assert found.global_step == 9
+    shutil.copy(folder / "16.ckpt", folder / "copied.ckpt")
+    assert getattr(newest_good([folder]), "path", None) == folder / "copied.ckpt"
     assert newest_good([tmp_path / "none"]) is None
 
 

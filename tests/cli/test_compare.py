@@ -8,7 +8,9 @@ import pytest
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.record.curve import CURVE_FILE
 from lightning_nanguard.record.files import RECORDS_FILE
+from lightning_nanguard.record.run_log import RUN_FILE
 from tests.helpers import batches, fit, task, with_bad
 
 
@@ -37,6 +39,22 @@ def test_two_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     lines = [line.split() for line in capsys.readouterr().out.splitlines()]
     assert ["outcome", "Not", "known", "Healthy"] in lines
     assert ["interventions", "0", "and", "1", "that", "cannot", "be", "read", "0"] in lines
+
+
+def test_files_that_are_missing_or_damaged(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Without curves, steps and losses are not known, which is said; a damaged log is told from a missing one."""
+    for name in ("one", "two"):
+        fit(task(), batches(count=8), NaNGuard(dirpath=tmp_path / name))
+    (tmp_path / "one" / CURVE_FILE).unlink()
+    capsys.readouterr()
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 0
+    shown = capsys.readouterr()
+    assert ["steps", "–", "8"] in [line.split() for line in shown.out.splitlines()]
+    assert f"nanguard: there is no curve.csv in {tmp_path / 'one'}: its steps and losses are not known" in shown.err
+    assert "loss at step" not in shown.out
+    (tmp_path / "one" / RUN_FILE).write_text("garbage")
+    assert main(["compare", str(tmp_path / "one"), str(tmp_path / "two")]) == 2
+    assert f"{tmp_path / 'one' / RUN_FILE} is damaged" in capsys.readouterr().err
 
 
 def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,7 +11,7 @@ from lightning_nanguard import Advice, Finding, Intervention, NaNGuard
 from lightning_nanguard.cli.main import main
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.run_log import append_event
+from lightning_nanguard.record.run_log import RUN_FILE, append_event
 from lightning_nanguard.record.text import STEPS
 from tests.classifier import Model, Numbers
 from tests.helpers import batches, fit, folder_of, task, trainer_for, with_bad
@@ -46,6 +46,22 @@ def test_a_run_whose_records_are_lost_is_not_healthy(tmp_path: Path, capsys: pyt
     assert "8 updates, 2 interventions, of which 2 cannot be read" in capsys.readouterr().out
 
 
+def test_a_skipped_last_update_is_not_the_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run whose last batch was bad and was skipped is saved, and ends with the loss of the last update it made."""
+    guards = NaNGuard(), NaNGuard(observe=True)
+    for name, guard in zip(("saved", "watched"), guards, strict=True):
+        fit(task(), with_bad(7, count=8), guard, folder=tmp_path / name)
+    saved, watched = map(folder_of, guards)
+    assert main(["explain", str(saved)]) == 0
+    assert "nan;" not in capsys.readouterr().out.splitlines()[1]
+    assert main(["explain", str(watched)]) == 0
+    assert " to nan;" in capsys.readouterr().out.splitlines()[1]
+    assert main(["compare", str(saved), str(watched)]) == 0
+    rows = dict(re.split(r"  +", line, maxsplit=1) for line in capsys.readouterr().out.splitlines()[1:])
+    assert re.split(r"  +", rows["outcome"]) == ["Saved", "Only observed"]
+    assert re.fullmatch(r"\d\S* +nan", rows["loss at the end"])
+
+
 def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run in which nothing happened is told as such; a folder without a run, or one that is not there, is an error
     that says where runs lie; a run that was killed is told from one that ended."""
@@ -76,12 +92,30 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
         assert f"{message} {tmp_path / folder}" in shown.err
 
 
+def test_a_log_that_is_damaged_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """That is said, and the run is not called one of version 0.1.0; a file that is none of a run is an error."""
+    folder = write_run(tmp_path / "run")
+    (folder / RUN_FILE).write_text("garbage")
+    told = []
+    for _ in range(2):
+        assert main(["explain", str(folder)]) == 0
+        told.append(capsys.readouterr().out.splitlines()[0])
+        (folder / RUN_FILE).unlink(missing_ok=True)
+    assert told == [
+        f"Run with a damaged run.jsonl, so that it is not known how it ended, in {folder}",
+        f"Run without its run.jsonl, so that it is not known how it ended, in {folder}",
+    ]
+    (tmp_path / "notes.txt").write_text("hello")
+    assert main(["explain", str(tmp_path / "notes.txt")]) == 2
+    assert f"there is no record in {tmp_path / 'notes.txt'}" in capsys.readouterr().err
+
+
 def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """How far the loss came, and around an intervention the loss and the layers that changed most."""
     assert main(["explain", str(write_run(tmp_path))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "  the loss went from 1.05 to 0.5153; the learning rate is 0.05"
-    assert "  loss: 0.5551 before, 0.5451 after (medians of up to 10 points)" in lines
+    assert "  loss 0.5551 before, 0.5451 after (medians of up to 10 points)" in lines
     assert "  gradient norms in the last 2 updates: net.0 0.5 → nan" in lines
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from pathlib import Path
 
 import pytest
@@ -45,7 +47,11 @@ def test_it_is_the_file_that_resuming_takes(tmp_path: Path, capsys: pytest.Captu
     assert main(["last-good", str(tmp_path / "run")]) == 0
     shown = capsys.readouterr()
     assert shown.out == f"{elsewhere / 'step=12.ckpt'}\n"
-    assert f"{folder / LAST_GOOD} is older (step 10), and its state was certified" in shown.err
+    assert f"The state in {folder / LAST_GOOD} (step 10) was certified" in shown.err
+    for age, file in enumerate(["step=12.ckpt", "step=8.ckpt", "step=4.ckpt"]):
+        os.utime(elsewhere / file, (age, age))  # as after a copy
+    assert main(["last-good", str(tmp_path / "run")]) == 0
+    assert capsys.readouterr().out == f"{elsewhere / 'step=12.ckpt'}\n"
     again = NaNGuard(dirpath=folder, resume="last-good")
     saver = ModelCheckpoint(dirpath=elsewhere, every_n_train_steps=4, save_top_k=-1, filename="{step}")
     resumed = trainer_for(tmp_path, again, [saver], enable_checkpointing=True, max_epochs=2, limit_val_batches=0)
@@ -53,6 +59,31 @@ def test_it_is_the_file_that_resuming_takes(tmp_path: Path, capsys: pytest.Captu
         resumed.fit(task(), Positioned(batches()), Positioned(batches()), ckpt_path=asked)
     assert resumed.ckpt_path == str(elsewhere / "step=12.ckpt")
     assert again.run_id == guard.run_id
+
+
+def test_what_was_trained_again_is_newer(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A run that was resumed from an earlier step, in the same folder or in another one, goes on from what it saved
+    after that, although an older file has a higher step; also if all files have got a new time."""
+    saved = tmp_path / "saved"
+    guard, resume = NaNGuard(dirpath=tmp_path / "a"), None
+    for part, steps in (("a", 16), ("a", 9), ("b", 10)):
+        guard = NaNGuard(dirpath=tmp_path / part)
+        saver = ModelCheckpoint(dirpath=saved, every_n_train_steps=1, save_top_k=-1, filename=f"{part}{steps}-{{step}}")
+        trainer = trainer_for(
+            tmp_path, guard, [saver], enable_checkpointing=True, limit_val_batches=0, max_epochs=2, max_steps=steps
+        )
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            trainer.fit(task(), Positioned(batches()), Positioned(batches()), ckpt_path=resume)
+        resume = saved / "a16-step=5.ckpt"
+    for age, file in enumerate(sorted(saved.iterdir())):
+        os.utime(file, (1000 - age, 1000 - age))
+    capsys.readouterr()
+    for expected in ("b10-step=10", "a9-step=9", "a16-step=16"):
+        assert main(["last-good", str(tmp_path)]) == 0
+        assert capsys.readouterr().out == f"{saved / expected}.ckpt\n"
+        for file in saved.glob(f"{expected.partition('-')[0]}-*"):
+            file.unlink()
 
 
 def test_a_folder_of_shards_is_not_opened(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -76,6 +76,17 @@ def test_a_run_that_was_resumed_is_one(tmp_path: Path, capsys: pytest.CaptureFix
         ]
 
 
+def test_a_damaged_list(runs: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture) -> None:
+    """A file without a readable sample is an error, and not called a run without bad samples."""
+    file = runs / "a" / BAD_SAMPLES_FILE
+    file.write_text("garbage\n")
+    assert main(["samples", str(runs)]) == 2
+    shown = capsys.readouterr()
+    assert [line for line in shown.out.splitlines() if "bad sample" in line] == [f"{runs / 'b'}: 2 bad samples"]
+    assert f"nanguard: {file}: no bad sample in it can be read" in shown.err
+    assert f"{file}: ignored line 1" in caplog.text
+
+
 def test_none_to_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run that met none says so; a folder without a run is an error."""
     assert main(["samples", str(tmp_path)]) == 2

@@ -13,9 +13,9 @@ from pytorch_lightning import Callback
 from torch import Tensor, nn, optim
 from torch.optim import Optimizer
 
-from lightning_nanguard import Layer, Model, NaNGuard
+from lightning_nanguard import Advice, Layer, Model, NaNGuard
 from lightning_nanguard.diagnosis.examination import _with_updates
-from lightning_nanguard.record.files import read_advice
+from lightning_nanguard.record.files import read_file
 from tests.helpers import Batch, Task, batches, copied, data_for, differences, fit, folder_of, state_of, task
 
 STEPS = 110
@@ -103,7 +103,7 @@ def test_a_loss_that_does_not_move_is_examined(
     surest = guard.advice[0]
     assert (surest.occasion, surest.finding.cause, surest.finding.place) == ("loss does not move", cause, place)
     assert any(character.isdigit() for character in surest.finding.suggestion)
-    assert [one.finding.cause for one in read_advice(folder_of(guard) / "advice.jsonl")] == [
+    assert [one.finding.cause for one in read_file(folder_of(guard) / "advice.jsonl", Advice.from_dict)] == [
         one.finding.cause for one in guard.advice
     ]
     assert len(guard.interventions) == 0

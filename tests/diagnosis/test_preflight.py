@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
 from benchmarks.rescue.models import TASKS
-from lightning_nanguard import NaNGuard, TrainingDivergedError
+from lightning_nanguard import Advice, NaNGuard, TrainingDivergedError
 from lightning_nanguard.diagnosis.preflight import Preflight, sample_rows
-from lightning_nanguard.record.files import read_advice
+from lightning_nanguard.record.files import read_file
 from lightning_nanguard.record.text import in_words
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
@@ -144,7 +144,7 @@ def test_the_preflight_says_what_is_wrong(
     assert first.finding.confidence > DEFAULT.confidence.told
     assert f"advice (preflight): {in_words(cause)}" in caplog.text
     (path,) = tmp_path.rglob("advice.jsonl")
-    assert read_advice(path) == list(guard.advice)
+    assert read_file(path, Advice.from_dict) == list(guard.advice)
 
 
 @pytest.mark.parametrize("name", [name for name, chosen in TASKS.items() if not chosen.adversarial])

@@ -56,6 +56,7 @@ def test_unreadable_lines_are_left_out_with_one_warning(
     assert len(caplog.records) == 1
     assert str(path) in lines(caplog)[0]
     assert "lines 2, 4 " in lines(caplog)[0]
+    assert "the other records are complete" in lines(caplog)[0]
 
 
 def test_many_unreadable_lines_are_one_short_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -64,6 +65,7 @@ def test_many_unreadable_lines_are_one_short_warning(tmp_path: Path, caplog: pyt
     path.write_bytes(b"junk\n" * 1234)
     assert read_records(path) == []
     assert "lines 1, 2, 3, 4, 5, 6, 7, 8 and 1,226 more" in lines(caplog)[0]
+    assert "no line of it is a record, so the file is damaged" in lines(caplog)[0]
 
 
 def test_later_version_is_read_as_far_as_it_is_known(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

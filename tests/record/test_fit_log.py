@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nanguard.record.files import read_receipts
+from lightning_nanguard.record.files import read_file
 from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
@@ -25,8 +25,8 @@ def test_receipts_come_back_as_they_were(tmp_path: Path, caplog: pytest.LogCaptu
     with (tmp_path / RECEIPTS_FILE).open("a") as file:
         file.write('{"verdict": ')
     assert log.given == [GAINED, NOT_MEASURED]
-    assert read_receipts(tmp_path / RECEIPTS_FILE) == log.given
-    assert [one.run for one in read_receipts(tmp_path / RECEIPTS_FILE)] == ["a-run", "a-run"]
+    assert read_file(tmp_path / RECEIPTS_FILE, Receipt.from_dict) == log.given
+    assert [one.run for one in read_file(tmp_path / RECEIPTS_FILE, Receipt.from_dict)] == ["a-run", "a-run"]
 
 
 def test_a_file_that_cannot_be_written_costs_nothing(tmp_path: Path) -> None:

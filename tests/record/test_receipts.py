@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 
 import pytest
 
@@ -25,6 +26,14 @@ def test_a_receipt_belongs_to_its_intervention() -> None:
     assert receipt_of(acted, receipts) is receipts[1]
     assert receipt_of(told, receipts) is None
     assert receipts[0].in_words().endswith("; it was taken back")
+
+
+def test_a_difference_that_does_not_count() -> None:
+    """The words say why losses that differ make no clear difference; receipts without a reason are told, too."""
+    receipt = Receipt(2, 130, "no difference", 7.862, 71.82, 128, reason="the difference is 0.52 % of …")
+    told = "made no clear difference: 128 updates later the loss is 7.862, and 71.82 without it on the same batches"
+    assert receipt.in_words() == f"{told}; the difference is 0.52 % of …"
+    assert replace(receipt, reason="").in_words() == told
 
 
 @pytest.mark.parametrize("line", ["{}", '{"intervention_step": 1, "global_step": 2, "verdict": "good"}', "[1]", '"x"'])

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nanguard.record.files import read_trials
+from lightning_nanguard.record.files import read_file
 from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial, trials_in_words
@@ -49,8 +49,8 @@ def test_read_back(tmp_path: Path) -> None:
     for one in (NOTHING, SHOWN, ENDED):
         log.give(one)
     log.close()
-    assert read_trials(tmp_path / TRIALS_FILE) == [NOTHING, SHOWN, ENDED] == log.given
-    assert {one.run for one in read_trials(tmp_path / TRIALS_FILE)} == {"a-run"}
+    assert read_file(tmp_path / TRIALS_FILE, HeldTrial.from_dict) == [NOTHING, SHOWN, ENDED] == log.given
+    assert {one.run for one in read_file(tmp_path / TRIALS_FILE, HeldTrial.from_dict)} == {"a-run"}
     with pytest.raises(ValueError, match="its outcome is 'perhaps'"):
         HeldTrial.from_dict({**NOTHING.to_dict(), "outcome": "perhaps"})
     with pytest.raises(ValueError, match="not a trial: "):

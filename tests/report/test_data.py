@@ -90,6 +90,18 @@ def test_a_run_of_which_most_was_skipped(tmp_path: Path) -> None:
     assert "What to do: read why the first of them was skipped" in page(data)
 
 
+def test_losses_of_updates_that_were_not_kept(tmp_path: Path) -> None:
+    """The loss of an update that was skipped or undone does not count, also if it is finite. A row that stands for
+    several updates counts if one of them had a finite loss."""
+    rows = [(2, 2, 1.0), (4, 2, 2.0), (6, 2, math.nan), (7, 1, 9.0), (8, 1, 4.0)]
+    curve = [CurvePoint(step, updates, 0, loss, None, None, None, None, None) for step, updates, loss in rows]
+    acts = [Intervention(step, 0, step, "own", "loss", ("skip",), 0.1, 0.1) for step in (4, 5, 6, 7)]
+    data = RunData(tmp_path, curve=curve, interventions=acts)
+    assert [one.step for one in data.kept] == [2, 4, 8]
+    assert data.losses_around(acts[-1]) == (1.5, None)
+    assert replace(data, interventions=[replace(one, applied=False) for one in acts]).kept == curve
+
+
 def test_trials_are_on_the_page(tmp_path: Path) -> None:
     """A trial that confirmed nothing is told in the outcome and in a list of its own."""
     pytest.importorskip("matplotlib")

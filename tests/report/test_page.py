@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from math import nan
 from pathlib import Path
 from threading import Thread
 
@@ -26,6 +27,8 @@ pytest.importorskip("matplotlib")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 ADVICE = Advice(0, 0, "preflight", Finding("dead_relu", 0.9))
 RISING = [CurvePoint(step, 1, 0, float(step), None, None, None, None, None) for step in range(1, 31)]
+LOSSES = (6.0, 5.0, 4.0, 3.0, 2.0, 1.0, nan)
+SKIPPED = [CurvePoint(at, 1, 0, loss, None, None, None, None, None) for at, loss in enumerate(LOSSES, start=1)]
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
 
 
@@ -70,6 +73,8 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({}, "Healthy", True),
         ({"advice": [ADVICE]}, "Nothing done: there is advice about dead relu.", None),
         ({"interventions": [SKIP]}, "Saved: 1 intervention", True),
+        ({"interventions": [SKIP], "curve": SKIPPED}, "Saved: 1 intervention", True),
+        ({"interventions": [replace(SKIP, remedies=("scale",))], "curve": SKIPPED}, "In trouble", False),
         ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss is higher at the end", None),
         (
             {"interventions": [SKIP], "advice": [replace(ADVICE, occasion="a finite suspicion")]},

@@ -17,7 +17,7 @@ def test_the_loss_and_the_layers(tmp_path: Path) -> None:
     data = read_run_data(write_run(tmp_path))
     first, second = data.interventions
     loss, norms = recorded_around(first, data)
-    assert loss.startswith("loss: 0.5")
+    assert loss.startswith("loss 0.5")
     assert loss.endswith(" after (medians of up to 10 points)")
     assert norms == "gradient norms in the last 2 updates: net.0 0.5 → nan"
     assert len(recorded_around(second, data)) == 1  # no norms were kept there

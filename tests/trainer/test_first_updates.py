@@ -12,8 +12,8 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from benchmarks.diagnose.silent import MEANT, MISTAKES, named, said
-from lightning_nanguard import NaNGuard
-from lightning_nanguard.record.files import read_advice
+from lightning_nanguard import Advice, NaNGuard
+from lightning_nanguard.record.files import read_file
 from tests.helpers import OUTPUTS, TwoOptimizers, batches, fit, task
 
 
@@ -59,7 +59,7 @@ def test_advice_is_given_once_and_on_record(tmp_path: Path) -> None:
         "optimizer 0",
     )
     assert advice.global_step == 64
-    assert read_advice(tmp_path / "advice.jsonl") == list(guard.advice)
+    assert read_file(tmp_path / "advice.jsonl", Advice.from_dict) == list(guard.advice)
     assert not len(guard.interventions)
 
 

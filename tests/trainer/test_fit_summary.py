@@ -13,8 +13,8 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.cli.main import main
-from lightning_nanguard.record.files import read_trials
-from lightning_nanguard.record.trials import TRIALS_FILE
+from lightning_nanguard.record.files import read_file
+from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from tests.helpers import batches, fit, folder_of, task, trainer_for, with_bad
 
 
@@ -84,7 +84,7 @@ def test_a_trial_that_confirms_nothing_is_told(tmp_path: Path, capsys: pytest.Ca
     guard = NaNGuard(dirpath=tmp_path, act_on="evidence")
     trainer_for(tmp_path, guard, max_epochs=1, limit_val_batches=0).fit(Unlearnable(), data)
     assert len(guard.interventions) == 0
-    (trial, *_) = read_trials(tmp_path / TRIALS_FILE)
+    (trial, *_) = read_file(tmp_path / TRIALS_FILE, HeldTrial.from_dict)
     assert (trial.outcome, trial.begun_step) == ("not confirmed", 40)
     assert 48 <= trial.global_step - trial.begun_step < 64  # it ends as soon as its result is known
     told = re.search(r"; (\d trials?) held \(steps (\d+) to (\d+)\), which confirmed nothing", guard.summary())

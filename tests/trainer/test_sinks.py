@@ -21,7 +21,7 @@ from pytorch_lightning.callbacks import ProgressBar
 from pytorch_lightning.loggers import CSVLogger
 
 from lightning_nanguard import Advice, Finding, Intervention, NaNGuard, RunInfo, Sink
-from lightning_nanguard.record.files import read_advice, read_records
+from lightning_nanguard.record.files import read_file, read_records
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.run_log import read_run
 from lightning_nanguard.thresholds import Thresholds
@@ -323,7 +323,7 @@ def test_other_ranks_neither_write_nor_show_advice(tmp_path: Path, caplog: pytes
         log = fit_advice(RunInfo(rank, 2, tmp_path, "one"))
         log.give(advice)
         assert log.given == [advice]
-        found = [one for path in tmp_path.rglob("advice.jsonl") for one in read_advice(path)]
+        found = [one for path in tmp_path.rglob("advice.jsonl") for one in read_file(path, Advice.from_dict)]
         assert found == written
         assert {one.run for one in (*found, *log.given)} == {"one"}
         assert [record.levelname for record in caplog.records] == ["WARNING"] * len(written)
