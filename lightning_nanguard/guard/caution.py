@@ -18,7 +18,7 @@ class Caution:
     """Decides for each update in deferred readback whether its reading may arrive after the update is made.
 
     After an update had to be undone, the next 1000 updates are read before they are made. Each time this happens
-    again, the number doubles. After a batch made running statistics bad, every update is read before it is made.
+    again, the number doubles. After a batch made a buffer bad, every update is read before it is made.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -41,23 +41,23 @@ class Caution:
             return False  # it measures losses at bad places on purpose, which a late reading does not show
         return self._context.settings.observe or not self._skipper.device_cannot_skip(optimizer_index)
 
-    def update_undone(self, found: FoundFault, *, statistics: bool) -> None:
+    def update_undone(self, found: FoundFault, *, buffers: bool) -> None:
         """Note that a restore has undone an update.
 
         Args:
             found: The fault that led to the restore.
-            statistics: Whether a batch has made running statistics bad.
+            buffers: Whether a batch has made running statistics or another buffer bad.
         """
         context = self._context
         if self._never_late:
             return
         level = logging.DEBUG if context.ranks.rank else logging.WARNING
-        # Statistics can be checked only before the update. Not with several ranks, which may see different statistics.
-        if statistics and not context.many:
+        # Buffers can be checked only before the update. Not with several ranks, which may see different buffers.
+        if buffers and not context.many:
             self._never_late = True
             _logger.log(
                 level,
-                "NaNGuard: a batch made running statistics bad, and this was noticed only after its update. From now "
+                "NaNGuard: a batch made a buffer bad, and this was noticed only after its update. From now "
                 "on the guard reads every update before it is made. Set readback='step' for this from the start.",
             )
         elif found.reached and found.reading.step > self._careful_until:

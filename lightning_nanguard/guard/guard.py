@@ -130,7 +130,7 @@ class Guard:
         self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
         reading = self._readback.at_hand
         if reading is not None:
-            self._judge.look_at_statistics(reading, self._undos.present)
+            self._judge.look_at_buffers(reading, self._undos.present)
         if self._context.clipper.value is not None:
             self._clip(optimizer_index, None if reading is None else reading.grad_norm)
 

@@ -140,14 +140,14 @@ class Interventions:
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             skipped = any(isinstance(step, Skip) for step in plan)
             self._receipts.before(self._loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
-        done = self._runner.apply(plan, found, known_until)
+        done = self._runner.apply(plan, found, known_until, corrupt=evidence.corrupt)
         if done.redo_failed and found.fault.rate_may_cause:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
             plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
             stop = next((step for step in plan if isinstance(step, Stop)), None)
             fitted = _rate_fitted(plan, finding, evidence, before)
-            done = self._runner.apply(fitted, found, known_until, may_redo=False)
+            done = self._runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
         if state.redo_cause != evidence.redo_cause:  # a rollback has shown it
             known = replace(evidence, redo_cause=state.redo_cause)
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding

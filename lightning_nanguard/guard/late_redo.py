@@ -56,7 +56,7 @@ class LateRedo:
             self._skipper.skipped |= skipped
             return False
         self._snapshots.count_from(state.step)
-        self._caution.update_undone(found, statistics=False)
+        self._caution.update_undone(found, buffers=False)
         self._steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
         state.restored = snapshot
         return True

@@ -53,13 +53,16 @@ class PlanRunner(Protocol):
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
+    def apply(
+        self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
+    ) -> Applied:
         """Carry out a plan.
 
         Args:
             plan: The plan.
             found: The fault.
             known_until: Last update whose reading is kept even if a state from before it is restored.
+            corrupt: A tensor that was not finite, and from which the fault came.
             may_redo: Whether updates may be made again after a rollback.
         """
 
@@ -73,7 +76,7 @@ class ActingRunner:
         actions: What remedies may do to the run.
         remedies: The remedy that carries out each kind of step.
         skipper: Skips updates.
-        plausibility: Knows whether a batch made running statistics bad.
+        plausibility: Knows whether a batch made buffers bad.
         caution: Is told about undone updates.
     """
 
@@ -105,7 +108,9 @@ class ActingRunner:
         self._actions.undo(found)
         return {}
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
+    def apply(
+        self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
+    ) -> Applied:
         """Carry out a plan."""
         state, before = self._context.state, self._context.rate.effective()
         self._actions.begin(found, known_until)
@@ -135,8 +140,8 @@ class ActingRunner:
         # After a restore no reading is pending.
         if state.restored is not None:
             if not redone:  # otherwise the fault happened by chance
-                self._plausibility.watch(found.fault.place)
-            self._caution.update_undone(found, statistics=self._plausibility.watches_statistics)
+                self._plausibility.watch(corrupt or found.fault.place)
+            self._caution.update_undone(found, buffers=self._plausibility.watches)
         kept = self._context.rate.effective() == before
         # If clipping alone is enough, the planned cut has not been made.
         steps = [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
@@ -193,7 +198,9 @@ class ObservingRunner:
         """Undo nothing; return the buffers as they were before the batch."""
         return {} if found.undo is None else found.undo.before()
 
-    def apply(self, plan: Plan, found: FoundFault, known_until: int, *, may_redo: bool = True) -> Applied:
+    def apply(
+        self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
+    ) -> Applied:
         """Do nothing; return the steps that would have been made."""
         self._context.state.restored = None
         return Applied(plan)

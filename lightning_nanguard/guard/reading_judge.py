@@ -30,7 +30,7 @@ class ReadingJudge:
         runner: Blocks updates.
         interventions: Handles faults.
         suspicions: Tells the user of faults that are left alone.
-        plausibility: Checks running statistics.
+        plausibility: Checks buffers.
         late: Makes updates again whose fault happened by chance.
 
     Attributes:
@@ -160,16 +160,16 @@ class ReadingJudge:
         with self._interventions.batch_of(found) as at_hand:
             return True in ranks.gather(at_hand and replay.batch_strange(extreme=extreme) is True)
 
-    def look_at_statistics(self, reading: Reading, undo: BatchUndo) -> None:
-        """Check before an update what its batch did to running statistics, if an earlier batch has made some bad.
+    def look_at_buffers(self, reading: Reading, undo: BatchUndo) -> None:
+        """Check before an update what its batch did to buffers that an earlier batch has made bad.
 
         Args:
             reading: The reading of the present update.
             undo: Has the buffers as they were before the batch.
         """
-        if not self._plausibility.watches_statistics or self._found:
+        if not self._plausibility.watches or self._found:
             return
-        fault = self._plausibility.strange_statistics(undo.before(), self._context.state.healthy_steps)
+        fault = self._plausibility.strange_buffers(undo.before(), self._context.state.healthy_steps)
         # A value that occurs in many batches in a row is usual for the data.
         if fault is not None and self._context.state.bad_in_a_row < self._patience:
             self._runner.block(reading.optimizer_index)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
@@ -74,6 +75,10 @@ def _bounded(snapshot: Snapshot) -> Mapping[StateKey, Any]:
     }
 
 
+def _has_nan(tensor: Tensor) -> bool:
+    return bool(torch.isnan(dense_values(tensor)).any())
+
+
 def _comparable(one: Any, other: Any) -> bool:
     tensors = isinstance(one, Tensor) and isinstance(other, Tensor)
     return tensors and one.is_floating_point() and 0 < one.numel() == other.numel()
@@ -116,17 +121,28 @@ class PlausibilityCheck:
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have made running statistics bad, so that they are checked for each batch."""
+        self._watched: set[str] = set()
         self.moments = MomentBound(learner, limits.moments)
         """Finds first moments that are out of bounds."""
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
-        return {"jumps": dict(self._jumps), "watches_statistics": self.watches_statistics}
+        return {
+            "jumps": dict(self._jumps),
+            "watches_statistics": self.watches_statistics,
+            "watched_buffers": sorted(self._watched),
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`. The state may be empty."""
         self._jumps = Counter(state.get("jumps", {}))
         self.watches_statistics = bool(state.get("watches_statistics", False))
+        self._watched = set(state.get("watched_buffers", ()))
+
+    @property
+    def watches(self) -> bool:
+        """Whether a batch may have made running statistics or another buffer bad, so that each batch is checked."""
+        return self.watches_statistics or bool(self._watched)
 
     def screen(self, screen: NormScreen, before: Mapping[StateKey, float], healthy_steps: int) -> set[StateKey]:
         """State keys of tensors that may be out of range by their norms, so that :meth:`implausible` must check them.
@@ -193,13 +209,16 @@ class PlausibilityCheck:
         return None
 
     def watch(self, place: str) -> None:
-        """Check from now on what each batch does to running statistics, if ``place`` is one of them.
+        """Check from now on what each batch does to running statistics or to another buffer, if ``place`` is one.
 
         Args:
             place: The tensor that was bad, as :func:`~lightning_nanguard.state.learner.describe` names it.
         """
         weights = dict(self._learner.weights())
-        self.watches_statistics |= any(place.endswith(describe(key)) for key in self._learner.statistics(weights))
+        statistics = set(self._learner.statistics(weights))
+        self.watches_statistics |= any(place.endswith(describe(key)) for key in statistics)
+        buffers = {key for key in weights if key[0] == "buffer"}
+        self._watched.update(key[1] for key in buffers - statistics if describe(key) == place)
 
     def is_far(self, place: str) -> bool:
         """Whether a tensor is far out of range now. This stores nothing.
@@ -215,8 +234,10 @@ class PlausibilityCheck:
         far = first_jump(now, _bounded(origin), keys, limits.weight_growth, limits.least_magnitude)
         return far is not None
 
-    def strange_statistics(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
-        """The fault of the present batch if it made running statistics far too large; else ``None``.
+    def strange_buffers(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
+        """The fault of the present batch if it made a buffer that is checked bad; else ``None``.
+
+        Running statistics are bad if they are far too large, and other buffers if they hold NaN and held none.
 
         Args:
             before: Buffers as they were before the batch, by name.
@@ -224,6 +245,16 @@ class PlausibilityCheck:
         """
         then = {("buffer", name): tensor for name, tensor in before.items()}
         now = dict(self._learner.weights())
+        watched = [key for key in then if key[1] in self._watched and key in now]
+        spoilt = next((key for key in watched if _has_nan(now[key]) and not _has_nan(then[key])), None)
+        if spoilt is not None:
+            message = f"the forward pass of this batch made {describe(spoilt)} NaN"
+            return Fault("non_finite_statistics", "batch", describe(spoilt), None, message, conclusive=True)
+        return self._strange_statistics(now, then, healthy_steps) if self.watches_statistics else None
+
+    def _strange_statistics(
+        self, now: Mapping[StateKey, Any], then: Mapping[StateKey, Any], healthy_steps: int
+    ) -> Fault | None:
         usual = self._state_growth
         far = self._first_jump(now, then, self._learner.statistics(now), self._growth(healthy_steps, usual))
         if far is None:

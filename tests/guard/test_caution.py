@@ -52,7 +52,7 @@ def test_the_number_is_doubled_up_to_a_limit() -> None:
     waits = []
     for _ in range(13):
         step = loop.guard.context.state.step = loop.guard.context.state.step + 1
-        caution.update_undone(found(step), statistics=False)
+        caution.update_undone(found(step), buffers=False)
         waits.append(caution.state_dict()["careful_until"] - step)
         loop.guard.context.state.step += waits[-1]
         assert caution.may_be_late(0)
@@ -63,10 +63,10 @@ def test_only_an_update_that_reached_the_weights_counts() -> None:
     """What was held back costs nothing, nor does an update from before the last one undone."""
     loop, caution = caution_of()
     loop.guard.context.state.step = 50
-    caution.update_undone(found(50, reached=False), statistics=False)
+    caution.update_undone(found(50, reached=False), buffers=False)
     assert caution.may_be_late(0)
-    caution.update_undone(found(50), statistics=False)
-    caution.update_undone(found(49), statistics=False)
+    caution.update_undone(found(50), buffers=False)
+    caution.update_undone(found(49), buffers=False)
     assert not caution.may_be_late(0)
     assert caution.state_dict() == {"undone": 1, "careful_until": 70, "never_late": False}
 
@@ -75,17 +75,17 @@ def test_after_spoiled_statistics_every_update_is_read_in_time(caplog: pytest.Lo
     """For the rest of the run, and it is said once."""
     loop, caution = caution_of()
     for _ in range(2):
-        caution.update_undone(found(5, reached=False), statistics=True)
+        caution.update_undone(found(5, reached=False), buffers=True)
     loop.guard.context.state.step = 10**9
     assert not caution.may_be_late(0)
-    assert caplog.text.count("a batch made running statistics bad") == 1
+    assert caplog.text.count("a batch made a buffer bad") == 1
 
 
 def test_what_was_learned_is_in_the_checkpoint() -> None:
     """A resumed run is as careful as the one it goes on from; one from before there was such an entry is not."""
     loop, caution = caution_of()
     loop.guard.context.state.step = 50
-    caution.update_undone(found(50), statistics=False)
+    caution.update_undone(found(50), buffers=False)
     other, resumed = caution_of()
     other.guard.load_state_dict(loop.guard.state_dict())
     assert resumed.state_dict() == caution.state_dict()
@@ -109,7 +109,7 @@ def test_without_deferred_readings_nothing_is_late(caplog: pytest.LogCaptureFixt
     caplog.set_level(logging.DEBUG)
     _, caution = caution_of(Settings())
     assert not caution.may_be_late(0)
-    caution.update_undone(found(5), statistics=True)
+    caution.update_undone(found(5), buffers=True)
     assert caution.state_dict() == {"undone": 0, "careful_until": 0, "never_late": False}
     assert caplog.text == ""
 

@@ -357,7 +357,11 @@ def test_a_guard_that_is_loaded_is_the_guard_that_was_saved() -> None:
     saved = loop.guard.state_dict()
     assert saved["rates"][-1] == [30, 0.5]
     assert saved["blamed_batches"] == [["non_finite_loss", "loss", 2]]
-    assert saved["plausibility"] == {"jumps": {"parameter weight": 2}, "watches_statistics": True}
+    assert saved["plausibility"] == {
+        "jumps": {"parameter weight": 2},
+        "watches_statistics": True,
+        "watched_buffers": [],
+    }
     assert len(saved["recorder"]["tried"]) == 2
     other = PlainLoop()
     other.guard.load_state_dict(json.loads(json.dumps(saved)))

@@ -142,10 +142,11 @@ def test_a_batch_that_spoils_statistics_is_at_fault() -> None:
     """Running statistics are compared with what they were before the batch."""
     run = Trained()
     before = {name: buffer.clone() for name, buffer in run.net.named_buffers()}
-    assert run.check.strange_statistics(before, SETTLED) is None
+    run.check.watches_statistics = True
+    assert run.check.strange_buffers(before, SETTLED) is None
     run.net.norm.running_var[0] = 1e6
-    assert run.check.strange_statistics(before, 3) is None, "they still come from their initial values"
-    fault = run.check.strange_statistics(before, SETTLED)
+    assert run.check.strange_buffers(before, 3) is None, "they still come from their initial values"
+    fault = run.check.strange_buffers(before, SETTLED)
     assert fault is not None
     assert (fault.kind, fault.scope, fault.place) == ("implausible_statistics", "batch", "buffer norm.running_var")
     assert fault.conclusive
@@ -162,11 +163,33 @@ def test_statistics_that_were_bad_are_watched_from_then_on(value: float) -> None
     assert run.check.watches_statistics
     before = {name: buffer.clone() for name, buffer in run.net.named_buffers()}
     run.net.norm.running_var[0] = value
-    fault = run.check.strange_statistics(before, SETTLED)
+    fault = run.check.strange_buffers(before, SETTLED)
     assert fault is not None
     assert (fault.scope, fault.place) == ("batch", "buffer norm.running_var")
     before["norm.running_var"][0] = math.nan
-    assert run.check.strange_statistics(before, SETTLED) is None, "it was bad before this batch"
+    assert run.check.strange_buffers(before, SETTLED) is None, "it was bad before this batch"
+
+
+def test_another_buffer_is_watched_once_it_was_bad() -> None:
+    """A batch that writes NaN into it is at fault, in a resumed run, too; Inf may belong there."""
+    run = Trained()
+    run.check.watch("buffer count")
+    assert run.check.watches
+    assert not run.check.watches_statistics
+    before = {name: buffer.clone() for name, buffer in run.net.named_buffers()}
+    run.net.norm.running_var[0] = math.nan
+    run.net.count.fill_(math.inf)
+    assert run.check.strange_buffers(before, SETTLED) is None
+    run.net.count.fill_(math.nan)
+    resumed = PlausibilityCheck(run.learner, run.ring, lambda state, than: False)
+    assert resumed.strange_buffers(before, SETTLED) is None
+    resumed.load_state_dict(run.check.state_dict())
+    fault = resumed.strange_buffers(before, SETTLED)
+    assert fault is not None
+    assert (fault.kind, fault.scope, fault.place) == ("non_finite_statistics", "batch", "buffer count")
+    assert fault.message == "the forward pass of this batch made buffer count NaN"
+    before["count"].fill_(math.nan)
+    assert resumed.strange_buffers(before, SETTLED) is None, "it was bad before this batch"
 
 
 def test_a_screen_tells_what_to_look_at() -> None:

@@ -33,9 +33,9 @@ def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: s
         return None  # weights of this size let any later number overflow
     known, place = case.evidence.redo_cause
     confidence = thresholds.confidence.update_again
-    if not known and case.evidence.corrupt is not None:
-        # Updates cannot be made again, for example after a cut: use the earlier finding about this tensor.
-        tensor = case.evidence.corrupt
+    tensor = case.evidence.corrupt or (case.fault.place if case.fault.conclusive else None)
+    if not known and tensor is not None:
+        # The batch is skipped, or updates cannot be made again: use the earlier finding about this tensor.
         places = [one.finding.place for one in case.earlier if one.finding.cause == cause]
         place = next((one for one in reversed(places) if tensor in one), "")
         known, confidence = cause if place else "", thresholds.confidence.update_before

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable
+from typing import Any, final
 
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lightning_nanguard.diagnosis.operation_trace import non_finite, storage_key, tensors_in, user_line
 
 
 def update_in_words(module: nn.Module, optimizer: Optimizer, spoilt: str) -> str:
@@ -32,20 +35,50 @@ def update_in_words(module: nn.Module, optimizer: Optimizer, spoilt: str) -> str
     return f"{type(optimizer).__name__}{computed}, {spoilt}"
 
 
-def buffer_in_words(module: nn.Module, spoilt: str) -> str:
-    """Describe a buffer that a forward pass makes bad, with the place of the code.
+def buffer_in_words(module: nn.Module, spoilt: str, run: Callable[[], object]) -> str:
+    """Describe a buffer that a forward pass makes bad, with the line that writes it, if the line can be found.
 
     Args:
         module: The trained module.
         spoilt: The buffer, in words that end with its name.
+        run: Runs the forward pass from a state in which the buffer is good.
 
     Example:
-        >>> buffer_in_words(nn.Sequential(nn.BatchNorm1d(2)), "buffer 0.running_var").partition(":")[0]
-        'buffer 0.running_var of BatchNorm1d (batchnorm.py'
+        >>> buffer_in_words(nn.Sequential(nn.BatchNorm1d(2)), "buffer 0.running_var", lambda: None)
+        'buffer 0.running_var of BatchNorm1d'
     """
-    path = spoilt.rpartition(" ")[2].rpartition(".")[0]
-    owner = dict(module.named_modules()).get(path, module)
-    run: Any = getattr(owner, "training_step", owner.forward) if owner is module else owner.forward
-    code = getattr(run, "__code__", None)
-    line = "" if code is None else f" ({Path(code.co_filename).name}:{code.co_firstlineno})"
+    name = spoilt.rpartition(" ")[2]
+    owner = dict(module.named_modules()).get(name.rpartition(".")[0], module)
+    buffer = dict(module.named_buffers()).get(name)
+    write = None if buffer is None else _Write(buffer)
+    if write is not None:
+        with write:
+            run()
+    line = f" ({write.line})" if write is not None and write.line else ""
     return f"{spoilt} of {type(owner).__name__}{line}"
+
+
+@final
+class _Write(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Finds the first operation that makes a buffer bad.
+
+    Args:
+        buffer: The buffer.
+
+    Attributes:
+        line: The line of the user's code that calls the operation; empty if none is found.
+    """
+
+    def __init__(self, buffer: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._buffer = buffer.detach()
+        self._key = storage_key(buffer)
+        self.line = ""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        # The schema of batch norm does not say that it writes its statistics.
+        if not self.line and any(storage_key(one) == self._key for one in tensors_in((args, kwargs))):
+            self.line = user_line() if non_finite([self._buffer]) else ""
+        return result

@@ -112,6 +112,8 @@ class UpdatesAgain:
         self._rolled_back = -1, -1
         # Logged values of repeated updates that differ from those of the run.
         self._rows: list[LoggedRow] = []
+        # The repeated update whose forward pass wrote NaN into a buffer of the module's own.
+        self._writer: _Update | None = None
         self.futile = False
         learner = context.learner
         alone = context.acts_alone
@@ -306,6 +308,7 @@ class UpdatesAgain:
 
     def _make(self, updates: list[_Update], snapshot: Snapshot, faulty: int, *, bad: Reading | None) -> bool:
         restore(self._context.learner, snapshot)
+        self._writer = None
         if snapshot.step > self._started:  # the snapshot is older than the averages of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
         same, differs, self._rows = 0, False, []
@@ -319,13 +322,15 @@ class UpdatesAgain:
                     return False
                 differs = differs or not _is_same(known, now)
                 same += not differs
+            if self._writer is None and self._spoilt_buffer(snapshot) is not None:
+                self._writer = update
             if differs and same < self._limits.same_losses:
                 return False  # the updates are not reproducible
             if differs and (row := row_of_step(self._trainer, update.logged_at, update.epoch)) is not None:
                 self._rows.append(row)
             if bad is not None and update.number >= bad.step and self._is_as_large(bad):
                 return False  # its batch is bad
-            if not self._stays_finite(update):
+            if not self._stays_finite(update, snapshot):
                 return False
             self._average_again(update.number, update.global_step)
         return self._context.corrupt()[0] is None
@@ -337,11 +342,28 @@ class UpdatesAgain:
             snapshot: The state before the updates.
             then: The next micro-batch; ``None`` if its loss is known to be bad.
         """
-        written = self._context.finite.spoilt_buffer(self._context.learner.leaves(), snapshot.leaves)
+        written = self._spoilt_buffer(snapshot)
         if written is None or (then is not None and self._is_finite(then)):
             return False
-        self._context.state.redo_cause = "forward_writes_buffer", buffer_in_words(self._module, written)
+        self._note_written(written, self._writer, snapshot)
         return True
+
+    def _spoilt_buffer(self, snapshot: Snapshot) -> str | None:
+        return self._context.finite.spoilt_buffer(self._context.learner.leaves(), snapshot.leaves)
+
+    def _note_written(self, spoilt: str, update: _Update | None, snapshot: Snapshot, *, batch: str = "") -> None:
+        """Note that the forward pass of an update wrote a buffer. Its line is sought from the state of the snapshot."""
+
+        def run() -> None:
+            if update is None:
+                return
+            try:
+                restore(self._context.learner, snapshot)
+                self._losses(update, spoilt=True)
+            except Exception as error:  # the line is then left out
+                _logger.debug("NaNGuard: the line that writes %s was not found: %r", spoilt, error)
+
+        self._context.state.redo_cause = "forward_writes_buffer", buffer_in_words(self._module, spoilt, run) + batch
 
     def _measure_from(self, update: _Update, *, first: bool) -> None:
         """Restore the metrics and means before the first update. Later ones follow from the repeated updates."""
@@ -359,12 +381,12 @@ class UpdatesAgain:
             if last == number:
                 self._averages.end_epoch_again(epoch)
 
-    def _stays_finite(self, update: _Update) -> bool:
+    def _stays_finite(self, update: _Update, snapshot: Snapshot) -> bool:
         """Make an update with finite losses; return whether the state stays finite. If not, note the cause."""
         state, module = self._context.state, self._module
         written = self._context.corrupt()[0]
         if written is not None:
-            state.redo_cause = "forward_writes_buffer", buffer_in_words(module, written) + self._strange_batch(update)
+            self._note_written(written, update, snapshot, batch=self._strange_batch(update))
             return False
         sizes = self._step(update)
         spoilt = self._context.corrupt()[0]

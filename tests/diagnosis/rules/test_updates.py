@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_nanguard import Case, Evidence, Finding
+from lightning_nanguard import Case, Evidence, Fault, Finding
 from lightning_nanguard.diagnosis.case import EarlierFinding
 from lightning_nanguard.diagnosis.rules import diagnose
 from tests.diagnosis.rules.faults import LOSS, rules_of
@@ -28,6 +28,10 @@ def test_what_comes_back_is_named(cause: str, place: str) -> None:
     later = diagnose(Case(LOSS, Evidence(step=60, corrupt=tensor), earlier=earlier))
     assert later is not None
     assert (later.cause, later.place, later.evidence["times"]) == (cause, place, 2.0)
+    written = Fault("non_finite_statistics", "batch", tensor, conclusive=True)
+    skipped = diagnose(Case(written, Evidence(step=60), earlier=earlier))
+    assert skipped is not None
+    assert (skipped.cause, skipped.place) == (cause, place)
     other = diagnose(Case(LOSS, Evidence(step=60, corrupt="parameter other"), earlier=earlier))
     assert other is not None
     assert other.cause == "corrupted_state"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -97,20 +98,51 @@ def test_updates_that_the_optimizer_makes_bad(name: str, tmp_path: Path) -> None
 
 
 def test_buffers_that_the_forward_pass_makes_bad(tmp_path: Path) -> None:
-    """The buffer, its module and the line of the module's forward are named, though the batch itself has a good loss;
-    where other batches come between, the run goes on."""
+    """The buffer, its module and the line that writes it are named, though the batch itself has a good loss; later
+    such batches are skipped, however many there are, and the buffer keeps its value from before them."""
     torch.manual_seed(0)
     data = batches(count=COUNT)
-    for index in (12, 25):
+    for index in (12, 17, 18, 22, 27, 33):
         data[index][0][:, 0] = 2 * EMPTY
-    guard, error = train(Task(nn.Sequential(Usage(), mlp())), data, tmp_path)
+    module = Task(nn.Sequential(Usage(), mlp()))
+    guard, error = train(module, data, tmp_path)
     assert error == ""
-    assert [one.remedies for one in guard.interventions] == [("restore",)] * 2
+    assert [one.remedies for one in guard.interventions] == [("restore",), *[("skip",)] * 5]
+    assert [one.batch_idx for one in guard.interventions[1:]] == [17, 18, 22, 27, 33]
+    lines, first = inspect.getsourcelines(Usage)
+    line = first + next(index for index, text in enumerate(lines) if "copy_" in text)
     for one in guard.interventions:
         assert one.finding is not None
         assert one.cause == "forward_writes_buffer"
-        assert one.finding.place.startswith("buffer net.0.mean of Usage (test_repeated_cause.py:")
+        assert one.finding.place == f"buffer net.0.mean of Usage (test_repeated_cause.py:{line})"
         assert "device" not in one.finding.suggestion
+    assert all(bool(buffer.isfinite().all()) for buffer in module.buffers())
+
+
+class Replaces(Task):
+    """Replaces a buffer of its own by a new tensor, in a method beside ``training_step``."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp())
+        self.register_buffer("size", torch.ones(()))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx) / (1 + self.size)
+        self.size = 0.9 * self.size + 0.1 * batch[1][batch[0][:, 0] > EMPTY].abs().mean()
+        return loss
+
+
+def test_a_buffer_that_is_replaced(tmp_path: Path) -> None:
+    """No line is named rather than a wrong one, and later such batches are skipped."""
+    data = batches(count=COUNT)
+    for index in (12, 17, 18, 30):
+        data[index][0][:, 0] = 2 * EMPTY
+    guard, error = train(Replaces(), data, tmp_path)
+    assert error == ""
+    assert [one.remedies for one in guard.interventions] == [("restore",), *[("skip",)] * 3]
+    places = {None if one.finding is None else one.finding.place for one in guard.interventions}
+    assert places == {"buffer size of Replaces"}
 
 
 def test_what_cannot_be_told_is_left_out() -> None:
@@ -119,4 +151,4 @@ def test_what_cannot_be_told_is_left_out() -> None:
     optimizer = SGD(task.parameters(), lr=0.1)
     assert update_in_words(task, optimizer, "parameter net.0.weight") == "SGD (float32), parameter net.0.weight"
     assert update_in_words(task, optimizer, "gone of another") == "SGD, gone of another"
-    assert buffer_in_words(task, "buffer gate").startswith("buffer gate of Task (helpers.py:")
+    assert buffer_in_words(task, "buffer gate", lambda: None) == "buffer gate of Task"
