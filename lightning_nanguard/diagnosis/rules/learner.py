@@ -69,6 +69,11 @@ def _corrupted(
     gone = case.clues.change is None or case.clues.good_finite is True
     if case.evidence.told:
         text = f"and {case.evidence.told}."
+    elif case.fault.rate_may_cause and name.startswith("buffer"):
+        text = (
+            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
+            "them from the loss. If there is none, look for code that writes to it."
+        )
     elif times == 1 or not gone:
         text = (
             "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
