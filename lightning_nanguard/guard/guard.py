@@ -93,6 +93,7 @@ class Guard:
         self._loss_seen = False
         within, self._open = self._open, True
         self._undos.open(within=within)
+        self._parts.steps.accumulation.open()
         if not within:
             self._parts.skipper.open()
 
@@ -100,6 +101,7 @@ class Guard:
         """Keep a reference to the loss of one backward pass."""
         self._loss_seen = True
         self._parts.meter.see_loss(loss)
+        self._parts.steps.accumulation.see_loss()
 
     def before_step(self, optimizer_index: int) -> None:
         """Measure the update and detect faults; skip the update if it is bad.
@@ -145,13 +147,15 @@ class Guard:
         """
         self._running = False
         alone = self._parts.loop.micro_batches() == 1
-        if not self._loss_seen or (alone and not self._updated and not self._context.settings.deferred):
+        left_out = alone and not self._updated and self._parts.steps.accumulation.leave_out()
+        unused = not left_out and alone and not self._updated and not self._context.settings.deferred
+        if unused or not self._loss_seen:
             self._parts.steps.unused.undo_spoilt_buffers()
         if not self._updated:
             if alone or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
-            return True
+            return not left_out
         if self._readback.end_batch():
             self._parts.recorder.mark()
         found, passed_over = self._judge.take_found(), self._state.passed_over
