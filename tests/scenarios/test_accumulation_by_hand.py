@@ -47,7 +47,7 @@ class Accumulates(Task):
 
 @pytest.mark.parametrize("bad", [(), (4,), (5, 6, 13, 20)])
 def test_a_bad_batch_is_left_out_of_its_window(bad: tuple[int, ...], tmp_path: Path) -> None:
-    """The batch whose loss is NaN is named, and weights, statistics and logged means are as if it had not been there."""
+    """The batch whose loss is NaN is named. Weights, statistics and logged means are as if it had not been there."""
     data = [with_nan(batch) if index in bad else batch for index, batch in enumerate(batches(count=COUNT))]
     alone = fit(Accumulates(bad), data, folder=tmp_path / "alone")
     guard = NaNGuard()
