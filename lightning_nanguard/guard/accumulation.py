@@ -63,7 +63,7 @@ class Accumulation:
         bad = [] if loss is None else [i for i in self._indices() if non_finite_indices(context.learner.gradients(i))]
         if not bad or is_bad_elsewhere(context, self._undos.newest):
             return False
-        reading = Reading(context.state.step + 1, bad[0], loss, None, finite=False, loss_finite=False)
+        reading = Reading(context.state.next_step, bad[0], loss, None, finite=False, loss_finite=False)
         fault = context.monitors.check(reading)
         if fault is None or fault.scope != "batch":
             return False

@@ -112,11 +112,12 @@ class Guard:
         self._snapshots.settle()
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
-        self._state.step += 1
+        new = self._state.count(optimizer_index, several=optimizer_index in self._context.learner.quasi_newton)
         self._parts.hyperparameters.look(optimizer_index)
-        self._parts.outliers.see_rates(optimizer_index)
+        if new:
+            self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
-        if self._context.settings.act_on == "evidence":
+        if self._context.settings.act_on == "evidence" and new:
             self._state.note_groups(self._context.learner.optimizers[optimizer_index].param_groups)
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
@@ -178,7 +179,7 @@ class Guard:
                 self._judge.handle(shown)
         finally:
             self._open = self._updated = False
-            self._judge.readings = []
+            self._judge.readings, self._state.evaluating = [], None
             self._state.raised, self._state.redo_cause = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()
