@@ -21,6 +21,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.accumulation import Accumulation
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.branch import Branches
@@ -108,7 +109,8 @@ def build_guard(
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
     check = StepCheck(context, meter, caution, policy, undos, readback)
     records = StepRecords(context, loop, recorder, policy, readback)
-    steps = StepParts(check, undos, records, UnusedBatch(context, undos, records))
+    unused, accumulation = UnusedBatch(context, undos, records), Accumulation(context, meter, undos, records)
+    steps = StepParts(check, undos, records, unused, accumulation)
     late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
         GuardParts(

@@ -34,13 +34,19 @@ class DeferredReadings:
         self._by_loss = by_loss
         self._observe = observe
         self._flagged = False
-        self._queue: deque[tuple[PendingReading, BatchUndo]] = deque()
+        self._queue: deque[tuple[PendingReading, BatchUndo, bool]] = deque()
 
     def __len__(self) -> int:
         return len(self._queue)
 
-    def defer(self, pending: PendingReading, undo: BatchUndo) -> None:
-        """Send a reading to the host. If the optimizer supports it, the device itself skips a bad update."""
+    def defer(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool) -> None:
+        """Send a reading to the host. If the optimizer supports it, the device itself skips a bad update.
+
+        Args:
+            pending: The reading.
+            undo: Undoes what its batch changed.
+            line_search: Whether it comes from a further evaluation within one step.
+        """
         optimizer = self._learner.optimizers[pending.optimizer_index]
         if self._learner.scaler is None and skips_on_device(optimizer) and not self._observe:
             # Fused optimizers change nothing if this flag is set. The device decides, so the host does not wait.
@@ -50,7 +56,7 @@ class DeferredReadings:
             undo.undo_where(bad)  # now, because the next batch changes the same buffers
             pending.held_back = True
         pending.send(self._learner.device.read_later)
-        self._queue.append((pending, undo))
+        self._queue.append((pending, undo, line_search))
 
     def drop_flags(self) -> None:
         """Remove the flags that :meth:`defer` has set on the optimizers."""
@@ -61,17 +67,17 @@ class DeferredReadings:
             for name in ("found_inf", "grad_scale"):
                 vars(optimizer).pop(name, None)
 
-    def arrived(self, step: int) -> tuple[PendingReading, BatchUndo] | None:
-        """The oldest reading, if it has arrived or must be waited for in update ``step``."""
+    def arrived(self, step: int) -> tuple[PendingReading, BatchUndo, bool] | None:
+        """The oldest reading, as it was deferred, if it has arrived or must be waited for in update ``step``."""
         if not self._queue:
             return None
-        pending, _ = self._queue[0]
+        pending, *_ = self._queue[0]
         if pending.step > step - MAX_DELAY and not pending.arrived():
             return None
         return self._queue.popleft()
 
-    def next(self) -> tuple[PendingReading, BatchUndo]:
-        """Remove the oldest reading and return it."""
+    def next(self) -> tuple[PendingReading, BatchUndo, bool]:
+        """Remove the oldest reading and return it, as it was deferred."""
         return self._queue.popleft()
 
     def clear(self) -> None:
@@ -101,7 +107,7 @@ class DeferredReadback:
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings that have arrived. If the next update must be read before it is made, all readings."""
         self._late = self._caution.may_be_late(optimizer_index)
-        return self._arrived_by(optimizer_index, self._state.step + (0 if self._late else MAX_DELAY))
+        return self._arrived_by(self._state.step + (0 if self._late else MAX_DELAY))
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """The reading of this update, if it must be read before it is made."""
@@ -109,7 +115,7 @@ class DeferredReadback:
         if self._late:
             pending = self._meter.measure_later(step, optimizer_index)
             if pending is not None:
-                self._readings.defer(pending, undo)
+                self._readings.defer(pending, undo, line_search=self._meter.is_line_search(optimizer_index))
             return None
         self.at_hand = self._meter.measure_now(step, optimizer_index)
         if self.at_hand is None:
@@ -118,13 +124,13 @@ class DeferredReadback:
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived by now."""
-        return self._arrived_by(optimizer_index, self._state.step)
+        return self._arrived_by(self._state.step)
 
-    def _arrived_by(self, optimizer_index: int, step: int) -> Iterator[Arrived]:
+    def _arrived_by(self, step: int) -> Iterator[Arrived]:
         while (late := self._readings.arrived(step)) is not None:
-            yield self._read(*late, line_search=self._meter.is_line_search(optimizer_index))
+            yield self._read(*late)
 
-    def _read(self, pending: PendingReading, undo: BatchUndo, *, line_search: bool = False) -> Arrived:
+    def _read(self, pending: PendingReading, undo: BatchUndo, line_search: bool) -> Arrived:
         reading = pending.read()
         # The device skips an update that is not finite, and a GradScaler skips one whose gradient is not finite. A
         # finite loss spike has reached the weights.

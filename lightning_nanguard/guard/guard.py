@@ -93,6 +93,7 @@ class Guard:
         self._loss_seen = False
         within, self._open = self._open, True
         self._undos.open(within=within)
+        self._parts.steps.accumulation.open()
         if not within:
             self._parts.skipper.open()
 
@@ -100,6 +101,7 @@ class Guard:
         """Keep a reference to the loss of one backward pass."""
         self._loss_seen = True
         self._parts.meter.see_loss(loss)
+        self._parts.steps.accumulation.see_loss()
 
     def before_step(self, optimizer_index: int) -> None:
         """Measure the update and detect faults; skip the update if it is bad.
@@ -110,11 +112,12 @@ class Guard:
         self._snapshots.settle()
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
-        self._state.step += 1
+        new = self._state.count(optimizer_index, several=optimizer_index in self._context.learner.quasi_newton)
         self._parts.hyperparameters.look(optimizer_index)
-        self._parts.outliers.see_rates(optimizer_index)
+        if new:
+            self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
-        if self._context.settings.act_on == "evidence":
+        if self._context.settings.act_on == "evidence" and new:
             self._state.note_groups(self._context.learner.optimizers[optimizer_index].param_groups)
         self._updated = True
         if self._judge.weights_are_bad() or self._state.passed_over:
@@ -145,13 +148,15 @@ class Guard:
         """
         self._running = False
         alone = self._parts.loop.micro_batches() == 1
-        if not self._loss_seen or (alone and not self._updated and not self._context.settings.deferred):
+        left_out = alone and not self._updated and self._parts.steps.accumulation.leave_out()
+        unused = not left_out and alone and not self._updated and not self._context.settings.deferred
+        if unused or not self._loss_seen:
             self._parts.steps.unused.undo_spoilt_buffers()
         if not self._updated:
             if alone or not self._context.learner.optimizers:
                 self._open = False
                 self._parts.meter.drop_losses()
-            return True
+            return not left_out
         if self._readback.end_batch():
             self._parts.recorder.mark()
         found, passed_over = self._judge.take_found(), self._state.passed_over
@@ -174,7 +179,7 @@ class Guard:
                 self._judge.handle(shown)
         finally:
             self._open = self._updated = False
-            self._judge.readings = []
+            self._judge.readings, self._state.evaluating = [], None
             self._state.raised, self._state.redo_cause = None, ("", "")
             self._state.passed_over = False
             self._parts.meter.end_batch()

@@ -93,6 +93,15 @@ class Meter:
         """Forget the known numbers of elements, because a layer has changed its size."""
         self._sizes.clear()
 
+    def bad_loss(self, *, wait: bool = True) -> float | None:
+        """The first of the losses seen that is not finite; ``None`` without one.
+
+        Args:
+            wait: Whether to read losses for which the host has to wait, too.
+        """
+        values = (float(one) for one in self._losses if not one.is_complex() and (wait or is_on_host(one)))
+        return next((one for one in values if not math.isfinite(one)), None)
+
     def drop_losses(self) -> None:
         """Forget the losses that were seen, because no update is made from them."""
         self._losses = []

@@ -134,11 +134,11 @@ class RankReadback:
         if told is not None and (told.reading.step, told.reading.optimizer_index) == (step, optimizer_index):
             return self._wait_or_skip(told.reading, told.sent)
         measured = (self._meter.measure_later if self._late else self._meter.measure_now)(step, optimizer_index)
+        line_search = self._meter.is_line_search(optimizer_index)
         if isinstance(measured, PendingReading):
-            self._readings.defer(measured, undo)
+            self._readings.defer(measured, undo, line_search=line_search)
             self._tell_queued(1)
             return None
-        line_search = self._meter.is_line_search(optimizer_index)
         self._tell_queued(0)
         reading = Reading(step, optimizer_index, None, None) if measured is None else measured
         suspects = self._suspects(reading)
@@ -197,8 +197,9 @@ class RankReadback:
 
     def _tell_queued(self, left: int) -> None:
         while len(self._readings) > left:
-            pending, undo = self._readings.next()
-            self._sent.append(self._tell(pending.read(), undo, held_back=pending.held_back))
+            pending, undo, line_search = self._readings.next()
+            held_back = pending.held_back
+            self._sent.append(self._tell(pending.read(), undo, held_back=held_back, line_search=line_search))
 
     def _tell(
         self,

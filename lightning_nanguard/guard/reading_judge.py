@@ -99,10 +99,10 @@ class ReadingJudge:
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
         reading = self._unusual(reading)
-        self.non_finite += not reading.finite and not reading.scaler_skips
+        self.non_finite += not (reading.finite or reading.scaler_skips or arrived.line_search)
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
-        if fault is not None and self._large_is_usual(fault, reading):
+        if fault is not None and not arrived.line_search and self._large_is_usual(fault, reading):
             reading = self._context.state.unusual(reading)
             fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):

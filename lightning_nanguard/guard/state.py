@@ -21,6 +21,8 @@ class GuardState:
 
     Attributes:
         step: Attempted updates so far.
+        evaluating: Index of the optimizer whose evaluation was the last in this batch, if it evaluates its closure
+            several times in one step, as LBFGS does; otherwise ``None``.
         healthy_steps: Healthy updates among them.
         healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
@@ -48,6 +50,7 @@ class GuardState:
     """
 
     step: int = 0
+    evaluating: int | None = None
     healthy_steps: int = 0
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 0
@@ -96,6 +99,23 @@ class GuardState:
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 
+    @property
+    def next_step(self) -> int:
+        """Number of the update that is about to be made."""
+        return self.step + (self.evaluating is None)
+
+    def count(self, optimizer_index: int, *, several: bool) -> bool:
+        """Count an update that is about to be made, once for all evaluations of a step; return whether it is a new one.
+
+        Args:
+            optimizer_index: Index of the optimizer.
+            several: Whether it evaluates its closure several times in one step.
+        """
+        new = self.evaluating != optimizer_index
+        self.step += new
+        self.evaluating = optimizer_index if several else None
+        return new
+
     def rolled_back_since(self, step: int) -> bool:
         """Whether the run was rolled back after update ``step``."""
         return any(at > step for at, _ in self.policy.restores)
@@ -103,7 +123,8 @@ class GuardState:
     def note_bad_loss(self, step: int, patience: int) -> bool:
         """Note an update whose loss alone was not finite; return whether so many in a row make this usual."""
         last, times = self.bad_alone
-        self.bad_alone = step, times + 1 if step == last + 1 else 1
+        if step != last:  # otherwise it is a further evaluation of the same update
+            self.bad_alone = step, times + 1 if step == last + 1 else 1
         self.bad_losses_usual = self.bad_alone[1] >= patience
         return self.bad_losses_usual
 

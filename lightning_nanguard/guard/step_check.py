@@ -90,7 +90,7 @@ class StepCheck:
         """
         if not self.reads_in_time():
             return None
-        reading = self._meter.measure_early(self._context.state.step + 1, _OPTIMIZER, careful=careful)
+        reading = self._meter.measure_early(self.number, _OPTIMIZER, careful=careful)
         if reading is None or (reading.finite and self._context.monitors.calm(reading)):
             return None
         reading = self._context.state.unusual(reading)
@@ -132,14 +132,14 @@ class StepCheck:
         value = float(loss.detach())
         if value - value == 0.0 or self._context.state.bad_losses_usual:
             return None
-        reading = Reading(self._context.state.step + 1, _OPTIMIZER, value, None, finite=False, loss_finite=False)
+        reading = Reading(self.number, _OPTIMIZER, value, None, finite=False, loss_finite=False)
         return self._context.monitors.check(reading)
 
     def fault_of_gradients(self) -> Fault | None:
         """The certain fault of the gradients accumulated so far; ``None`` without one. Reads from the device."""
         norm = self._meter.gradient_norm(_OPTIMIZER)
         finite = self._meter.first_bad_gradient(_OPTIMIZER) is None
-        return self._fault_of(Reading(self._context.state.step + 1, _OPTIMIZER, None, norm, finite=finite))
+        return self._fault_of(Reading(self.number, _OPTIMIZER, None, norm, finite=finite))
 
     def pass_over(self) -> None:
         """Leave the present update out without a record: every sample of it is known to be bad."""
@@ -167,7 +167,7 @@ class StepCheck:
     @property
     def number(self) -> int:
         """Number of the update that is about to be made."""
-        return self._context.state.step + 1
+        return self._context.state.next_step
 
     def in_words(self, error: BaseException | None) -> str | None:
         """The words for an exception of ``training_step`` in a record; ``None`` without one."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
+from lightning_nanguard.guard.accumulation import Accumulation
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_records import StepRecords
@@ -21,9 +22,11 @@ class StepParts:
         undos: Undo what the present batch changed.
         records: Records steps that the loop made again, or made from a part of their data.
         unused: Undoes batches from which no update is made.
+        accumulation: Leaves batches out of an update that is made in a later batch.
     """
 
     check: StepCheck
     undos: BatchUndos
     records: StepRecords
     unused: UnusedBatch
+    accumulation: Accumulation

@@ -48,8 +48,8 @@ class StepRecords:
     def diagnosis(self, fault: Fault) -> Finding | None:
         """The cause of a fault of the present update."""
         state = self._context.state
-        known = Evidence(step=state.step + 1, healthy_steps=state.healthy_steps)
-        return self._loop.diagnose(fault, known, "replay", state.step + 1)
+        known = Evidence(step=state.next_step, healthy_steps=state.healthy_steps)
+        return self._loop.diagnose(fault, known, "replay", state.next_step)
 
     def transient(
         self,
@@ -74,7 +74,7 @@ class StepRecords:
         """
         state = self._context.state
         if since is not None:
-            state.policy = self._policy.count_repeated_updates(fault, state.step + 1, state.policy)
+            state.policy = self._policy.count_repeated_updates(fault, state.next_step, state.policy)
             self._readback.clear()  # they belong to undone states, like the pending snapshot
             self._context.ring.drop_pending()
         tensor, how = spoilt

@@ -9,8 +9,21 @@ from torch import Tensor
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.step_records import StepRecords
+from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.types import Fault
+
+
+def is_bad_elsewhere(context: GuardContext, undo: BatchUndo) -> bool:
+    """Whether the state is bad even without what a batch wrote to buffers, so that the batch is not the only source.
+
+    Args:
+        context: Objects and settings that the parts of the guard share.
+        undo: Has the buffers as they were before the batch.
+    """
+    before: dict[StateKey, Tensor] = {("buffer", name): buffer for name, buffer in undo.before().items()}
+    others = ((key, leaf) for key, leaf in context.learner.leaves() if key not in before)
+    return context.finite.corrupt(before.items()) is not None or context.finite.corrupt(others) is not None
 
 
 @final
@@ -35,12 +48,11 @@ class UnusedBatch:
         if not self._context.acts_alone:
             return
         finite, undo = self._context.finite, self._undos.newest
-        before: dict[StateKey, Tensor] = {("buffer", name): buffer for name, buffer in undo.before().items()}
-        now = list(self._context.learner.leaves())
-        spoilt = finite.corrupt((key, leaf) for key, leaf in now if key in before)
-        sound = finite.corrupt(before.items()) is None
-        if spoilt is None or not sound or finite.corrupt((key, leaf) for key, leaf in now if key not in before):
-            return  # the bad value has another source
+        before = undo.before()
+        now = self._context.learner.leaves()
+        spoilt = finite.corrupt((key, leaf) for key, leaf in now if key[0] == "buffer" and key[1] in before)
+        if spoilt is None or is_bad_elsewhere(self._context, undo):
+            return
         message = f"the forward pass made {spoilt} NaN or Inf, and no update was made from its batch"
         fault = Fault("non_finite_statistics", "batch", spoilt, None, message)
         finding = self._records.diagnosis(fault)

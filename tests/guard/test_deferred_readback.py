@@ -30,10 +30,10 @@ def test_only_readings_two_updates_old_are_waited_for() -> None:
     loop = PlainLoop()
     readings = readings_of(loop)
     for step in (1, 2, 3, 4):
-        readings.defer(pending(step), BatchUndo(loop.net))
+        readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
     assert readings.arrived(2) is None
     taken = [one for _ in range(3) if (one := readings.arrived(4)) is not None]
-    assert [reading.step for reading, _ in taken] == [1, 2]
+    assert [reading.step for reading, *_ in taken] == [1, 2]
     assert len(readings) == 2
     assert readings.next()[0].step == 3
 
@@ -43,9 +43,9 @@ def test_readings_that_have_arrived_are_read_at_once() -> None:
     loop = PlainLoop()
     readings = readings_of(loop)
     for step in (1, 2):
-        readings.defer(pending(step), BatchUndo(loop.net))
+        readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
     taken = [one for _ in range(3) if (one := readings.arrived(2)) is not None]
-    assert [reading.step for reading, _ in taken] == [1, 2]
+    assert [reading.step for reading, *_ in taken] == [1, 2]
 
 
 @pytest.mark.usefixtures("late")
@@ -54,7 +54,7 @@ def test_before_an_update_that_is_read_in_time_all_others_are_read() -> None:
     loop = PlainLoop(settings=Settings(deferred=True))
     readback, caution = loop.guard._parts.readback, loop.guard._parts.caution
     for step in (1, 2):
-        readback._readings.defer(pending(step), BatchUndo(loop.net))
+        readback._readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
     loop.guard.context.state.step = 2
     assert list(readback.due(0)) == []
     caution.load_state_dict({"undone": 1, "careful_until": 10})
@@ -81,7 +81,7 @@ def test_a_fused_optimizer_is_told_on_the_device(loss: float, norm: float, by_lo
     loop = PlainLoop(fused=True)
     readings = readings_of(loop, by_loss=by_loss)
     sent = pending(1, loss, norm)
-    readings.defer(sent, BatchUndo(loop.net))
+    readings.defer(sent, BatchUndo(loop.net), line_search=False)
     assert float(loop.optimizer.found_inf) == flag
     assert sent.held_back
     readings.drop_flags()
@@ -103,7 +103,7 @@ def test_other_optimizers_are_told_nothing(fused: bool, observe: bool) -> None:
     """One that is not fused would not listen, and an observed one must not."""
     loop = PlainLoop(fused=fused)
     sent = pending(1, math.nan)
-    readings_of(loop, observe=observe).defer(sent, BatchUndo(loop.net))
+    readings_of(loop, observe=observe).defer(sent, BatchUndo(loop.net), line_search=False)
     assert FLAGS.isdisjoint(vars(loop.optimizer))
     assert not sent.held_back
 
@@ -116,7 +116,7 @@ def test_buffers_of_a_bad_batch_are_put_back_before_the_next() -> None:
         undo = BatchUndo(loop.net)
         undo.open()
         loop.net[0].running_mean.fill_(5.0)
-        readings_of(loop).defer(pending(1, 1.0, norm), undo)
+        readings_of(loop).defer(pending(1, 1.0, norm), undo, line_search=False)
         assert loop.net[0].running_mean.tolist() == [kept] * 3
 
 
@@ -126,7 +126,7 @@ def test_buffers_of_a_bad_batch_are_put_back_before_the_next() -> None:
 def test_whether_a_bad_update_reached_the_weights(fused: bool, norm: float, reached: bool) -> None:
     """The device holds back what is not finite; a finite spike is made, and any update of another optimizer."""
     loop = PlainLoop(fused=fused, settings=Settings(deferred=True))
-    loop.guard._parts.readback._readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net))
+    loop.guard._parts.readback._readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net), line_search=False)
     (arrived,) = loop.guard._parts.readback.flush()
     assert isinstance(arrived, Arrived)
     assert arrived.reached is reached

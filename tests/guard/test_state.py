@@ -21,3 +21,20 @@ def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:
         state.note_rate(1.0 / (state.step + 1))
     assert len(state.rates) == 1024
     assert state.rates[-1] == (2999, 1.0 / 3000)
+
+
+def test_the_evaluations_of_one_step_are_one_update() -> None:
+    """LBFGS evaluates its closure several times in a step; other optimizers may make several updates in a batch."""
+    state = GuardState()
+    assert [state.count(0, several=False) for _ in range(3)] == [True] * 3
+    assert [state.count(1, several=True) for _ in range(3)] == [True, False, False]
+    assert (state.step, state.next_step) == (4, 4)
+    assert state.count(0, several=False)
+    assert (state.step, state.next_step) == (5, 6)
+
+
+def test_the_evaluations_of_one_step_are_one_bad_update() -> None:
+    """A loss that is bad in four evaluations of one step is not usual yet."""
+    state = GuardState()
+    assert not any(state.note_bad_loss(7, 4) for _ in range(4))
+    assert [state.note_bad_loss(step, 4) for step in (8, 9, 10)] == [False, False, True]

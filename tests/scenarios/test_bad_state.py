@@ -13,9 +13,7 @@ from pytorch_lightning import Callback
 from torch import nn, optim
 from torch.optim import Optimizer
 
-from lightning_nanguard import (
-    NaNGuard,
-)
+from lightning_nanguard import Budget, NaNGuard, TrainingDivergedError
 from tests.helpers import (
     ONCE,
     FaultAt,
@@ -30,6 +28,7 @@ from tests.helpers import (
     non_finite,
     state_of,
     task,
+    with_nan,
     words,
 )
 from tests.scenarios.struck import INF, NAN, STEPS, WAYS, adam, assert_sound, batch_of, struck
@@ -248,3 +247,16 @@ def test_steps_of_several_evaluations_are_counted_once(tmp_path: Path) -> None:
     (found,) = guard.interventions
     assert found.snapshot_step is not None
     assert 0 < found.updates_lost == found.global_step - found.snapshot_step
+
+
+@pytest.mark.parametrize("max_iter", [1, 6])
+def test_shares_of_skipped_updates_with_several_evaluations(max_iter: int, tmp_path: Path) -> None:
+    """The budget and the advice count each step of LBFGS once, however often it evaluates its closure."""
+    data = [with_nan(batch) if index % 2 else batch for index, batch in enumerate(batches(count=60))]
+    guard = NaNGuard(budget=Budget(max_skip_share=0.3), dirpath=tmp_path)
+    lbfgs = partial(optim.LBFGS, lr=0.05, max_iter=max_iter, tolerance_change=0.0)
+    with pytest.raises(TrainingDivergedError, match=r"33 of the last 67 updates were bad"):
+        fit(Task(mlp(), lbfgs), data, guard, folder=tmp_path, max_epochs=2)
+    assert guard.interventions[-1].global_step == 66
+    advice = next(one for one in guard.advice if one.finding.cause == "many_skipped_batches")
+    assert advice.finding.evidence["updates"] == advice.global_step

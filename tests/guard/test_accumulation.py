@@ -1,0 +1,72 @@
+"""Batches that are left out of a later update; whole runs are in tests/scenarios/test_accumulation_by_hand.py."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_nanguard.guard.context import Settings
+from tests.guard.plain_loop import PlainLoop, remedies
+
+
+class Accumulates(PlainLoop):
+    """Adds the gradients of several batches, and cannot run a batch again."""
+
+    def comparable(self) -> bool:
+        return False
+
+    def add(self, value: float = 1.0, *, read: bool = True) -> None:
+        """A batch in which no optimizer steps.
+
+        Args:
+            value: A number of the batch.
+            read: Whether the loss can be read before its backward pass.
+        """
+        self.batch = torch.full((8, 3), value)
+        self.guard.open_batch()
+        loss = self.loss()
+        self.guard.see_loss(loss)
+        if not read:
+            self.guard._parts.steps.accumulation.open()
+        loss.backward()
+        self.guard.close_batch()
+
+    def gradients(self) -> list[Tensor]:
+        return [torch.zeros(()) if p.grad is None else p.grad.clone() for p in self.net.parameters()]
+
+
+def started(**options: Any) -> Accumulates:
+    loop = Accumulates(**options)
+    loop.run(4)
+    loop.optimizer.zero_grad()
+    return loop
+
+
+@pytest.mark.parametrize("read", [True, False])
+@pytest.mark.parametrize("first", [True, False])
+def test_gradients_of_earlier_batches_are_kept(read: bool, first: bool) -> None:
+    """They are as before the bad batch; if its loss could not be read before its backward pass, they are zero."""
+    loop = started()
+    if not first:
+        loop.add()
+    before = loop.gradients()
+    loop.add(math.nan, read=read)
+    expected = before if read else [torch.zeros_like(one) for one in before]
+    assert all(bool((now == then).all()) for now, then in zip(loop.gradients(), expected, strict=True))
+    assert remedies(loop) == [("leave out",)]
+    loop.add()
+    assert remedies(loop) == [("leave out",)]
+    assert all(bool(one.isfinite().all()) for one in loop.gradients())
+
+
+@pytest.mark.parametrize("settings", [Settings(observe=True), Settings(deferred=True)])
+def test_nothing_is_left_out(settings: Settings) -> None:
+    """Where the guard only observes, and where it must not wait for a loss."""
+    loop = started(settings=settings)
+    loop.add(math.nan)
+    assert remedies(loop) == []
+    assert not all(bool(one.isfinite().all()) for one in loop.gradients())
