@@ -80,6 +80,24 @@ def test_a_window_that_is_bad_on_all_ranks(seen: Results) -> None:
     assert agreed(seen, "all of a window")["end"] == agreed(seen, "never a window")["end"]
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_gradient_that_one_rank_makes_bad_again(seen: Results, rank: int) -> None:
+    """If a repeated step or window gives a gradient that a hook of one rank makes bad, both ranks skip the update
+    before it is made, and the record names the rank."""
+    for name, twin in ((f"spoils {rank}", "never"), (f"spoils a window {rank}", "never a window")):
+        record = record_of(seen, name)
+        assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_gradient", ["skip"], [rank])
+        assert agreed(seen, name)["end"] == agreed(seen, twin)["end"]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_weight_that_goes_bad_on_one_rank_in_a_window(seen: Results, rank: int) -> None:
+    """No micro-batch is left out, because none is at fault: the state is restored on both ranks."""
+    record = record_of(seen, f"weight in a window {rank}")
+    assert (record["remedies"], record["cause"]) == (["restore"], "corrupted_state")
+    assert agreed(seen, f"weight in a window {rank}")["finite"]
+
+
 def test_a_late_fault_of_one_rank(seen: Results) -> None:
     """In deferred readback nothing is made again among ranks: the update is undone."""
     assert record_of(seen, "late")["remedies"] == ["restore"]
