@@ -187,7 +187,9 @@ def again(worker: Worker) -> None:
     everywhere = {"accumulate_grad_batches": 2, "data": lambda rank: marked(rank, AT - 1, AT)(rank)}
     worker.fit("all of a window", Marked("loss"), **everywhere)
     worker.fit("never a window", Marked("loss"), guarded=False, **{**everywhere, "data": without(AT - 1, AT)})
+    worker.fit("never soon", Marked("loss"), guarded=False, data=without(1))
     for rank in range(worker.world):
+        worker.fit(f"raises soon {rank}", Marked("raises"), data=marked(rank, 1))
         window = {"accumulate_grad_batches": 2}
         worker.fit(f"spoils {rank}", Spoils(rank, "gradient", (AT,), Fault("loss", (AT,))))
         worker.fit(f"spoils a window {rank}", Spoils(rank, "gradient", (AT - 1, AT)), **window)

@@ -53,6 +53,14 @@ def test_a_fault_that_comes_back(seen: Results, rank: int, way: str) -> None:
     assert record["message"].startswith("training_step raised ValueError: Expected value") == (way == "raises")
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_exception_before_any_batch_is_known_to_be_good(seen: Results, rank: int) -> None:
+    """A step that raises in the second update because of its numbers: the batch of the first one shows this."""
+    name = f"raises soon {rank}"
+    assert (record_of(seen, name)["remedies"], record_of(seen, name)["ranks"]) == (["skip"], [rank])
+    assert agreed(seen, name)["end"] == agreed(seen, "never soon")["end"]
+
+
 @pytest.mark.parametrize("way", ["loss", "raises"])
 @pytest.mark.parametrize("bad", LEFT_OUT)
 @pytest.mark.parametrize("rank", RANKS)
