@@ -96,13 +96,28 @@ class StepCheck:
         reading = self._context.state.unusual(reading)
         if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        return self._fault_of(reading, extreme=extreme) if self._ranks is None else self._fault_of_all(reading)
+        if self._ranks is None:
+            return self._fault_of(reading, extreme=extreme)
+        return None if reading.gradient_finite else self._fault_of_all(reading)
+
+    def fault_on_any(self, *, careful: bool) -> Fault | None:
+        """The certain fault of the next update, which all ranks have just made again; all ranks must call it.
+
+        A hook of one rank may make a gradient bad after the ranks have synchronised it. It then counts as bad on all
+        ranks, so that all of them do the same.
+
+        Args:
+            careful: Whether other code may change the gradients before the optimizer's step.
+        """
+        if not self.reads_in_time():
+            return None
+        reading = self._meter.measure_early(self.number, _OPTIMIZER, careful=careful)
+        reading = self._context.state.unusual(reading or Reading(self.number, _OPTIMIZER, None, None))
+        return self._fault_of_all(reading) if any(self._context.ranks.gather(not reading.gradient_finite)) else None
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
-        """The fault of an update whose gradient is bad on all ranks; ``None`` if only some ranks see it."""
+        """The fault of an update that looks bad to all ranks; ``None`` if only some ranks see it."""
         assert self._ranks is not None
-        if reading.gradient_finite:
-            return None
         heard = self._ranks.tell_early(reading, self._undos.present)
         if heard is None:
             return None

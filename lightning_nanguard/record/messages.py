@@ -33,7 +33,8 @@ def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS
     else:
         why = ""
     done, cause = _done(intervention), _cause(intervention, thresholds)
-    return printable(f"{when(intervention)}: {intervention.fault}{place}{why}; {done}{cause}")
+    ranks = _ranks(intervention, thresholds)
+    return printable(f"{when(intervention)}: {intervention.fault}{place}{ranks}{why}; {done}{cause}")
 
 
 def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
@@ -56,7 +57,8 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
     what = intervention.message.rstrip(". ")
     if not what and intervention.value is not None:
         what = f"{intervention.value:.4g}"
-    lines = [f"{when(intervention)}: {kind}{place}{f': {what}' if what else ''}"]
+    ranks = _ranks(intervention, thresholds)
+    lines = [f"{when(intervention)}: {kind}{place}{ranks}{f': {what}' if what else ''}"]
     finding, advice = intervention.finding, ""
     if finding is not None:
         reason, advice = _reason_and_advice(finding.suggestion)
@@ -97,7 +99,14 @@ def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECOR
     """
     words = "" if intervention.finding is None else samples_in_words(intervention.finding, thresholds)
     samples = f" ({words})" if words else ""
-    return printable(f"{when(intervention)}: {in_words(intervention.fault)} again{samples}; {_done(intervention)}")
+    ranks = "" if "on rank" in words else _ranks(intervention, thresholds)
+    again = f"{in_words(intervention.fault)}{ranks} again"
+    return printable(f"{when(intervention)}: {again}{samples}; {_done(intervention)}")
+
+
+def _ranks(intervention: Intervention, thresholds: RecordsThresholds) -> str:
+    """The ranks that saw the fault; empty if all did."""
+    return f" on {listed_numbers('rank', intervention.ranks, thresholds)}" if intervention.ranks else ""
 
 
 def when(intervention: Intervention) -> str:

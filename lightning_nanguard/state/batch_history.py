@@ -194,6 +194,12 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return list(self._healthy)
 
+    def earlier(self) -> Any:
+        """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
+        if self._healthy:
+            return self._healthy[-1][0]
+        return next((one[2] for one in reversed(self._micros) if one[0] < self._micros[-1][0]), None)
+
     def healthy_before(self) -> list[Any]:
         """The newest healthy batches before the present update, the newest last."""
         # Micro-batches of an unfinished window are already among the healthy ones.

@@ -65,6 +65,38 @@ class Marked(Faulty):
                     parameter.grad.mul_(1 / self.good)
 
 
+class Spoils(Marked):
+    """Something of the user's makes numbers of one rank bad.
+
+    Args:
+        rank: The rank.
+        what: ``"gradient"``, after every backward pass of some batches, or ``"weight"``, once before the first of them.
+        bad: The batches.
+        fault: A fault of the loss that is gone when the step is made again.
+    """
+
+    def __init__(self, rank: int, what: str, bad: tuple[int, ...], fault: Fault | None = None) -> None:
+        super().__init__("loss")
+        self.rank, self.what, self.spoilt, self.fault = rank, what, bad, fault or self.fault
+        self.index = -1
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.index = batch_idx
+        if self.what == "weight" and batch_idx == self.spoilt[0] and mine() == self.rank:
+            with torch.no_grad():
+                next(self.parameters())[0, 0] = torch.nan
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        loss = super().training_step(batch, batch_idx)
+        return loss * torch.nan if self.fault.strikes("loss") else loss
+
+    def on_after_backward(self) -> None:
+        gradient = next(self.parameters()).grad
+        if self.what == "gradient" and self.index in self.spoilt and mine() == self.rank and gradient is not None:
+            gradient[0, 0] = torch.nan
+
+
 class Communicates(Marked):
     """Its step calls a collective, as a loss over all ranks does."""
 
@@ -155,6 +187,13 @@ def again(worker: Worker) -> None:
     everywhere = {"accumulate_grad_batches": 2, "data": lambda rank: marked(rank, AT - 1, AT)(rank)}
     worker.fit("all of a window", Marked("loss"), **everywhere)
     worker.fit("never a window", Marked("loss"), guarded=False, **{**everywhere, "data": without(AT - 1, AT)})
+    worker.fit("never soon", Marked("loss"), guarded=False, data=without(1))
+    for rank in range(worker.world):
+        worker.fit(f"raises soon {rank}", Marked("raises"), data=marked(rank, 1))
+        window = {"accumulate_grad_batches": 2}
+        worker.fit(f"spoils {rank}", Spoils(rank, "gradient", (AT,), Fault("loss", (AT,))))
+        worker.fit(f"spoils a window {rank}", Spoils(rank, "gradient", (AT - 1, AT)), **window)
+        worker.fit(f"weight in a window {rank}", Spoils(rank, "weight", (AT - 1,)), **window)
     worker.fit("late", Marked("loss"), data=marked(1, AT), guard=NaNGuard(readback="deferred"))
 
 

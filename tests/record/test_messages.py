@@ -127,6 +127,20 @@ def test_told_in_full() -> None:
     assert "why: bad label in x (sample 4): Clean it" in tell(replace(SKIP, finding=short))
 
 
+def test_ranks() -> None:
+    """Every text names the ranks that saw the fault, if not all did, and names none twice."""
+    one, two = replace(SKIP, ranks=(1,)), replace(SKIP, ranks=(0, 2))
+    assert describe(one).startswith(
+        "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight on rank 1;"
+    )
+    assert tell(one).startswith(
+        "step 412 (epoch 3, batch 12): non-finite gradient (gradient of net.0.weight) on rank 1"
+    )
+    assert tell_again(two) == "step 412 (epoch 3, batch 12): non-finite gradient on ranks 0, 2 again; skipped the batch"
+    found = Finding("bad_label", 1.0, {"rank": 1.0}, samples=(4,), rows=(100,))
+    assert tell_again(replace(one, finding=found)).count("on rank 1") == 1
+
+
 def test_told_again() -> None:
     """Something that is back is told in one short line, with the samples."""
     known = replace(SKIP, finding=Finding("non_finite_input", 1.0, {}, "field 0", (3,), "Clean the data."))

@@ -154,3 +154,15 @@ def test_a_micro_batch_that_was_left_out_is_not_healthy() -> None:
     history.leave_out(batches[1])
     history.accept(batches[3], 3)
     assert [index for _, index in history.healthy] == [2, 3]
+
+
+def test_an_earlier_batch() -> None:
+    """The newest healthy batch; before one is known, the newest one of an update before the present one."""
+    history, one, other = BatchHistory(CPU, updates=3), torch.zeros(2), torch.ones(2)
+    assert history.earlier() is None
+    history.add(1, 0, one)
+    assert history.earlier() is None
+    history.add(2, 1, other)
+    assert history.earlier() is one
+    history.accept_update(2)
+    assert history.earlier() is other

@@ -137,6 +137,8 @@ class Attempts:
             extreme: Whether a finite loss that is far too large counts as a fault.
         """
         self._window.weigh(self._gradients)
+        if self.together and self.repeats:
+            return self._check.fault_on_any(careful=self._careful)
         return self._check.fault(careful=self._careful, extreme=extreme)
 
     @contextmanager

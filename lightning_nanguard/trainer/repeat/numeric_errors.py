@@ -98,21 +98,21 @@ class NumericErrors:
     def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
         """Whether the step succeeds with other numbers in the batch, or with the last good weights.
 
-        The other numbers come from a healthy batch, or are zeros instead of NaN and Inf. The batch keeps its structure,
-        shape and index, and runs from the same random numbers and attributes. So an exception with another cause is
-        raised again.
+        The other numbers come from an earlier batch, or are zeros instead of NaN and Inf. The batch keeps its
+        structure, shape and index, and runs from the same random numbers and attributes. So an exception with another
+        cause is raised again.
 
         Args:
             run: The micro-batch that raised the exception.
             start: The state from which it began.
             backward: Whether the exception was raised in the backward pass.
         """
-        healthy = self._replay.batches.healthy
-        # In the first update the user's code is at fault. With several ranks, batches count as healthy only later.
-        others = [finite_in(run.batch)] if healthy or self._context.state.step else []
-        if healthy:
+        earlier = self._replay.batches.earlier()
+        # In the first update the user's code is at fault.
+        others = [finite_in(run.batch)] if earlier is not None or self._context.state.step else []
+        if earlier is not None:
             # A healthy batch may hold NaN that did no harm there but causes the exception here.
-            other = with_values_of(run.batch, healthy[-1][0])
+            other = with_values_of(run.batch, earlier)
             others = [other, finite_in(other), *others]
         others = [one for one in others if one is not None]
         if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):

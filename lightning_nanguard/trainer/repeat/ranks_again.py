@@ -98,8 +98,10 @@ class RanksAgain:
         trace = undo_if_room(self._parts.replay.make_undo, parameters)
         if not all(self._ranks.gather(trace is not None)) or trace is None:
             return first.result
-        self._check.drop_losses()
         self._undos.undo()
+        if not self._check.state_is_finite():
+            return first.result  # no micro-batch is at fault; the guard restores the state
+        self._check.drop_losses()
         with self._runs.repeating(counted=True):
             with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]

@@ -53,6 +53,14 @@ def test_a_fault_that_comes_back(seen: Results, rank: int, way: str) -> None:
     assert record["message"].startswith("training_step raised ValueError: Expected value") == (way == "raises")
 
 
+@pytest.mark.parametrize("rank", RANKS)
+def test_an_exception_before_any_batch_is_known_to_be_good(seen: Results, rank: int) -> None:
+    """A step that raises in the second update because of its numbers: the batch of the first one shows this."""
+    name = f"raises soon {rank}"
+    assert (record_of(seen, name)["remedies"], record_of(seen, name)["ranks"]) == (["skip"], [rank])
+    assert agreed(seen, name)["end"] == agreed(seen, "never soon")["end"]
+
+
 @pytest.mark.parametrize("way", ["loss", "raises"])
 @pytest.mark.parametrize("bad", LEFT_OUT)
 @pytest.mark.parametrize("rank", RANKS)
@@ -78,6 +86,24 @@ def test_a_window_that_is_bad_on_all_ranks(seen: Results) -> None:
     """Nothing is left to make the update from: it is skipped."""
     assert record_of(seen, "all of a window")["remedies"] == ["skip"]
     assert agreed(seen, "all of a window")["end"] == agreed(seen, "never a window")["end"]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_gradient_that_one_rank_makes_bad_again(seen: Results, rank: int) -> None:
+    """If a repeated step or window gives a gradient that a hook of one rank makes bad, both ranks skip the update
+    before it is made, and the record names the rank."""
+    for name, twin in ((f"spoils {rank}", "never"), (f"spoils a window {rank}", "never a window")):
+        record = record_of(seen, name)
+        assert (record["fault"], record["remedies"], record["ranks"]) == ("non_finite_gradient", ["skip"], [rank])
+        assert agreed(seen, name)["end"] == agreed(seen, twin)["end"]
+
+
+@pytest.mark.parametrize("rank", RANKS)
+def test_a_weight_that_goes_bad_on_one_rank_in_a_window(seen: Results, rank: int) -> None:
+    """No micro-batch is left out, because none is at fault: the state is restored on both ranks."""
+    record = record_of(seen, f"weight in a window {rank}")
+    assert (record["remedies"], record["cause"]) == (["restore"], "corrupted_state")
+    assert agreed(seen, f"weight in a window {rank}")["finite"]
 
 
 def test_a_late_fault_of_one_rank(seen: Results) -> None:
