@@ -149,6 +149,7 @@ class Interventions:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
             plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
+            finding = self._loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
             stop = next((step for step in plan if isinstance(step, Stop)), None)
             fitted = _rate_fitted(plan, finding, evidence, before)
             done = self._runner.apply(fitted, found, known_until, may_redo=False)
