@@ -11,7 +11,7 @@ from lightning_nanguard.types import Comparison, Evidence, Fault, Scope
 def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Scope | None:
     """Find what is at fault: the batch, the learner or the state; ``None`` if the fault was a false alarm."""
     if fault.scope == "state":
-        return "learner" if fault.rate_may_cause and (evidence.rate_rose or _made_worse(evidence)) else "state"
+        return "learner" if fault.rate_may_cause and (evidence.rate_rose or made_worse(evidence)) else "state"
     if fault.conclusive:
         return fault.scope
     if evidence.corrupt is not None:
@@ -24,7 +24,7 @@ def find_scope(fault: Fault, evidence: Evidence, limits: BlameThresholds) -> Sco
     return _batch_or_learner(fault, evidence, limits)
 
 
-def _made_worse(evidence: Evidence) -> bool:
+def made_worse(evidence: Evidence) -> bool:
     """Whether updates made the state so, and it is no better than the one before. Some weights have far to go."""
     # The losses of a divergence are no measure of how much losses differ.
     return evidence.redo_failed and (evidence.comparison is None or worse(evidence.comparison, 0.0))

@@ -79,7 +79,8 @@ class DivergingLoss(Detector):
             return _suspicion("collapsed", level, message, doubtful=not due)
         if not (due or least > self._level()):
             return None
-        message = f"after {updates} updates the loss was {level:.4g}; the run began at {first:.4g}"
+        came = f"after {updates} updates the loss was {level:.4g}, and {first:.4g} at the start of the run"
+        message = f"{came}; a lower learning rate may do better"
         return _suspicion("stuck_loss", level, message, doubtful=True)
 
     def _looks_in_between(self, loss: float) -> bool:

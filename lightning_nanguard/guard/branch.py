@@ -49,12 +49,20 @@ class Branches:
         self.present: Snapshot | None = None
         """The present state of the run, while branches are trained."""
 
-    def hindrance(self) -> str:
-        """Why states cannot be compared on the present batch, in words; ``""`` if they can."""
+    def hindrance(self, *, run: bool = True) -> str:
+        """Why states cannot be compared on the present batch, in words; ``""`` if they can.
+
+        Args:
+            run: Whether the present batch may be run once to find out. Otherwise only what is known is said.
+        """
         context = self._context
-        if not (len(context.learner.optimizers) == 1 and not context.settings.observe and context.replay.trainable()):
+        if context.settings.observe:
+            return "the guard only observes"
+        if len(context.learner.optimizers) > 1:
+            return "the run has several optimizers"
+        if not context.replay.trainable():
             return "the batches of this run cannot be run again"
-        if context.replay.draws_from_weights():
+        if run and context.replay.draws_from_weights():
             return (
                 "the loss depends on samples that the model draws itself, so it does not show which weights are better"
             )

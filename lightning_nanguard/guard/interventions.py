@@ -15,7 +15,7 @@ from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
-from lightning_nanguard.guard.loop import TrainingLoop
+from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -99,7 +99,7 @@ class Interventions:
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
             if not (fault.certain or fault.doubtful or evidence.trial or self._investigator.trial_runs):
-                self._suspicions.tell(fault)  # no trial was possible
+                self._suspicions.tell(fault, reading, self._clock(found))  # no trial was possible
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)
@@ -124,6 +124,10 @@ class Interventions:
                     return
         yield not found.late
 
+    def _clock(self, found: FoundFault) -> Clock:
+        # A late reading is recorded under its own batch, not under the present one.
+        return self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
+
     def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
         context, state = self._context, self._context.state
         before = context.rate.effective()
@@ -145,6 +149,7 @@ class Interventions:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
             plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
+            finding = self._loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
             stop = next((step for step in plan if isinstance(step, Stop)), None)
             fitted = _rate_fitted(plan, finding, evidence, before)
             done = self._runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
@@ -155,8 +160,7 @@ class Interventions:
         words += ("redo",) if done.redone else ()
         fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
         restored = state.restored
-        # A late reading is recorded under its own batch, not under the present one.
-        clock = self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
+        clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
         ranks = evidence.ranks or found.ranks
         self._recorder.record(fault, words, before, finding, ranks, clock, restored, made)

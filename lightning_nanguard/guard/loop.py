@@ -131,8 +131,8 @@ class TrainingLoop(Protocol):
     def record(self, intervention: Intervention) -> None:
         """Store the record of an intervention."""
 
-    def advise(self, finding: Finding) -> None:
-        """Report a suspicion that the guard does not act on."""
+    def advise(self, finding: Finding, clock: Clock | None = None) -> None:
+        """Report a suspicion that the guard does not act on, with its clock; ``None`` for the present one."""
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Find the cause of a fault; ``None`` if none was found. It changes nothing."""

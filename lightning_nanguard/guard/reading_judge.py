@@ -98,11 +98,11 @@ class ReadingJudge:
         reading, learner = arrived.reading, self._context.learner
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
-        reading = self._unusual(reading)
+        reading = self._unusual(reading, late=arrived.late)
         self.non_finite += not (reading.finite or reading.scaler_skips or arrived.line_search)
         quasi_newton = reading.optimizer_index in learner.quasi_newton
         fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
-        if fault is not None and not arrived.line_search and self._large_is_usual(fault, reading):
+        if fault is not None and not arrived.line_search and self._large_is_usual(fault, reading, late=arrived.late):
             reading = self._context.state.unusual(reading)
             fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):
@@ -129,21 +129,21 @@ class ReadingJudge:
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
             self._runner.block(stepping)
 
-    def _unusual(self, reading: Reading) -> Reading:
+    def _unusual(self, reading: Reading, *, late: bool) -> Reading:
         """Remove from a reading the numbers that are usual in this run; tell the user once about them."""
         state = self._context.state
         new = reading.loss_is_bad_alone and not state.bad_losses_usual
         if new and state.note_bad_loss(reading.step, self._patience):
-            self._suspicions.tell_of_bad_losses(reading)
+            self._suspicions.tell_of_bad_losses(reading, late=late)
         return state.unusual(reading)
 
-    def _large_is_usual(self, fault: Fault, reading: Reading) -> bool:
+    def _large_is_usual(self, fault: Fault, reading: Reading, *, late: bool) -> bool:
         """Whether every gradient since the start was finite and too large, so that the update is made anyway."""
         state, patience = self._context.state, self._context.thresholds.decision.blame.patience_with_chance
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False
-        self._suspicions.tell_of_large_gradients(fault)
+        self._suspicions.tell_of_large_gradients(fault, reading, late=late)
         return True
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
@@ -151,7 +151,7 @@ class ReadingJudge:
         looks = fault.scope == "batch" and (fault.extreme if certain_only else fault.doubtful)
         pursued = self._batch_is_strange(fault, arrived, extreme=certain_only) if looks else not certain_only
         if certain_only and not pursued and not fault.doubtful:
-            self._suspicions.advise(fault, arrived.reading)
+            self._suspicions.advise(fault, arrived.reading, late=arrived.late)
         return pursued
 
     def _batch_is_strange(self, fault: Fault, arrived: Arrived, *, extreme: bool) -> bool:

@@ -34,26 +34,44 @@ class Suspicions:
         self._investigator = investigator
         self._recorder = recorder
 
-    def advise(self, fault: Fault, reading: Reading) -> None:
-        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while."""
-        self._context.monitors.dismiss(reading)
-        self.tell(fault)
+    def advise(self, fault: Fault, reading: Reading, *, late: bool) -> None:
+        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while.
 
-    def tell(self, fault: Fault) -> None:
-        """Give advice about a suspicion, and remember it."""
-        self.remember(fault, self._loop.clock(), "finite, so nothing was done", "Clip gradients, or look at that batch")
+        Args:
+            fault: The suspicion.
+            reading: Its reading.
+            late: Whether the update was made before its reading was judged. Otherwise it is about to be made.
+        """
+        self._context.monitors.dismiss(reading)
+        self.tell(fault, reading, self._clock(reading, late=late))
+
+    def tell(self, fault: Fault, reading: Reading, clock: Clock) -> None:
+        """Give advice about a suspicion, and remember it.
+
+        Args:
+            fault: The suspicion.
+            reading: Its reading.
+            clock: Its ``global_step``, epoch and batch.
+        """
+        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
         found = self._shown_by_weights(fault)
         if found is not None:
-            self._loop.advise(replace(found, suggestion=f"{fault.message}; {found.suggestion} {self._unchanged()}"))
+            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged()}"
+            self._loop.advise(replace(found, suggestion=suggestion), clock)
             return
         evidence = {} if fault.value is None else {"value": fault.value}
-        if fault.scope == "learner" and not self._is_above_noise(fault):
+        if fault.scope == "learner" and not self._is_above_noise(fault, reading.optimizer_index):
             return
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
             f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
         )
-        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+        several = len(self._context.learner.optimizers) > 1
+        place = f"the {fault.place} of optimizer {reading.optimizer_index}" if several else fault.place
+        self._loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
+
+    def _clock(self, reading: Reading, *, late: bool) -> Clock:
+        return self._recorder.clock_of(reading.step) if late else self._recorder.now(unmade=True)
 
     def remember(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
         """Remember a fault whose update was made, because it may explain a state that becomes bad later.
@@ -67,7 +85,7 @@ class Suspicions:
         words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
         self._context.state.told = self._context.state.step, words
 
-    def tell_of_bad_losses(self, reading: Reading) -> None:
+    def tell_of_bad_losses(self, reading: Reading, *, late: bool) -> None:
         """Tell the user once that losses are not finite while gradients are."""
         infinite = reading.loss is not None and math.isinf(reading.loss)
         what, remedy = (
@@ -84,11 +102,11 @@ class Suspicions:
             f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        self._loop.advise(
-            Finding("infinite_loss" if infinite else "nan_loss", confidence, {}, "loss", suggestion=suggestion)
-        )
+        cause = "infinite_loss" if infinite else "nan_loss"
+        finding = Finding(cause, confidence, {}, "loss", suggestion=suggestion)
+        self._loop.advise(finding, self._clock(reading, late=late))
 
-    def tell_of_large_gradients(self, fault: Fault) -> None:
+    def tell_of_large_gradients(self, fault: Fault, reading: Reading, *, late: bool) -> None:
         """Tell the user once that every gradient so far was finite and too large."""
         state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
@@ -97,25 +115,24 @@ class Suspicions:
             "Scale the loss down and the learning rate up."
         )
         evidence = {} if fault.value is None else {"value": fault.value}
-        self._loop.advise(Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion))
+        finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
+        self._loop.advise(finding, self._clock(reading, late=late))
 
     def _unchanged(self) -> str:
-        if self._context.settings.act_on == "evidence":
-            return "Nothing was changed: every number is finite, and no trial can be made."
-        return (
-            "Nothing was changed: every number is finite. "
-            'NaNGuard(act_on="evidence") would look for further evidence and act on it.'
-        )
+        nothing, hindrance = "Nothing was changed: every number is finite", self._investigator.hindrance()
+        if hindrance or self._context.settings.act_on == "evidence":
+            return f"{nothing}, and no trial can be made{f', because {hindrance}' if hindrance else ''}."
+        return f'{nothing}. NaNGuard(act_on="evidence") would look for further evidence and act on it.'
 
     def _from_now_on(self, why: str) -> str:
         return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
 
-    def _is_above_noise(self, fault: Fault) -> bool:
+    def _is_above_noise(self, fault: Fault, optimizer_index: int) -> bool:
         """Whether the loss is above the first loss of the run by more than the middle half of the newest losses spans.
 
         Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
         """
-        history = self._context.monitors.history(0)
+        history = self._context.monitors.history(optimizer_index)
         if history is None or history.first is None or fault.value is None or fault.value <= history.first:
             return True
         newest = history.losses(self._context.thresholds.detection.diverging_loss.readings)

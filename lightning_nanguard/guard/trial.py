@@ -140,6 +140,19 @@ class TrialRunner:
         """Whether a trial runs."""
         return self._running is not None
 
+    def hindrance(self) -> str:
+        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it."""
+        if self._control.failed:
+            return NOT_ALIKE
+        if hindrance := self._branches.hindrance():
+            return hindrance
+        left = min(self._context.ranks.gather(self._loop.updates_left()))
+        return "the run ends before a trial would" if left < self._limits.updates else ""
+
+    def known_hindrance(self) -> str:
+        """Why no trial can be made in this run, as far as that is known without running a batch; ``""`` if one may."""
+        return self._branches.hindrance(run=False)
+
     def pursue(self, found: FoundFault, start: Snapshot, best: Snapshot) -> None:
         """Begin the trial that a suspicion calls for.
 
@@ -177,11 +190,9 @@ class TrialRunner:
         Returns:
             Whether a trial is running now.
         """
-        if self._running is not None or self._control.failed or self._branches.hindrance():
+        if self._running is not None or self.hindrance():
             return self._running is not None
         limits, base = self._limits, arm or start
-        if min(self._context.ranks.gather(self._loop.updates_left())) < limits.updates:
-            return False  # the run would end first
         if arm is None and not (self._asks_anew() or may_begin(fault, self._made, self._context.state.step, limits)):
             return False
         room = self._room()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, final, get_args
@@ -77,7 +78,7 @@ class HeldTrial:
 
 
 def trials_in_words(trials: Sequence[HeldTrial]) -> str:
-    """The number of trials, and how many of them confirmed nothing; ``""`` without a trial.
+    """The number of trials, and how many of them had which outcome; ``""`` without a trial.
 
     Args:
         trials: The trials.
@@ -88,9 +89,16 @@ def trials_in_words(trials: Sequence[HeldTrial]) -> str:
     """
     if not trials:
         return ""
-    confirmed = sum(one.outcome == "confirmed" for one in trials)
+    reasons = "; ".join(dict.fromkeys(one.reason for one in trials if one.outcome == "no result"))
+    words: dict[Outcome, str] = {
+        "confirmed": "confirmed the suspicion",
+        "not confirmed": "confirmed nothing",
+        "no result": f"ended without a result ({reasons})",
+    }
+    counts = Counter(one.outcome for one in trials)
     held = f"{counted(len(trials), 'trial')} held (steps {trials[0].begun_step} to {trials[-1].global_step})"
-    if not confirmed:
-        return f"{held}, which confirmed nothing and changed nothing"
-    rest = "" if confirmed == len(trials) else "; the others changed nothing"
-    return f"{held}, of which {confirmed:,} confirmed the suspicion{rest}"
+    if len(counts) == 1 and "confirmed" not in counts:
+        return f"{held}, which {words[trials[0].outcome]} and changed nothing"
+    each = ", ".join(f"{counts[outcome]:,} {told}" for outcome, told in words.items() if counts[outcome])
+    rest = "; the others changed nothing" if "confirmed" in counts and len(counts) > 1 else ""
+    return f"{held}, of which {each}{rest}"

@@ -233,18 +233,20 @@ class Diagnostics:
         if advice is not None:
             self.advise("skipped batches", advice)
 
-    def advise(self, occasion: str, finding: Finding) -> None:
+    def advise(self, occasion: str, finding: Finding, step: int | None = None) -> None:
         """Give advice, once for each cause and place, and once more if the user asks. Its number is bounded.
 
         Args:
             occasion: When the guard gives it.
             finding: The finding.
+            step: Its ``global_step``; ``None`` for the present one.
         """
         given, asked = self._advice.given, occasion == "asked"
         about = {(one.finding.cause, one.finding.place) for one in given if not asked or one.occasion == occasion}
         if (finding.cause, finding.place) in about or len(given) >= self._most_advice:
             return
-        self._advice.give(Advice(self._trainer.global_step, self._trainer.current_epoch, occasion, finding))
+        at = self._trainer.global_step if step is None else step
+        self._advice.give(Advice(at, self._trainer.current_epoch, occasion, finding))
 
     def _is_whole(self) -> bool:
         return self._trainer.world_size == 1 and not self._ranks.sharded

@@ -62,9 +62,9 @@ class TrainerLoop:
         self._sinks.write(replace(intervention, run=self._run_id))
         self._diagnostics.note(intervention)
 
-    def advise(self, finding: Finding) -> None:
+    def advise(self, finding: Finding, clock: Clock | None = None) -> None:
         """Give advice about a suspicion that the guard does not act on."""
-        self._diagnostics.advise(SUSPICION, finding)
+        self._diagnostics.advise(SUSPICION, finding, None if clock is None else clock[0])
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Find the cause of an update's fault; ``None`` if none was found."""

@@ -39,6 +39,7 @@ def test_how_a_loss_looks(losses: Callable[[int], float], kinds: set[str]) -> No
         assert (fault.scope, fault.certain, fault.proof) == ("learner", False, "trial")
         assert fault.doubtful == (fault.kind == "stuck_loss" or step not in DUE)
         assert f"{losses(0):.4g}" in fault.message
+        assert ("a lower learning rate may do better" in fault.message) == (fault.kind == "stuck_loss")
 
 
 def test_a_rollback_starts_the_distances_anew() -> None:

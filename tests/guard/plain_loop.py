@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rules import diagnose
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.loop import NoReplay
+from lightning_nanguard.guard.loop import Clock, NoReplay
 from lightning_nanguard.types import Evidence, Finding
 
 Spoil = Callable[[int, Tensor], None]
@@ -95,7 +95,7 @@ class PlainLoop(NoReplay):
     def record(self, intervention: Intervention) -> None:
         self.records.append(intervention)
 
-    def advise(self, finding: Finding) -> None:
+    def advise(self, finding: Finding, clock: Clock | None = None) -> None:
         self.advice.append(finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: str, update: int) -> Finding | None:

@@ -62,15 +62,18 @@ def test_a_branch_of_an_earlier_state_can_be_gone_on_from() -> None:
 
 
 def test_where_no_branch_is_possible() -> None:
-    """A loop that cannot run batches again, one that only observes, and one whose model draws its own samples, have
-    none, and the reason is given."""
-    again = "the batches of this run cannot be run again"
-    assert branches(PlainLoop()).hindrance() == again
-    assert branches(BranchingLoop(lr=0.05, settings=Settings(observe=True))).hindrance() == again
+    """A loop that cannot run batches again, and one that only observes, have none, which is said in words."""
+    assert branches(PlainLoop()).hindrance() == "the batches of this run cannot be run again"
+    watched = BranchingLoop(lr=0.05, settings=Settings(observe=True))
+    assert branches(watched).hindrance() == "the guard only observes"
     assert branches(BranchingLoop(lr=0.05)).hindrance() == ""
 
-    class Draws(BranchingLoop):
-        def draws_from_weights(self) -> bool:
-            return True
 
-    assert "samples that the model draws itself" in branches(Draws(lr=0.05)).hindrance()
+def test_what_is_known_of_it_without_a_run() -> None:
+    """Whether a loss depends on samples of the model is found out by running a batch, and only if that is allowed."""
+    loop = BranchingLoop(lr=0.05)
+    asked: list[bool] = []
+    loop.draws_from_weights = lambda: bool(asked.append(True)) or True  # type: ignore[method-assign]
+    assert branches(loop).hindrance(run=False) == ""
+    assert not asked
+    assert "samples that the model draws itself" in branches(loop).hindrance()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
-from lightning_nanguard import Fault, Reading
+from lightning_nanguard import Detector, Fault, NaNGuard, Reading
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
-from lightning_nanguard.types import Finding
+from lightning_nanguard.types import ActOn, Finding
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
+from tests.helpers import batches, fit, task
 
+LEARNER = Fault("odd_loss", "learner", "loss", 9.0, "the loss is odd", certain=False, proof="trial")
+CERTAIN = Settings(snapshot_every=4)
 FAULT = Fault("loss_spike", "batch", "loss", 9.0, "the loss rose to 9", certain=False)
 
 
@@ -23,14 +28,24 @@ def trained(settings: Settings) -> tuple[PlainLoop, Suspicions]:
 
 
 @pytest.mark.parametrize(
-    ("settings", "words"),
-    [(Settings(snapshot_every=4), 'NaNGuard(act_on="evidence") would'), (EVIDENCE, "no trial can be made")],
-    ids=["certain", "evidence"],
+    ("settings", "possible", "words"),
+    [
+        (CERTAIN, True, 'every number is finite. NaNGuard(act_on="evidence") would'),
+        (CERTAIN, False, "and no trial can be made, because the batches of this run cannot be run again."),
+        (replace(CERTAIN, observe=True), True, "and no trial can be made, because the guard only observes."),
+        (EVIDENCE, True, "and no trial can be made."),
+        (EVIDENCE, False, "and no trial can be made, because the batches of this run cannot be run again."),
+    ],
+    ids=["certain", "certain-hindered", "observing", "evidence", "evidence-hindered"],
 )
-def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings, words: str) -> None:
-    """It is remembered, too, because it may explain a state that becomes bad later."""
+def test_advice_says_what_was_seen_and_that_nothing_was_done(
+    settings: Settings, possible: bool, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It says why no trial can be made, and points to trials only where one can. It is remembered, too, because it may
+    explain a state that becomes bad later."""
     loop, suspicions = trained(settings)
-    suspicions.advise(FAULT, Reading(6, 0, 9.0, 1.0))
+    monkeypatch.setattr(loop, "trainable", lambda: possible)
+    suspicions.advise(FAULT, Reading(6, 0, 9.0, 1.0), late=True)
     (advice,) = loop.advice
     assert (advice.cause, advice.evidence) == ("loss_spike", {"value": 9.0})
     assert advice.suggestion.startswith("the loss rose to 9. If the run diverges")
@@ -39,6 +54,41 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(settings: Settings,
     assert told is not None
     assert told[0] == 6
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
+
+
+class FindsAt(Detector):
+    """Suspects the learner at some steps."""
+
+    def __init__(self, *steps: int) -> None:
+        self.steps = steps
+
+    def check(self, reading: Reading) -> Fault | None:
+        return LEARNER if reading.step in self.steps else None
+
+
+@pytest.mark.parametrize(
+    ("act_on", "words"),
+    [("certain", 'NaNGuard(act_on="evidence") would'), ("evidence", "because the run ends before a trial would")],
+)
+def test_the_step_of_advice(act_on: ActOn, words: str, tmp_path: Path) -> None:
+    """It is that of the state after the update, whether the advice is given before this update or after it."""
+    guard = NaNGuard(act_on=act_on, detectors=[FindsAt(13)])
+    fit(task(), batches(count=20), guard, folder=tmp_path)
+    (advice,) = guard.advice
+    assert (advice.global_step, advice.finding.place) == (13, "loss")
+    assert words in advice.finding.suggestion
+
+
+def test_which_of_several_optimizers(tmp_path: Path) -> None:
+    """Advice names the one whose loss is meant, and does not point to trials, which such a run cannot have."""
+    guard = NaNGuard(detectors=[FindsAt(25, 26)])
+    fit(task("manual"), batches(count=20), guard, folder=tmp_path)
+    assert [(one.global_step, one.finding.place) for one in guard.advice] == [
+        (25, "the loss of optimizer 0"),
+        (26, "the loss of optimizer 1"),
+    ]
+    for one in guard.advice:
+        assert one.finding.suggestion.endswith("no trial can be made, because the run has several optimizers.")
 
 
 @pytest.mark.parametrize(("above", "told"), [(0.5, False), (5.0, True)])
@@ -50,7 +100,8 @@ def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> Non
     assert history.first is not None
     for step in range(7, 23):
         loop.guard.context.monitors.accept(Reading(step, 0, history.first + step % 2, 1.0))
-    suspicions.tell(Fault("exploding_loss", "learner", "loss", history.first + above, "it rose", certain=False))
+    fault = Fault("exploding_loss", "learner", "loss", history.first + above, "it rose", certain=False)
+    suspicions.tell(fault, Reading(23, 0, history.first + above, 1.0), (23, 0, 22))
     assert bool(loop.advice) is told
 
 
@@ -60,7 +111,7 @@ def test_losses_that_are_never_finite(loss: float, cause: str, observe: bool) ->
     """The user is told how many there were in a row and, if the guard acts, that it lets them pass from now on."""
     loop, suspicions = trained(Settings(observe=observe))
     loop.guard.context.state.bad_alone = 6, 5
-    suspicions.tell_of_bad_losses(Reading(6, 0, loss, 1.0, finite=False, loss_finite=False))
+    suspicions.tell_of_bad_losses(Reading(6, 0, loss, 1.0, finite=False, loss_finite=False), late=False)
     (advice,) = loop.advice
     assert advice.cause == cause
     assert "the loss of 5 updates in a row is not finite" in advice.suggestion
@@ -72,14 +123,15 @@ def test_a_known_cause_of_bad_losses_is_repeated() -> None:
     loop, suspicions = trained(Settings())
     found = Finding("log_of_zero", 0.9, {}, "training_step (log, net.py:7)", suggestion="log was given -1")
     loop.guard._parts.recorder.record(Fault("non_finite_loss", "batch", "loss"), ("skip",), [], found)
-    suspicions.tell_of_bad_losses(Reading(6, 0, math.nan, 1.0, finite=False, loss_finite=False))
+    suspicions.tell_of_bad_losses(Reading(6, 0, math.nan, 1.0, finite=False, loss_finite=False), late=False)
     assert loop.advice[0].suggestion.endswith("They come from training_step (log, net.py:7): log was given -1")
 
 
 def test_gradients_that_are_always_too_large() -> None:
     """The advice says that this is true of all updates, and what to change."""
     loop, suspicions = trained(Settings())
-    suspicions.tell_of_large_gradients(Fault("gradient_overflow", "batch", "gradient", 1e25, "the norm is 1e25"))
+    fault = Fault("gradient_overflow", "batch", "gradient", 1e25, "the norm is 1e25")
+    suspicions.tell_of_large_gradients(fault, Reading(6, 0, 1.0, 1e25), late=False)
     (advice,) = loop.advice
     assert advice.suggestion.startswith("the norm is 1e25. The same is true of all 6 updates so far.")
     assert advice.suggestion.endswith("Scale the loss down and the learning rate up.")

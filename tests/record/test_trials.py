@@ -32,13 +32,20 @@ def test_each_outcome_in_one_line() -> None:
 
 
 def test_all_in_a_few_words() -> None:
-    """How many, from when to when, and how many of them confirmed something."""
+    """How many, from when to when, and how many had which outcome, with the reason if there is none."""
     assert trials_in_words([]) == ""
+    assert trials_in_words([NOTHING, NOTHING]) == (
+        "2 trials held (steps 40 to 104), which confirmed nothing and changed nothing"
+    )
+    assert trials_in_words([ENDED, ENDED]) == (
+        "2 trials held (steps 200 to 210), which ended without a result (the run ended first) and changed nothing"
+    )
     assert trials_in_words([NOTHING, ENDED]) == (
-        "2 trials held (steps 40 to 210), which confirmed nothing and changed nothing"
+        "2 trials held (steps 40 to 210), of which 1 confirmed nothing, 1 ended without a result (the run ended first)"
     )
     assert trials_in_words([NOTHING, SHOWN]) == (
-        "2 trials held (steps 40 to 144), of which 1 confirmed the suspicion; the others changed nothing"
+        "2 trials held (steps 40 to 144), of which 1 confirmed the suspicion, 1 confirmed nothing; the others changed "
+        "nothing"
     )
     assert trials_in_words([SHOWN]).endswith("of which 1 confirmed the suspicion")
 

@@ -205,7 +205,7 @@ class Interleaving(NoReplay):
     def record(self, intervention: Intervention) -> None:
         self.records.append(intervention)
 
-    def advise(self, finding: Any) -> None:
+    def advise(self, finding: Any, clock: Any = None) -> None:
         """Not looked at."""
 
     def diagnose(self, *args: Any) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.decide.blame import learner_did_it
+from lightning_nanguard.decide.blame import learner_did_it, made_worse
 from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
@@ -25,7 +25,7 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
-        if _updates_enlarged_it(case, thresholds.learner):
+        if _updates_enlarged_it(case, thresholds.learner) or made_worse(evidence):
             return None
         # Running statistics also jump if a batch far out of range passes a normalisation layer.
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than before")
@@ -205,7 +205,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
-    if _updates_enlarged_it(case, limits) or (evidence.redo_cause[0] and evidence.growth > limits.ruined):
+    again = made_worse(evidence) or (evidence.redo_cause[0] and evidence.growth > limits.ruined)
+    if _updates_enlarged_it(case, limits) or again:
         return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
         if _lost_what_it_had(evidence) and not signs:

@@ -30,6 +30,7 @@ from tests.diagnosis.rules.faults import (
 )
 
 LARGE = Fault("implausible_state", "state", "parameter w", rate_may_cause=True)
+MOMENT = Fault("implausible_state", "state", "optimizer state exp_avg of w", rate_may_cause=True)
 GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
 RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
 
@@ -39,6 +40,10 @@ ROWS: list[Row] = [
     ("corrupted_state", LOSS, {"jump": "parameter w", "comparison": WORSE}, Clues(origin=Origin("exp", highest=1e30))),
     ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
     ("corrupted_state", FAR_OUT, {}, Clues()),
+    ("corrupted_state", MOMENT, {}, Clues()),
+    # The updates since the snapshot, made again, made it too large again.
+    ("learning_rate_too_high", MOMENT, {"redo_failed": True, "lr": 0.5}, Clues()),
+    ("learning_rate_too_high", MOMENT, {"redo_failed": True, "climbing": True, "lr": 0.5}, Clues()),
     (None, LOSS, {"corrupt": "parameter w", "undo": True}, Clues()),
     ("exp_overflow", LOSS, {}, Clues(change=MOVED, good_finite=False, origin=Origin("exp", highest=1e5))),
     (None, SPIKE, {"usual_norm": 1.0}, Clues(norm=1.5)),
