@@ -108,9 +108,7 @@ def build_guard(
     # With late readings a batch is judged up to two updates later.
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
     check = StepCheck(context, meter, caution, policy, undos, readback)
-    records = StepRecords(context, loop, recorder, policy, readback)
-    unused, accumulation = UnusedBatch(context, undos, records), Accumulation(context, meter, undos, records)
-    steps = StepParts(check, undos, records, unused, accumulation)
+    steps = _steps(context, meter, undos, check, StepRecords(context, loop, recorder, policy, readback))
     late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
         GuardParts(
@@ -135,6 +133,11 @@ def build_guard(
             steps=steps,
         )
     )
+
+
+def _steps(context: GuardContext, meter: Meter, undos: BatchUndos, check: StepCheck, records: StepRecords) -> StepParts:
+    accumulation = Accumulation(context, meter, undos, records)
+    return StepParts(check, undos, records, UnusedBatch(context, undos, records), accumulation)
 
 
 def _recovery(
