@@ -187,8 +187,7 @@ class TrainerBatchReplay:
         if not self._repeatable():
             return None
         optimizer = self._learner.optimizers[0]
-        run = partial(forward_backward, self._trainer, optimizer, self.batch, self.batch_idx)
-        loss = self._averaged(optimizer, partial(self._rehearsed, run), self.batch)
+        loss = self._gradients(optimizer, self.batch, self.batch_idx, rehearsed=True)
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
         finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
@@ -296,12 +295,9 @@ class TrainerBatchReplay:
         # There are too few healthy batches, so the present one is used, although it may be bad.
         return [*healthy, (self.batch, self.batch_idx)]
 
-    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
         run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)
-        return self._averaged(optimizer, run, batch)
-
-    def _averaged(self, optimizer: Optimizer, run: Callable[[], float | None], batch: Any) -> float | None:
-        value = self._attempt(run, batch)
+        value = self._attempt(partial(self._rehearsed, run) if rehearsed else run, batch)
         if value is not None:
             _average_gradients(self._ranks, optimizer)
         return value

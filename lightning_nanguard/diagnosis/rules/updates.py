@@ -20,6 +20,8 @@ def optimizer_update(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
 
 def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The loss is finite, and the forward pass writes a number that is not finite into a buffer."""
+    if case.evidence.growth > thresholds.learner.ruined:
+        return None  # below weights of this size any number overflows
     cure = (
         "Look at what the forward pass writes there: a division by a count or a sum that may be zero, the variance of "
         "one value, the square of an input that is far too large."
@@ -29,8 +31,6 @@ def forward_writes_buffer(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
 
 
 def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: str, cure: str) -> Finding | None:
-    if case.evidence.growth > thresholds.learner.ruined:
-        return None  # weights of this size let any later number overflow
     known, place = case.evidence.redo_cause
     confidence = thresholds.confidence.update_again
     tensor = case.evidence.corrupt or (case.fault.place if case.fault.conclusive else None)
