@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -97,6 +97,32 @@ class ValidHyperparameters:
     def invalid(self, optimizer: Optimizer) -> list[InvalidHyperparameter]:
         """The hyperparameters of an optimizer's groups that were invalid at the last check."""
         return self._invalid.get(id(optimizer), [])
+
+    def used(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The values of each group with which the last update was made, as far as they are checked."""
+        return [dict(self._valid.get(id(group), {})) for group in optimizer.param_groups]
+
+    def use(self, optimizer: Optimizer, others: Sequence[Sequence[Mapping[str, Any]]]) -> None:
+        """Take the values of another process in place of invalid ones, and check the hyperparameters again.
+
+        Args:
+            optimizer: The optimizer.
+            others: Lists of values like :meth:`used`. The first one that has a value counts.
+        """
+        for one in self.invalid(optimizer):
+            groups = (groups[one.group] for groups in others if one.group < len(groups))
+            value = next((group[one.key] for group in groups if group.get(one.key) is not None), None)
+            if value is not None:
+                known = tuple(value) if isinstance(one.value, tuple) else value
+                self._valid[id(optimizer.param_groups[one.group])][one.key] = known
+        self.look(optimizer)
+
+    def present(self, optimizer: Optimizer) -> list[dict[str, Any]]:
+        """The values of each group at the last check, without those that were invalid."""
+        made = self.used(optimizer)
+        for one in self.invalid(optimizer):
+            made[one.group].pop(one.key, None)
+        return made
 
     def rate(self, group: Mapping[str, Any], rate: Any) -> Any:
         """The last valid rate of a group if ``rate`` is invalid and there was a valid one; else ``rate`` itself."""

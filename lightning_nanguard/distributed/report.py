@@ -35,7 +35,7 @@ class Report(NamedTuple):
         parameter_checksum: Checksum of the pending snapshot's parameters.
         optimizer_checksum: Checksum of the pending snapshot's optimizer state.
         outside_fault: Whether this rank has found a fault outside an update since its last report, such as in
-            validation.
+            validation, or has an invalid hyperparameter.
         snapshot_place: Where this rank would keep snapshots, and how many, as
             :meth:`~lightning_nanguard.state.snapshot_room.Place.code` gives it; ``-1`` if that is open.
     """

@@ -113,7 +113,7 @@ class Guard:
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         new = self._state.count(optimizer_index, several=optimizer_index in self._context.learner.quasi_newton)
-        self._parts.hyperparameters.look(optimizer_index)
+        self._judge.add(self._parts.hyperparameters.look(optimizer_index))
         if new:
             self._parts.outliers.see_rates(optimizer_index)
         self._state.note_rate(self._context.rate.first())
@@ -165,6 +165,7 @@ class Guard:
             self._parts.skipper.undo()  # of an update that was skipped without a fault, as of a quarantined batch
         try:
             if found:
+                self._parts.hyperparameters.refresh()
                 self._snapshots.settle()  # handling the fault may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import final
+from dataclasses import asdict
+from typing import Any, final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.act.valid_hyperparameters import InvalidHyperparameter, words_for
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.types import Fault, Finding
+from lightning_nanguard.types import Fault, Finding, Reading
 
 
 @final
 class HyperparameterWatch:
     """Checks the learning rates, weight decay, momentum, betas and eps before each update.
 
-    An invalid value is replaced by the last valid one. If there was none, the update is skipped.
+    An invalid value is replaced by the last valid one. If there was none, the update is skipped. If a value is invalid
+    on some ranks only, they use that of another rank from the next update on. If the update before was made with
+    different values, all ranks go back to a snapshot.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -38,18 +42,29 @@ class HyperparameterWatch:
         self._schedulers = dict(schedulers)
         self._within: set[int] = set()
         self._stretches = 0
+        # With several ranks: what the others are told before the next update, and whether their states differ.
+        self._untold: dict[str, Any] | None = None
+        self._apart = False
 
-    def look(self, optimizer_index: int) -> None:
-        """Check the hyperparameters of the optimizer that steps next."""
+    def look(self, optimizer_index: int) -> FoundFault | None:
+        """Check the hyperparameters of the optimizer that steps next.
+
+        Returns:
+            With several ranks, a fault if they have made an update with different values; else ``None``.
+        """
         valid = self._context.rate.valid
         optimizer = self._context.learner.optimizers[optimizer_index]
-        valid.look(optimizer)
+        apart = None
+        if self._context.state.asks_hyperparameters:
+            apart = self._agree(optimizer_index)
+        else:
+            valid.look(optimizer)
         if not valid.any() and not self._within:
-            return
+            return apart
         invalid = valid.invalid(optimizer)
         if not invalid:
             self._within.discard(optimizer_index)
-            return
+            return apart
         left_out = any(one.valid is None for one in invalid)
         if left_out and not self._context.settings.observe:
             self._skipper.skip(optimizer_index)
@@ -57,9 +72,48 @@ class HyperparameterWatch:
             self._within.add(optimizer_index)
             self._stretches += 1
             if self._stretches & (self._stretches - 1) == 0:
-                self._record(optimizer_index, invalid, left_out=left_out)
+                self._untold = self._described(optimizer_index, invalid, left_out=left_out)
+        if self._untold is not None and not self._context.many:
+            self._record(self._untold, ())
+            self._untold = None
+        return apart
 
-    def _record(self, optimizer_index: int, invalid: list[InvalidHyperparameter], *, left_out: bool) -> None:
+    def refresh(self) -> None:
+        """While a rank has an invalid value, give it the present ones, so that all ranks decide by the same rates."""
+        if not self._context.state.asks_hyperparameters:
+            return
+        for optimizer in self._context.learner.optimizers:
+            self._context.rate.valid.look(optimizer)
+            present = self._context.rate.valid.present(optimizer)
+            self._context.rate.valid.use(optimizer, self._context.ranks.gather(present))
+
+    def _agree(self, optimizer_index: int) -> FoundFault | None:
+        """Take the values of a rank that has valid ones. All ranks call this before the same update."""
+        context, valid = self._context, self._context.rate.valid
+        optimizer = context.learner.optimizers[optimizer_index]
+        used, mine, self._untold = valid.used(optimizer), self._untold, None
+        replaced = [[one.group, one.key] for one in valid.invalid(optimizer)]
+        valid.look(optimizer)
+        told = context.ranks.gather([used, valid.present(optimizer), replaced, mine, valid.any()])
+        context.state.asks_hyperparameters = any(one[4] for one in told)
+        valid.use(optimizer, [*(one[1] for one in told), *(one[0] for one in told)])
+        ranks = tuple(rank for rank, one in enumerate(told) if one[3] is not None)
+        if ranks:
+            self._record(told[ranks[0]][3], ranks if len(ranks) < len(told) else ())
+        wrong = {(group, key) for one in told for group, key in one[2]}
+        self._apart |= any(one[0][group].get(key) != told[0][0][group].get(key) for group, key in wrong for one in told)
+        if not self._apart or context.settings.observe or not context.ring.certified:
+            return None
+        self._apart = False
+        message = "the ranks have made an update with different hyperparameters, because those of one were invalid"
+        fault = Fault("parted_ranks", "state", "hyperparameters", None, message)
+        reading = Reading(context.state.step, optimizer_index, None, None)
+        return FoundFault(fault, reading, reached=True, late=True, ranks=ranks)
+
+    def _described(
+        self, optimizer_index: int, invalid: list[InvalidHyperparameter], *, left_out: bool
+    ) -> dict[str, Any]:
+        """The record of invalid values, in plain containers."""
         first = invalid[0]
         is_rate = first.key == "lr"
         what = "rate" if is_rate else "value"
@@ -68,17 +122,24 @@ class HyperparameterWatch:
         place = first.name
         if len(self._context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
-        cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
-        fault = Fault(
-            "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
-        )
+        kind = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
         finding = Finding(
-            cause,
+            kind,
             confidence=1.0,
             evidence={what: first.number, "group": float(first.group), "scheduler": scheduler},
             place=f"{scheduler}, group {first.group}" if scheduler else place,
             suggestion=f"Correct {scheduler or f'the code that sets the {what}'}: {message}.",
         )
-        word = "skip" if left_out else "hold rate" if is_rate else "hold value"
-        clock = self._recorder.now(unmade=True)
-        self._recorder.record(fault, (word,), self._context.rate.effective(), finding, clock=clock)
+        return {
+            "fault": asdict(Fault(kind, "learner", place, first.number, message)),
+            "finding": asdict(finding),
+            "word": "skip" if left_out else "hold rate" if is_rate else "hold value",
+            "step": self._context.state.step,
+        }
+
+    def _record(self, described: Mapping[str, Any], ranks: tuple[int, ...]) -> None:
+        recorder, step = self._recorder, described["step"]
+        clock = recorder.now(unmade=True) if step == self._context.state.step else recorder.clock_of(step)
+        finding = Finding(**{**described["finding"], "samples": (), "rows": ()})
+        rates = self._context.rate.effective()
+        recorder.record(Fault(**described["fault"]), (described["word"],), rates, finding, ranks, clock)

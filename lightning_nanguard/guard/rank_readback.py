@@ -167,6 +167,8 @@ class RankReadback:
 
     def _hear(self, sent: Sent, *, late: bool) -> Arrived:
         reports = sent.posted.reports()
+        outside = any(one.outside_fault for one in reports)
+        self._context.state.asks_hyperparameters |= outside
         self._snapshots.hear(reports)
         reading = combined_reading(reports, optimizer_index=sent.optimizer_index, sharded=self._context.ranks.sharded)
         held_back = sent.held_back and not any(one.gradient_finite for one in reports)
@@ -177,7 +179,7 @@ class RankReadback:
             late=late,
             line_search=sent.line_search,
             ranks=lambda: outlier_ranks(reports, self._context.thresholds.distributed),
-            outside=self._ask_outside() if any(one.outside_fault for one in reports) else None,
+            outside=self._ask_outside() if outside else None,
         )
 
     def _ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:
@@ -226,7 +228,7 @@ class RankReadback:
             rejects_pending=objects,
             parameter_checksum=parameters,
             optimizer_checksum=moments,
-            outside_fault=self._outside is not None,
+            outside_fault=self._outside is not None or self._context.rate.valid.any(),
             snapshot_place=self._snapshots.wanted_place(),
         )
         posted = self._context.ranks.post(report)

@@ -66,6 +66,11 @@ class ReadingJudge:
         """Whether a bad update that was found since the last batch ended has reached the weights."""
         return any(one.reached for one in self._found) and not self._context.settings.observe
 
+    def add(self, found: FoundFault | None) -> None:
+        """Add a fault that was not found in a reading; it is handled at the end of the batch."""
+        if found is not None:
+            self._found.append(found)
+
     def judge_late(self, arrived: Iterable[Arrived], stepping: int | None) -> None:
         """Judge readings of earlier updates, up to the first fault.
 

@@ -45,6 +45,8 @@ class GuardState:
         unrestored: A tensor that is still not finite after the present intervention restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
+        asks_hyperparameters: Whether all ranks compare their hyperparameters before the next update, because at least
+            one of them had an invalid value.
         rates: Step and effective learning rate of the first group, for each step at which it changed.
         groups: Of the newest updates, the step and the values of each parameter group that a scheduler may set.
     """
@@ -69,6 +71,7 @@ class GuardState:
     unrestored: str | None = None
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
+    asks_hyperparameters: bool = False
     rates: deque[tuple[int, float]] = field(default_factory=lambda: deque(maxlen=1024))
     groups: deque[tuple[int, list[dict[str, Any]]]] = field(default_factory=lambda: deque(maxlen=MAX_DELAY + 1))
 

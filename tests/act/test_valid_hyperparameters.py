@@ -133,3 +133,18 @@ def test_infinity_that_may_be_meant_is_left_alone() -> None:
     optimizer.param_groups[0]["clip"] = math.inf
     valid.look(optimizer)
     assert not valid.any()
+
+
+def test_the_values_of_another_process() -> None:
+    """They replace only invalid values, and the first list that has a value counts."""
+    optimizer, valid = groups(0.5), ValidHyperparameters()
+    optimizer.param_groups[0]["betas"] = (0.9, 0.99)
+    valid.look(optimizer)
+    before = valid.used(optimizer)
+    optimizer.param_groups[0].update(lr=math.nan, betas=(math.nan, 0.99), weight_decay=0.1)
+    valid.look(optimizer)
+    assert "lr" not in valid.present(optimizer)[0]
+    valid.use(optimizer, [[{}], [{"lr": 0.25, "betas": [0.8, 0.99], "weight_decay": 1.0}], before])
+    assert valid.rate(optimizer.param_groups[0], math.nan) == 0.25
+    assert {key: value for _, key, value in valid.others(optimizer)} == {"betas": (0.8, 0.99)}
+    assert valid.used(optimizer)[0]["weight_decay"] == 0.1

@@ -14,6 +14,26 @@ from tests.distributed.data import AT, STEPS, spoilt
 from tests.helpers import Task
 
 
+class NaNRate(Callback):
+    """The learning rate of one rank becomes NaN before a batch.
+
+    Args:
+        at: The batch.
+        lasts: Number of batches after which it is as before.
+    """
+
+    def __init__(self, at: int, lasts: int = 1000) -> None:
+        self.at, self.lasts = at, lasts
+        self.before = 0.0
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        group = trainer.optimizers[0].param_groups[0]
+        if trainer.global_rank == 1 and batch_idx == self.at:
+            self.before, group["lr"] = group["lr"], float("nan")
+        elif trainer.global_rank == 1 and batch_idx == self.at + self.lasts:
+            group["lr"] = self.before
+
+
 class NaNMetric(Task):
     """Logs a metric, reduced over ranks, that is NaN on one rank."""
 

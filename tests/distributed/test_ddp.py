@@ -217,3 +217,26 @@ def test_a_rank_that_is_left_alone_ends(launched: Launch, suite: str) -> None:
     alone = {"raising": "RuntimeError: one rank is out of luck", "uneven": None}[suite]
     assert errors[1] == alone
     assert "Connection closed by peer" in errors[0] or "Connection reset by peer" in errors[0]
+
+
+@pytest.mark.parametrize("name", ["rate lost", "rate lost for a while"])
+def test_one_ranks_learning_rate(seen: Results, name: str) -> None:
+    """A learning rate that becomes NaN on one rank: this rank uses the rate of the other one, so the run is bit for bit
+    the same, and both ranks have one record, which names the rank."""
+    (record,) = agreed(seen, name)["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == ("invalid_learning_rate", ["hold rate"], [1])
+    assert (record["global_step"], record["batch_idx"]) == (AT + 1, AT)
+    assert agreed(seen, name)["end"] == agreed(seen, "rate as it was")["end"]
+
+
+@pytest.mark.parametrize(("name", "word"), [("falling rate lost", "hold rate"), ("rate lost from the start", "skip")])
+def test_one_ranks_falling_learning_rate(seen: Results, name: str, word: str) -> None:
+    """If the ranks have made an update at different rates, both go back, and then make all updates at the same rate."""
+    one, other = (result[name] for result in seen)
+    # From the start there is no snapshot yet to go back to, so the ranks stay apart for one more update.
+    assert all(one[key] == other[key] for key in ("records", "end", "steps", "error"))
+    first, second = one["records"]
+    assert (first["fault"], first["remedies"], first["ranks"]) == ("invalid_learning_rate", [word], [1])
+    assert (second["fault"], second["remedies"]) == ("parted_ranks", ["restore"])
+    assert one["finite"]
+    assert one["error"] is None

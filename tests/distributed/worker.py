@@ -36,7 +36,7 @@ from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.trainer import build
 from tests.distributed.again import again, apart, mistaken
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
-from tests.distributed.further import NaNValidation
+from tests.distributed.further import NaNRate, NaNValidation
 from tests.distributed.plain import plain
 from tests.distributed.saving import saves
 from tests.distributed.sharding import sharded
@@ -271,6 +271,13 @@ def behaviour(worker: Worker) -> None:
         worker.results[f"saved {rank}"]["saved"] = all(bool(torch.isfinite(tensor).all()) for tensor in weights)
     worker.fit("to the start", None, OnRank(1, "weight", nan, AT), guard=NaNGuard(snapshot_every_n_steps=1000))
     worker.fit("from the start", guarded=False, data=without(*range(AT + 1)))
+    plain = partial(task, "mlp", lambda p: torch.optim.AdamW(p, lr=0.01))
+    falling = partial(torch.optim.lr_scheduler.ExponentialLR, gamma=0.9)
+    worker.fit("rate as it was", plain(), guarded=False)
+    worker.fit("rate lost", plain(), NaNRate(AT))
+    worker.fit("rate lost for a while", plain(), NaNRate(AT, lasts=2))
+    worker.fit("falling rate lost", plain(falling), NaNRate(AT))
+    worker.fit("rate lost from the start", plain(falling), NaNRate(0))
     each = ModelCheckpoint(worker.folder / "lost", every_n_epochs=1)
     worker.fit("lost", None, OnRank(0, "weight", nan, AT), each, guarded=False, enable_checkpointing=True)
     worker.fit("refused", ckpt_path=Path(each.best_model_path), max_epochs=2)
