@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import final
 
-from lightning_nanguard.record.files import LAST_GOOD
+from lightning_nanguard.record.files import LAST_GOOD, how_to_write
 from lightning_nanguard.state.ring import Ring
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -81,11 +81,12 @@ class LastGood:
             self._warned = True
             _logger.warning(
                 "NaNGuard: cannot write %s: %s: %s. Training goes on, and an older file stays as it is. The guard "
-                "tries again every %d updates. Free space on the disk, or make the folder writable.",
+                "tries again every %d updates. %s",
                 self.path,
                 type(error).__name__,
                 error,
                 self._every,
+                how_to_write(self.path.parent),
             )
         self._failed, self._waiting = True, False
         self._remove(self.pending)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_nanguard.cli.importing import load
-from lightning_nanguard.cli.output import say
+from lightning_nanguard.cli.output import say, say_table
 from lightning_nanguard.record.messages import describe_finding
 
 if TYPE_CHECKING:
@@ -75,12 +75,11 @@ def _show(replayed: ReplayReport) -> None:
     say(f"replayed: loss {losses}{gradient}")
     found = replayed.finding
     say("no cause found in the replay" if found is None else f"cause: {describe_finding(found, confidence=True)}")
-    for line in layer_table(replayed.layers):
-        say(line)
+    say_table(layer_table(replayed.layers))
 
 
-def layer_table(layers: Sequence[Layer]) -> list[str]:
-    """One line for each layer: root mean squares in and out, the range it gave, norms of weight and gradient."""
+def layer_table(layers: Sequence[Layer]) -> list[list[str]]:
+    """One row for each layer: root mean squares in and out, the range it gave, norms of weight and gradient."""
 
     def number(value: float | None) -> str:
         return "–" if value is None else f"{value:.3g}"
@@ -89,5 +88,4 @@ def layer_table(layers: Sequence[Layer]) -> list[str]:
     for one in layers:
         numbers = (one.inputs, one.outputs, one.lowest, one.highest, one.weight, one.gradient, one.saturated, one.dead)
         rows.append([one.path, one.kind, *map(number, numbers)])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    return rows

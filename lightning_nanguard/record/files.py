@@ -82,6 +82,18 @@ def append(file: FileIO, lines: bytes, *, lasting: bool = False) -> None:
         raise
 
 
+def how_to_write(folder: Path) -> str:
+    """What the user can do if no file can be written in a folder.
+
+    Args:
+        folder: The folder, which need not exist.
+    """
+    nearest = next((one for one in (folder, *folder.parents) if one.exists()), folder)
+    if nearest.is_file():
+        return f"{nearest} is a file: choose a folder for the next run."
+    return "Free space on the disk, make the folder writable, or choose another folder for the next run."
+
+
 def sync(file: FileIO) -> None:
     """Wait until a file is on the disk, if it is one on a disk."""
     if stat.S_ISREG(os.fstat(file.fileno()).st_mode):

@@ -14,7 +14,7 @@ from typing import Any, Protocol, final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import append, put_aside, sync
+from lightning_nanguard.record.files import append, how_to_write, put_aside, sync
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -80,11 +80,11 @@ class JsonLines(Sink):
             self._warned = True
             _logger.warning(
                 "NaNGuard: cannot write its records to %s: %s. Training goes on, and up to %d records are kept in "
-                "memory until the file can be written. Free space on the disk, make the folder writable, or "
-                "choose another folder for the next run.",
+                "memory until the file can be written. %s",
                 self.path,
                 error,
                 self._waiting.maxlen,
+                how_to_write(self.path.parent),
             )
 
     def close(self) -> None:

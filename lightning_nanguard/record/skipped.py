@@ -7,7 +7,8 @@ from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 
 TO_DO = (
     "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If an operation makes "
-    "NaN of good data, correct it. If finite batches were skipped that are good, give the detector a larger factor"
+    "NaN of good data, correct it. If good batches with finite numbers were skipped, give their detector a larger "
+    "limit, as in GradientSpike(ratio=…)"
 )
 """What to do if most updates were skipped."""
 

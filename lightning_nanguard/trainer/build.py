@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,7 +86,7 @@ def build_fit(
         replay,
         advice=advice,
         examine_after=arguments.examine_after,
-        bundles=BundleStore(arguments.bundle_dir, arguments.thresholds.diagnosis.bundles)
+        bundles=BundleStore(Path(os.path.abspath(arguments.bundle_dir)), arguments.thresholds.diagnosis.bundles)
         if keeps and arguments.bundle_dir is not None
         else None,
         samples=samples,

@@ -5,11 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Protocol
 
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.run_history import interventions_of_resumed
+from lightning_nanguard.record.run_log import RUN_FILE
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.types import ActOn
+
+_TOLD = RUN_FILE, RECORDS_FILE, ADVICE_FILE
+"""Files that ``nanguard explain`` tells."""
 
 
 class _Trust(Protocol):
@@ -38,7 +43,7 @@ def fit_summary(memory: Memory, settings: _Trust, updates: int, multiplier: floa
         faults,
         remedies,
         lr_multiplier=multiplier,
-        path=folder,
+        path=folder if folder is not None and any((folder / name).is_file() for name in _TOLD) else None,
         observe=settings.observe,
         act_on=settings.act_on,
         advice=[one.finding.cause for one in memory.advice],

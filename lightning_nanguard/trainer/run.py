@@ -33,6 +33,7 @@ def open_run(
     folder = None
     if trainer.is_global_zero:
         base, shared = (dirpath, False) if dirpath is not None else _beside_checkpoints(trainer)
+        base = Path(os.path.abspath(base))  # the user's code may change the working directory
         if getattr(trainer, "fast_dev_run", False):  # writes no files unless there is a record
             name = new_run_id() if run_id is None else run_id
             folder = RunFolder(base / name, name)

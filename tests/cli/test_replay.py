@@ -13,6 +13,7 @@ import pytest
 from torch import nn
 
 from lightning_nanguard.cli.main import main
+from lightning_nanguard.cli.output import say_table
 from lightning_nanguard.cli.replay import layer_table
 from lightning_nanguard.diagnosis.bundle import read
 from lightning_nanguard.diagnosis.case import Layer
@@ -111,9 +112,11 @@ def test_a_damaged_incident_is_one_line(
     assert line.count("\n") == 1
 
 
-def test_layer_table() -> None:
+def test_layer_table(capsys: pytest.CaptureFixture[str]) -> None:
     """Columns are aligned, what is not known is a dash, and without layers there is no table."""
     assert layer_table([]) == []
-    heading, line = layer_table([Layer("net.0", "Linear", outputs=1.25)])
-    assert heading.startswith("layer  kind    in  out")
+    say_table(layer_table([Layer("net.0", "Linear", outputs=1.25), Layer("net.10", "ReLU", outputs=0.5)]))
+    heading, line, other = capsys.readouterr().out.splitlines()
+    assert heading.index(" out ") == line.index(" 1.25 ") == other.index(" 0.5 ")
+    assert heading.startswith("layer   kind    in  out")
     assert line.split() == ["net.0", "Linear", "–", "1.25", "–", "–", "–", "–", "–", "–"]

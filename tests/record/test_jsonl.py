@@ -132,7 +132,7 @@ def test_unwritable_folder_keeps_records_and_warns_once(tmp_path: Path, caplog: 
     assert len(caplog.records) == 1
     assert str(sink.path) in lines(caplog)[0]
     assert "Training goes on" in lines(caplog)[0]
-    assert "choose another folder" in lines(caplog)[0]
+    assert "choose a folder for the next run" in lines(caplog)[0]
 
     blocker.unlink()
     sink.write(step(3))
@@ -169,6 +169,13 @@ def test_a_file_does_not_grow_without_end(tmp_path: Path) -> None:
     assert len(kept) > 4
 
 
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The warning says that it is a file, and does not speak of the space on the disk."""
+    (tmp_path / "runs").write_text("a file")
+    JsonLines(tmp_path / "runs" / "one" / "records.jsonl").write(SKIP)
+    assert lines(caplog)[0].endswith(f"{tmp_path / 'runs'} is a file: choose a folder for the next run.")
+
+
 @pytest.mark.skipif(not FULL.exists(), reason="needs /dev/full")
 def test_full_disk_does_not_end_training(caplog: pytest.LogCaptureFixture) -> None:
     """A disk without space is one warning."""
@@ -176,6 +183,7 @@ def test_full_disk_does_not_end_training(caplog: pytest.LogCaptureFixture) -> No
     sink.write(SKIP)
     sink.write(ROLLBACK)
     assert ["No space left" in line for line in lines(caplog)] == [True]
+    assert "Free space on the disk" in lines(caplog)[0]
 
 
 @pytest.mark.parametrize("error", [OSError("disk quota exceeded"), KeyboardInterrupt()])

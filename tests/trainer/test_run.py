@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from torch.utils.data import DataLoader
@@ -14,9 +16,10 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import BadCheckpointError, NaNGuard
 from lightning_nanguard.checkpoints.inspection import run_of_file
 from lightning_nanguard.record.base import RunInfo
-from lightning_nanguard.record.files import LAST_GOOD, read_records
+from lightning_nanguard.record.curve import CURVE_FILE
+from lightning_nanguard.record.files import LAST_GOOD, RECORDS_FILE, read_records
 from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import read_run
+from lightning_nanguard.record.run_log import RUN_FILE, read_run
 from lightning_nanguard.trainer.run import open_run
 from tests.checkpoints.training import cut, poison
 from tests.helpers import MemoryLogger, batches, fit, folder_of, task, trainer_for, with_bad
@@ -182,3 +185,37 @@ def test_a_file_of_no_known_run(tmp_path: Path) -> None:
         assert words in str(refused.value)
     assert run_of_file(refused.value.offered) == two.run_id
     assert torch.load(refused.value.offered, weights_only=True)["global_step"] == 10
+
+
+class Leaves(Callback):
+    """Changes the working directory in mid-run, as the user's code may."""
+
+    def __init__(self, to: Path) -> None:
+        self.to = to
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        os.chdir(self.to)
+
+
+def test_a_relative_folder_stays_where_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All files of a run lie in one folder, the one that a relative path named when the run began."""
+    pytest.importorskip("safetensors")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    monkeypatch.chdir(tmp_path)
+    guard = NaNGuard(dirpath="rel/run", bundle_dir="incidents", last_good_every_n_steps=4)
+    fit(task(), with_bad(9), guard, callbacks=[Leaves(elsewhere)], logger=False, folder=tmp_path / "root")
+    assert guard.run_dir == tmp_path / "rel" / "run"
+    assert {RUN_FILE, RECORDS_FILE, CURVE_FILE, LAST_GOOD} <= {file.name for file in folder_of(guard).iterdir()}
+    assert list((tmp_path / "incidents").iterdir())
+    assert not list(elsewhere.iterdir())
+
+
+def test_a_file_in_the_place_of_the_folder(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """The run goes on, the warning says what is wrong, and the summary does not point to records that are not there."""
+    (tmp_path / "runs").write_text("a file")
+    guard = NaNGuard(dirpath=tmp_path / "runs")
+    fit(task(), with_bad(9), guard, logger=False, folder=tmp_path / "root")
+    assert f"{tmp_path / 'runs'} is a file: choose a folder" in caplog.text
+    assert "1 batch skipped" in guard.summary()
+    assert "nanguard explain" not in guard.summary()
