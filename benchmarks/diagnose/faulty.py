@@ -797,6 +797,29 @@ def copies(dice: Dice) -> Problem:
     return Problem(module, batches, "ill_conditioned", "", None, 60)
 
 
+def _unstable(dice: Dice, make: Callable[[list[nn.Parameter]], Optimizer]) -> Problem:
+    module = Net(models.he(models.mlp(64, 48, 10)), entropy, lambda net: make(list(net.parameters())))
+    return Problem(module, dice.digits(200), "unstable_hyperparameter", "", None, 200)
+
+
+def momentum_above_one(dice: Dice) -> Problem:
+    """A momentum of 1.2 to 1.5 in place of 0.9: past gradients grow."""
+    momentum = dice.uniform(1.2, 1.5)
+    return _unstable(dice, lambda weights: optim.SGD(weights, 0.01, momentum=momentum))
+
+
+def decay_of_sgd(dice: Dice) -> Problem:
+    """A weight decay that turns weights over in every update of SGD."""
+    decay = dice.uniform(40, 200)
+    return _unstable(dice, lambda weights: optim.SGD(weights, 0.1, weight_decay=decay))
+
+
+def decay_of_adamw(dice: Dice) -> Problem:
+    """The same with AdamW."""
+    decay = dice.uniform(80, 200)
+    return _unstable(dice, lambda weights: optim.AdamW(weights, 0.05, weight_decay=decay))
+
+
 def _collapsing(dice: Dice, change: Callable[[nn.Module, Optimizer], None], every: bool = False) -> Problem:
     at = dice.randint(150, 200)
     net = models.he(models.mlp(64, 48, 32, 10))
@@ -1123,6 +1146,7 @@ FAULTY: tuple[Form, ...] = tuple(
             *(fast_mlp, fast_linear, fast_adam, fast_momentum, fast_transformer),
             *(fast_logarithm, fast_exponential, late_rise),
         ),
+        "unstable_hyperparameter": (momentum_above_one, decay_of_sgd, decay_of_adamw),
         "ill_conditioned": (common_mean, uneven_features, copies),
         "collapsed": (started_anew, decayed_away, units_die),
         "unknown_operation": (utterance_too_short, pole_of_gamma, root_of_a_negative),
