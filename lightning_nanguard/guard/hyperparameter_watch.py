@@ -122,16 +122,19 @@ class HyperparameterWatch:
         place = first.name
         if len(self._context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
-        kind = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
+        cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
+        fault = Fault(
+            "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
+        )
         finding = Finding(
-            kind,
+            cause,
             confidence=1.0,
             evidence={what: first.number, "group": float(first.group), "scheduler": scheduler},
             place=f"{scheduler}, group {first.group}" if scheduler else place,
             suggestion=f"Correct {scheduler or f'the code that sets the {what}'}: {message}.",
         )
         return {
-            "fault": asdict(Fault(kind, "learner", place, first.number, message)),
+            "fault": asdict(fault),
             "finding": asdict(finding),
             "word": "skip" if left_out else "hold rate" if is_rate else "hold value",
             "step": self._context.state.step,
@@ -140,6 +143,6 @@ class HyperparameterWatch:
     def _record(self, described: Mapping[str, Any], ranks: tuple[int, ...]) -> None:
         recorder, step = self._recorder, described["step"]
         clock = recorder.now(unmade=True) if step == self._context.state.step else recorder.clock_of(step)
+        fault, word = Fault(**described["fault"]), described["word"]
         finding = Finding(**{**described["finding"], "samples": (), "rows": ()})
-        rates = self._context.rate.effective()
-        recorder.record(Fault(**described["fault"]), (described["word"],), rates, finding, ranks, clock)
+        recorder.record(fault, (word,), self._context.rate.effective(), finding, ranks, clock)
