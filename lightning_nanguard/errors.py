@@ -10,8 +10,12 @@ from typing import Any
 from lightning_nanguard.types import Fault, Finding
 
 
+class SettingsError(ValueError):
+    """Raised when an argument of the guard is wrong, or does not fit the run."""
+
+
 def require(condition: bool, owner: object, argument: str, value: object, expected: str) -> None:
-    """Raise a ``ValueError`` that names the class, the argument, its value and what was expected.
+    """Raise a :class:`SettingsError` that names the class, the argument, its value and what was expected.
 
     Args:
         condition: Whether the value is valid.
@@ -22,7 +26,7 @@ def require(condition: bool, owner: object, argument: str, value: object, expect
     """
     if not condition:
         name = owner if isinstance(owner, str) else type(owner).__name__
-        raise ValueError(f"{name}({argument}={value!r}): expected {expected}.")
+        raise SettingsError(f"{name}({argument}={value!r}): expected {expected}.")
 
 
 def takes_one_argument(function: Callable[..., Any]) -> bool:
@@ -79,10 +83,6 @@ class BadCheckpointError(RuntimeError):
         self.path = path
         self.tensors = tuple(tensors)
         self.offered = offered
-
-
-class SettingsError(ValueError):
-    """Raised when a setting of the guard does not fit the run."""
 
 
 class DetectorTypeError(TypeError):

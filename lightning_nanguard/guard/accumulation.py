@@ -21,7 +21,8 @@ class Accumulation:
     """Leaves a batch with a bad loss out of an update that is made in a later batch.
 
     Under manual optimization the user's code decides which batches make an update together. Only the batch in which the
-    optimizer steps is measured, and a bad loss of an earlier one spoils the gradients of all.
+    optimizer steps is measured, and a bad loss of an earlier one spoils the gradients of all. This counts only once
+    gradients were seen to last from one batch to the next: code may also skip a step and empty the gradients later.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -37,6 +38,8 @@ class Accumulation:
         self._records = records
         # A loop that runs batches again handles its windows itself. Late readings must not wait for a loss.
         self._possible = context.acts_alone and not (context.settings.deferred or context.replay.comparable())
+        # Whether gradients have once lasted from a batch without a step to the next, and whether this is to be checked.
+        self._lasts = self._asks = False
         # The gradients before the first bad loss of this batch; ``None`` without one.
         self._before: list[tuple[Tensor, Tensor | None]] | None = None
 
@@ -46,6 +49,11 @@ class Accumulation:
 
     def see_loss(self) -> None:
         """Copy the gradients if the backward pass that begins has a bad loss. This waits for no device."""
+        if self._asks and not self._lasts:
+            self._lasts = any(
+                bool(one.any()) for index in self._indices() for one in self._context.learner.gradients(index)
+            )
+        self._asks = False
         if self._possible and self._before is None and self._meter.bad_loss(wait=False) is not None:
             parameters = {id(p): p for index in self._indices() for p in self._context.learner.stepped(index)}
             self._before = [(p, None if p.grad is None else p.grad.detach().clone()) for p in parameters.values()]
@@ -57,7 +65,8 @@ class Accumulation:
             Whether it was undone.
         """
         context = self._context
-        if not self._possible or context.learner.scaler is not None:
+        self._asks = self._possible
+        if not (self._possible and self._lasts) or context.learner.scaler is not None:
             return False
         loss = self._meter.bad_loss()
         bad = [] if loss is None else [i for i in self._indices() if non_finite_indices(context.learner.gradients(i))]

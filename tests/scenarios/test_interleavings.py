@@ -62,9 +62,9 @@ class Truth:
                 self.states[id(snapshot)] = snapshot, copied(dict(manager._learner.leaves()))
             return snapshot
 
-        def deferred(readings: DeferredReadings, pending: PendingReading, *args: Any) -> None:
+        def deferred(readings: DeferredReadings, pending: PendingReading, *args: Any, **options: Any) -> None:
             self.numbers[id(pending)] = pending, copied(pending.packed())
-            defer(readings, pending, *args)
+            defer(readings, pending, *args, **options)
 
         def was_read(pending: PendingReading, *args: Any) -> Any:
             if id(pending) in self.numbers:
