@@ -16,6 +16,7 @@ import torch
 from benchmarks.transient.running import quiet
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.record.files import RECORDS_FILE, read_records
+from lightning_nanguard.types import Intervention
 
 from .draws import Draw, draw
 from .injector import Injector
@@ -111,12 +112,11 @@ def outcome(job: tuple[int, int]) -> Outcome:
         guarded = train(one, Injector(one), folder / "guarded", guard, records=lambda: guard.interventions)
         wrong = [*_leftovers(before, bare, guarded), *_broken(one, twin, bare, guarded, guard)]
         wrong += _records_wrong(guard, folder / "records")
-        skipped = any(SKIPS & set(record.remedies) for record in guard.interventions)
         advice = _advice(one, guard, folder)
         if _known_to_the_bit(one, guard.interventions, guarded):
-            wrong += _as_expected(
-                one, twin, guarded, folder / "expected", skipped=skipped, only=len(guard.interventions) == 1
-            )
+            only = len(guard.interventions) == 1
+            left_out = _left_out(one, guard.interventions)
+            wrong += _as_expected(one, twin, guarded, folder / "expected", left_out=left_out, only=only)
     return Outcome(
         number=number,
         one=one,
@@ -188,10 +188,20 @@ def _known_to_the_bit(one: Draw, records: Sequence[Any], guarded: Left) -> bool:
     return one.kind != "rate"
 
 
-def _as_expected(one: Draw, twin: Left, guarded: Left, folder: Path, *, skipped: bool, only: bool) -> Iterator[str]:
+def _left_out(one: Draw, records: Sequence[Intervention]) -> tuple[int, ...]:
+    """Numbers of the batches that were not learned from: one, or a whole window if its update was skipped."""
+    if any("skip" in record.remedies for record in records):
+        windows = {number // one.accumulate for number in one.batches}
+        return tuple(number for number in range(one.at + one.accumulate) if number // one.accumulate in windows)
+    return one.batches if any(SKIPS & set(record.remedies) for record in records) else ()
+
+
+def _as_expected(
+    one: Draw, twin: Left, guarded: Left, folder: Path, *, left_out: tuple[int, ...], only: bool
+) -> Iterator[str]:
     expected, what = twin, "the run without the fault"
-    if skipped:
-        expected, what = train(one, Injector(None), folder, left_out=one.batches), "the run without the batch"
+    if left_out:
+        expected, what = train(one, Injector(None), folder, left_out=left_out), "the run without the batch"
     elif one.moment == "after" and only and [*_different(twin, guarded, what, but=SEEN_MEANWHILE)]:
         # One rollback may undo both. If not, what struck later may be nothing that anybody can tell from good numbers.
         second = replace(one, moment="any")
