@@ -289,8 +289,10 @@ class TrialRunner:
             with self._branches.beside(reading.step) as possible:
                 alike = at_hand and possible and self._control.follow(reading.step)
                 if not (alike and self._advance(running, reading.loss or 0.0)):
-                    self._end("no result", NOT_ALIKE if self._control.failed else "a batch could not be run again")
-                    return None
+                    failed = self._control.failed
+                    self._end("no result", NOT_ALIKE if failed else "a batch could not be run again")
+                    # No further trial is made, so the user is told of the suspicion.
+                    return FoundFault(running.fault, reading) if failed else None
                 compared = running.comparison
                 if compared is None or not (compared.complete or (compared.final and not compared.open)):
                     return None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from lightning_nanguard.guard.control import Control
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.snapshot import tensor_bytes
 from lightning_nanguard.types import Fault
@@ -202,6 +203,21 @@ def test_where_nothing_can_be_tried_advice_is_given() -> None:
     loop.run(90)
     assert loop.records == []
     assert [one.cause for one in loop.advice][:1] == ["learning_rate_too_high"]
+
+
+def test_a_trial_that_the_control_ends_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    """If code changes weights outside of the steps, no further trial is made, and advice names suspicion and reason."""
+
+    def unlike(control: Control, step: int) -> bool:
+        control.failed = step > 50
+        return not control.failed
+
+    monkeypatch.setattr(Control, "follow", unlike)
+    loop = BranchingLoop(lr=2.0)
+    loop.run(60)
+    assert remedies(loop) == []
+    reason = "no trial can be made, because code outside of the optimizer's step changes weights"
+    assert any(reason in one.suggestion for one in loop.advice)
 
 
 def ordered(step: int, batch: Tensor) -> None:
