@@ -191,8 +191,8 @@ def _known_to_the_bit(one: Draw, records: Sequence[Any], guarded: Left) -> bool:
 def _left_out(one: Draw, records: Sequence[Intervention]) -> tuple[int, ...]:
     """Numbers of the batches that were not learned from: one, or a whole window if its update was skipped."""
     if any("skip" in record.remedies for record in records):
-        windows = {number // one.accumulate for number in one.batches}
-        return tuple(number for number in range(one.at + one.accumulate) if number // one.accumulate in windows)
+        first = one.at - one.at % one.accumulate
+        return tuple(range(first, first + one.accumulate))
     return one.batches if any(SKIPS & set(record.remedies) for record in records) else ()
 
 

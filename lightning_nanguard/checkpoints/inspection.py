@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import poisoned
-from lightning_nanguard.record.run_history import earlier_parts
+from lightning_nanguard.record.run_history import with_earlier_parts
 from lightning_nanguard.record.run_log import RunLog
 from lightning_nanguard.state.learner import StateKey
 
@@ -164,7 +164,7 @@ def folders_of_run(log: RunLog) -> list[Path]:
         log: The log of the run.
     """
     folders = [log.folder.parent / "checkpoints"]
-    for part in (*earlier_parts(log), log):
+    for part in with_earlier_parts([log]):
         saved = (Path(os.path.normpath(part.folder / path)).parent for path in part.saved)
         folders += [part.folder, *saved]
     return list(dict.fromkeys(folders))

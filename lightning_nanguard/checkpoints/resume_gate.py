@@ -20,7 +20,7 @@ from lightning_nanguard.checkpoints.inspection import (
 )
 from lightning_nanguard.checkpoints.poison import poisoned
 from lightning_nanguard.errors import BadCheckpointError
-from lightning_nanguard.record.run_history import earlier_parts
+from lightning_nanguard.record.run_history import with_earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
 from lightning_nanguard.state.finite import allowances, own_buffers
 from lightning_nanguard.state.learner import Learner
@@ -94,7 +94,7 @@ class ResumeGate:
         # `nanguard last-good` uses the same folders, so both find the same file.
         logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
         nearby += [folder for log in logs for folder in folders_of_run(log)]
-        parts = [part for log in logs for part in (*earlier_parts(log), log)]
+        parts = with_earlier_parts(logs)
 
         def newest(run: str | None) -> Inspection | None:
             return newest_good(

@@ -25,14 +25,14 @@ def run(chosen: argparse.Namespace) -> int:
     """Print the path that ``resume="last-good"`` takes, too, and nothing else, on standard output."""
     from lightning_nanguard.checkpoints.inspection import folders_of_run, inspect, newest_good
     from lightning_nanguard.record.files import LAST_GOOD
-    from lightning_nanguard.record.run_history import earlier_parts
+    from lightning_nanguard.record.run_history import with_earlier_parts
     from lightning_nanguard.record.run_log import find_runs
 
     where: Path = chosen.run_folder
     logs = find_runs(where)
     runs = {log.run_id: log for log in logs}  # of a run in several folders the part that was resumed last
     for number, log in enumerate(reversed(runs.values())):
-        parts = [part for one in logs if one.run_id == log.run_id for part in (*earlier_parts(one), one)]
+        parts = with_earlier_parts(one for one in logs if one.run_id == log.run_id)
         folders = [folder for part in parts for folder in folders_of_run(part)]
         found = newest_good(folders, logs=parts, run=log.run_id)
         kept = log.folder / LAST_GOOD

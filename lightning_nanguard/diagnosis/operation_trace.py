@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.diagnosis.batch import true_indices
 from lightning_nanguard.diagnosis.case import Origin
-from lightning_nanguard.measure.finite import all_finite
+from lightning_nanguard.measure.finite import all_finite, has_nan
 from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.thresholds.fixed import RECENT_OPERATIONS
 
@@ -210,7 +210,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not before:
             return True
         # A −inf that was inserted on purpose can still give NaN, for example in the softmax of a fully masked row.
-        return not _mutates(func) and any(map(_has_nan, bad)) and not any(map(_has_nan, before))
+        return not _mutates(func) and any(map(has_nan, bad)) and not any(map(has_nan, before))
 
     def _describe(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
         name = operation_name(func)
@@ -326,10 +326,6 @@ def non_finite(tensors: list[Tensor]) -> list[Tensor]:
 def _has_finite_sum(tensor: Tensor) -> bool:
     """Whether the sum is finite, which proves that every element is finite. This is a cheap first check."""
     return tensor.layout == torch.strided and not tensor.is_complex() and math.isfinite(float(tensor.detach().sum()))
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool(torch.isnan(dense_values(tensor)).any())
 
 
 def bad_samples(tensor: Tensor, size: int) -> tuple[int, ...]:

@@ -20,6 +20,11 @@ def all_finite(tensor: Tensor) -> bool:
     return not non_finite_indices([tensor])
 
 
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor holds NaN. Reads from the device."""
+    return bool(torch.isnan(dense_values(tensor.detach())).any())
+
+
 def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
     """Indices of the tensors with an element that is not finite. Reads once from each device, more if there are any.
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,15 @@ def earlier_parts(log: RunLog) -> list[RunLog]:
         found.insert(0, before)
         log = before
     return found
+
+
+def with_earlier_parts(logs: Iterable[RunLog]) -> list[RunLog]:
+    """The logs of some runs, each after those of its earlier folders.
+
+    Args:
+        logs: The logs in the present folders of the runs.
+    """
+    return [part for log in logs for part in (*earlier_parts(log), log)]
 
 
 def interventions_of_resumed(folder: Path) -> int | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from lightning_nanguard.measure.batches import nested_tensors
-from lightning_nanguard.measure.finite import non_finite_indices
+from lightning_nanguard.measure.finite import has_nan, non_finite_indices
 from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
@@ -71,7 +71,7 @@ class FiniteCheck:
         """Note the elements of the learner's weights and buffers that are not finite now: they are so by design."""
         weights = dict(learner.weights())
         self._allowed = allowances(weights.items())
-        self._nan = {key for key in self._allowed if bool(torch.isnan(dense_values(weights[key])).any())}
+        self._nan = {key for key in self._allowed if has_nan(weights[key])}
         self._shapes = {key: shape_of(leaf) for key, leaf in weights.items() if key[0] == "buffer"}
         self.own = own_buffers(learner.module)
         self._variances = variances(learner.module)
@@ -105,14 +105,14 @@ class FiniteCheck:
             before: An earlier state with which the updates were finite.
         """
 
-        def has_nan(leaf: Any) -> bool:
-            return any(bool(torch.isnan(dense_values(one)).any()) for one in nested_tensors(leaf) if _is_number(one))
+        def holds_nan(leaf: Any) -> bool:
+            return any(has_nan(one) for one in nested_tensors(leaf) if _is_number(one))
 
         spoilt = (
             key
             for key, leaf in leaves
             if key[0] == "buffer" and key[1] in self.own and self._shapes.get(key) == shape_of(leaf)
-            if key in before and has_nan(leaf) and not has_nan(before[key])
+            if key in before and holds_nan(leaf) and not holds_nan(before[key])
         )
         found = next(spoilt, None)
         return None if found is None else describe(found)

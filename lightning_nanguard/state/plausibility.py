@@ -10,8 +10,8 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
+from lightning_nanguard.measure.finite import has_nan
 from lightning_nanguard.measure.norms import norms
-from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
@@ -73,10 +73,6 @@ def _bounded(snapshot: Snapshot) -> Mapping[StateKey, Any]:
         else leaf
         for key, leaf in snapshot.leaves.items()
     }
-
-
-def _has_nan(tensor: Tensor) -> bool:
-    return bool(torch.isnan(dense_values(tensor)).any())
 
 
 def _comparable(one: Any, other: Any) -> bool:
@@ -246,7 +242,7 @@ class PlausibilityCheck:
         then = {("buffer", name): tensor for name, tensor in before.items()}
         now = dict(self._learner.weights())
         watched = [key for key in then if key[1] in self._watched and key in now]
-        spoilt = next((key for key in watched if _has_nan(now[key]) and not _has_nan(then[key])), None)
+        spoilt = next((key for key in watched if has_nan(now[key]) and not has_nan(then[key])), None)
         if spoilt is not None:
             message = f"the forward pass of this batch made {describe(spoilt)} NaN"
             return Fault("non_finite_statistics", "batch", describe(spoilt), None, message, conclusive=True)

@@ -205,8 +205,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
-    again = made_worse(evidence) or (evidence.redo_cause[0] and evidence.growth > limits.ruined)
-    if _updates_enlarged_it(case, limits) or again:
+    overflowed = evidence.redo_cause[0] == "forward_writes_buffer" and evidence.growth > limits.ruined
+    if _updates_enlarged_it(case, limits) or made_worse(evidence) or overflowed:
         return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
         if _lost_what_it_had(evidence) and not signs:
