@@ -18,7 +18,7 @@ NOT_ALIKE = "code outside of the optimizer's step changes weights or gradients, 
 
 @final
 class Control:
-    """A branch of the present state, at the present rate, which makes the next update beside the run, some times.
+    """A copy of the run that makes each of the next updates a second time, to be compared with the run itself.
 
     Code outside of the optimizer's step may change weights or gradients: a callback that clips weights, a projection
     in ``optimizer_step``, noise on gradients. A branch is trained without it, so its losses say nothing about the run.

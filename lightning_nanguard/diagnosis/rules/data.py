@@ -24,7 +24,7 @@ from lightning_nanguard.types import Finding
 _DIVISIONS = ("div", "true_divide", "divide")
 _CLASS_LOSSES = ("nll_loss", "cross_entropy")
 
-_TARGETS_OR_WEIGHTS = "Correct or clip these numbers, be they targets or weights of the samples."
+_TARGETS_OR_WEIGHTS = "Correct or clip these numbers. They may be targets, or weights of the samples."
 
 
 def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

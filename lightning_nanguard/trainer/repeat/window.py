@@ -31,8 +31,8 @@ class WindowEntry:
         run: Runs it.
         start: The state at its start, except weights and buffers.
         left_out: The fault for which it is left out of the update; ``None`` if it is not left out.
-        beside: Whether it is left out because another rank leaves out its micro-batch at the same place, and the two
-            communicate.
+        beside: Whether it is left out because another rank leaves out its own micro-batch of this index, and the step
+            communicates.
         kept: Fault and cause if only its good samples are used; ``None`` if all are.
         loss: Its loss; ``None`` if it is not known.
         raised: The exception that its first run raised, if it was replaced by a loss of NaN for the other ranks.
