@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from dataclasses import dataclass
+from typing import Any, final
 
 from torch import Tensor
 
@@ -14,6 +15,19 @@ from lightning_nanguard.state.snapshot import Snapshot
 
 NOT_ALIKE = "code outside of the optimizer's step changes weights or gradients, which a copy of the model lacks"
 """Why no branch is compared with the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideMove:
+    """How far code outside of the optimizer's step moved the weights in one update.
+
+    Attributes:
+        ratio: That distance, divided by the distance of the optimizer's step.
+        parameters: Names of the parameters that it moved, the farthest first.
+    """
+
+    ratio: float
+    parameters: tuple[str, ...]
 
 
 @final
@@ -30,6 +44,7 @@ class Control:
 
     Attributes:
         failed: Whether the control has once not been where the run was.
+        outside: What moved the run away from the control, once that has failed.
     """
 
     def __init__(self, context: GuardContext, branches: Branches) -> None:
@@ -42,6 +57,7 @@ class Control:
         self._target: Snapshot | None = None
         self._seen = self._left = 0
         self.failed = False
+        self.outside: OutsideMove | None = None
 
     def begin(self) -> None:
         """Make the control anew with the next update."""
@@ -77,6 +93,9 @@ class Control:
         if branches.train(branch) is None:
             return False
         self.failed = not all(context.ranks.gather(self._is_alike(branch.state, start)))
+        if self.failed:
+            ratio, *parameters = max(context.ranks.gather(self._outside(branch.state, start)))
+            self.outside = OutsideMove(ratio, tuple(parameters))
         # Each update begins where the run is, because rounding grows at a rate that is far too high.
         return not self.failed and self._start_here()
 
@@ -94,8 +113,25 @@ class Control:
             return True  # not known
         return _distance(made, target) <= self._limits.alike * _distance(target, start)
 
+    def _outside(self, made: Snapshot, start: Snapshot) -> list[Any]:
+        """The fields of :class:`OutsideMove` in a list, which ranks can exchange."""
+        stepped = _distance(made, start)
+        if self._target is None or stepped == 0:
+            return [0.0]
+        moved = sorted(((far, name) for name, far in _distances(made, self._target).items() if far > 0), reverse=True)
+        return [math.hypot(*(far for far, _ in moved)) / stepped, *(name for _, name in moved)]
+
 
 def _distance(one: Snapshot, other: Snapshot) -> float:
-    pairs = [(leaf, other.leaves.get(key)) for key, leaf in one.leaves.items() if key[0] == "parameter"]
+    return math.hypot(*_distances(one, other).values())
+
+
+def _distances(one: Snapshot, other: Snapshot) -> dict[str, float]:
+    """How far apart each parameter is in two states."""
+    apart = {
+        key[1]: leaf - then
+        for key, leaf in one.leaves.items()
+        if key[0] == "parameter" and isinstance(leaf, Tensor) and isinstance(then := other.leaves.get(key), Tensor)
+    }
     # One list, so that the device is read once.
-    return math.hypot(*norms([a - b for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]))
+    return dict(zip(apart, norms(list(apart.values())), strict=True))

@@ -98,8 +98,10 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
-            if not (fault.certain or fault.doubtful or evidence.trial or self._investigator.trial_runs):
-                self._suspicions.tell(fault, reading, self._clock(found))  # no trial was possible
+            # A confirmed trial is followed by another one.
+            follows = self._investigator.trial_runs or (evidence.trial is not None and evidence.trial.lacks > 0)
+            if not (fault.certain or fault.doubtful or follows):
+                self._suspicions.tell(fault, reading, self._clock(found), tried=evidence.trial is not None)
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self._investigator.conclude(fault, batch=skipped)

@@ -17,6 +17,7 @@ from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.detect.non_finite import LOSS_SCALE
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
+from lightning_nanguard.guard.control import OutsideMove
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
@@ -59,6 +60,11 @@ class Investigator:
     def trial_runs(self) -> bool:
         """Whether a trial is running beside the run."""
         return self._trials.running
+
+    @property
+    def outside(self) -> OutsideMove | None:
+        """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
+        return self._trials.outside
 
     def hindrance(self) -> str:
         """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""

@@ -45,27 +45,31 @@ class Suspicions:
         self._context.monitors.dismiss(reading)
         self.tell(fault, reading, self._clock(reading, late=late))
 
-    def tell(self, fault: Fault, reading: Reading, clock: Clock) -> None:
+    def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
 
         Args:
             fault: The suspicion.
             reading: Its reading.
             clock: Its ``global_step``, epoch and batch.
+            tried: Whether a trial has just found no lower rate that is better.
         """
         self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
-        found = self._shown_by_weights(fault)
+        found = self._shown_by_weights(fault) or self._moved_outside(fault)
         if found is not None:
-            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged()}"
+            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(tried=tried)}"
             self._loop.advise(replace(found, suggestion=suggestion), clock)
             return
         evidence = {} if fault.value is None else {"value": fault.value}
         if fault.scope == "learner" and not self._is_above_noise(fault, reading.optimizer_index):
             return
         confidence = self._context.thresholds.diagnosis.confidence.suspicion
-        suggestion = (
-            f"{fault.message}. If the run diverges, start it again with a lower learning rate. {self._unchanged()}"
+        remedy = (
+            "Look for what changed the weights or the data"
+            if tried
+            else "If the run diverges, start it again with a lower learning rate"
         )
+        suggestion = f"{fault.message}. {remedy}. {self._unchanged(tried=tried)}"
         several = len(self._context.learner.optimizers) > 1
         place = f"the {fault.place} of optimizer {reading.optimizer_index}" if several else fault.place
         self._loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
@@ -118,8 +122,11 @@ class Suspicions:
         finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
         self._loop.advise(finding, self._clock(reading, late=late))
 
-    def _unchanged(self) -> str:
-        nothing, hindrance = "Nothing was changed: every number is finite", self._investigator.hindrance()
+    def _unchanged(self, *, tried: bool) -> str:
+        nothing = "Nothing was changed: every number is finite"
+        if tried:
+            return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
+        hindrance = self._investigator.hindrance()
         if hindrance or self._context.settings.act_on == "evidence":
             return f"{nothing}, and no trial can be made{f', because {hindrance}' if hindrance else ''}."
         return f'{nothing}. NaNGuard(act_on="evidence") would look for further evidence and act on it.'
@@ -155,3 +162,18 @@ class Suspicions:
         found = most_confident_over_ranks(context.ranks, mine)
         told = context.thresholds.diagnosis.confidence.told
         return found if found is not None and found.confidence > told else None
+
+    def _moved_outside(self, fault: Fault) -> Finding | None:
+        """The cause of a suspicion of the learner, if code outside of the optimizer's step moves the weights."""
+        moved, known = self._investigator.outside, self._context.thresholds.diagnosis.confidence
+        if fault.scope != "learner" or moved is None or not moved.parameters:
+            return None
+        suggestion = (
+            f"in each update code outside of the optimizer's step moves the weights {moved.ratio:.3g} times as far as "
+            f"the step does, most of all {' and '.join(moved.parameters[:2])}. Look in hooks and callbacks for what "
+            "writes to the weights: an initialisation, a decay, a copy from another model."
+        )
+        # A projection onto weights that were allowed before moves them no farther than the step did.
+        confidence = known.collapsed if moved.ratio > 1 else known.suspicion
+        numbers: dict[str, float | str] = {"ratio": moved.ratio}
+        return Finding("weights_moved_outside", confidence, numbers, moved.parameters[0], suggestion=suggestion)

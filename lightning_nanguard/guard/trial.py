@@ -20,7 +20,7 @@ from lightning_nanguard.decide.trial import (
 )
 from lightning_nanguard.guard.branch import Branch, Branches
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.control import NOT_ALIKE, Control
+from lightning_nanguard.guard.control import NOT_ALIKE, Control, OutsideMove
 from lightning_nanguard.guard.found import FoundFault, ShownTrial
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.record.trials import HeldTrial, Outcome
@@ -139,6 +139,11 @@ class TrialRunner:
     def running(self) -> bool:
         """Whether a trial runs."""
         return self._running is not None
+
+    @property
+    def outside(self) -> OutsideMove | None:
+        """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
+        return self._control.outside
 
     def hindrance(self) -> str:
         """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it."""
