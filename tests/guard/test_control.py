@@ -57,7 +57,7 @@ def shrink(net: nn.Module) -> None:
 
 @pytest.mark.parametrize(("change", "farther"), [(shrink, False), (decay, True)])
 def test_advice_names_the_weights_that_are_moved_outside(change: Callable[[nn.Module], None], *, farther: bool) -> None:
-    """A suspicion is explained by writes outside of the step, surely if they move weights farther than the step does."""
+    """Writes outside of the step explain a suspicion, surely if they move weights farther than the step does."""
     loop = Constrained(change, lr=0.2)
     loop.run(50)
     parts = loop.guard._parts
