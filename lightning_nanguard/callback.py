@@ -23,7 +23,7 @@ from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.build import build_fit
-from lightning_nanguard.trainer.failsafe import leave_run, leaves_run_if_it_fails
+from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails, run_micro_batch
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
@@ -210,7 +210,7 @@ class NaNGuard(DisplayedGuard):
             fit.guard.load_state_dict(self._resumed)
             self._resumed = None
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
-        fit.start(given.max_snapshot_memory, lambda callback: callback is self, partial(leave_run, self))
+        fit.start(given.max_snapshot_memory, lambda callback: callback is self, partial(run_micro_batch, self, trainer))
         if given.last_good_every_n_steps is not None:
             fit.keep_last_good(given.last_good_every_n_steps)
         instead = self._before.end_resuming()

@@ -25,7 +25,6 @@ from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
-from lightning_nanguard.trainer.failsafe_runner import FailsafeRunner
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.loggers.curves import LoggerCurves
 from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
@@ -35,7 +34,7 @@ from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
-from lightning_nanguard.trainer.private.closures import run_micro_batches_by
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
@@ -43,8 +42,8 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import KeptNames
 from lightning_nanguard.trainer.private.saving import guard_saves
 from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
-from lightning_nanguard.trainer.repeat.parts import made_parts
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
@@ -111,13 +110,18 @@ class Fit:
         self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None, is_guard: IsGuard, leave: Callable[[str, Exception], None]) -> None:
+    def start(
+        self,
+        max_memory: float | None,
+        is_guard: IsGuard,
+        failsafe: Callable[[Callable[[MicroBatchRun], Any], MicroBatchRun], Any],
+    ) -> None:
         """Check the state before the first update, and install the guard on the trainer.
 
         Args:
             max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
             is_guard: Says whether a callback is the guard.
-            leave: Lets the guard leave the run, because of an error in the named place.
+            failsafe: Calls a function of the guard with a micro-batch. If it fails, the run goes on without the guard.
         """
         self._sinks.open()
         self._say_what_is_not_guarded()
@@ -134,8 +138,9 @@ class Fit:
         module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
         keeper = None if self._keeps_whole(module) else self._keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, is_guard, keeper))
-            later(run_micro_batches_by(self._trainer, FailsafeRunner(runner, leave, self._trainer.world_size)))
+            runs = Attempts(self._trainer, module, self.guard, self.replay, is_guard, keeper)
+            runner = StepRunner(runs)
+            later(run_micro_batches_by(self._trainer, partial(failsafe, runner.run), runs.forward))
             self.context.state.redo_since = runner.redo_since
             later(setattr, self.context.state, "redo_since", None)
         elif not (module.automatic_optimization or self.context.settings.observe):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -51,54 +51,39 @@ class MicroBatchRun:
         self.give(batch)
 
 
-class MicroBatchRunner(Protocol):
-    """Runs micro-batches instead of Lightning."""
+def run_micro_batches_by(
+    trainer: Any, run: Callable[[MicroBatchRun], Any], forward: Callable[[Callable[[], Any]], Any]
+) -> Callable[[], None]:
+    """Let functions of the guard run every micro-batch under automatic optimization.
 
-    def run(self, micro: MicroBatchRun) -> Any:
-        """Run a micro-batch at least once with ``micro.whole()``; return the result."""
-
-    def forward(self, forward: Callable[[], Any]) -> Any:
-        """Run the forward pass, called by ``micro.whole()``; return the result."""
-
-
-def run_micro_batches_by(trainer: Any, runner: MicroBatchRunner) -> Callable[[], None]:
-    """Let ``runner`` run every micro-batch under automatic optimization.
+    Args:
+        trainer: The trainer.
+        run: Runs a micro-batch at least once with ``micro.whole()``; returns the result.
+        forward: Runs the forward pass that it gets, each time that ``micro.whole()`` comes to it; returns the result.
 
     Returns:
         A function that undoes this.
     """
-    return wrap_method(
-        trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", partial(_make_closure, runner)
-    )
 
+    def make_closure(original: Callable[..., Any], kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
+        closure = original(kwargs, optimizer, batch_idx)
+        # Copied, because a reference cycle would keep the batch in memory until a garbage collection.
+        inner = copy.copy(closure)
+        inner._step_fn = partial(forward, closure._step_fn)
+        micro = MicroBatchRun(
+            optimizer,
+            kwargs.get("batch"),
+            batch_idx,
+            "batch" in kwargs,
+            closure._step_fn,
+            closure._zero_grad_fn,
+            inner.closure,
+            partial(kwargs.__setitem__, "batch"),
+        )
+        closure.closure = lambda *args, **kwargs: run(micro)
+        return closure
 
-def _make_closure(
-    runner: MicroBatchRunner,
-    original: Callable[..., Any],
-    kwargs: dict[str, Any],
-    optimizer: Optimizer,
-    batch_idx: int,
-) -> Any:
-    closure = original(kwargs, optimizer, batch_idx)
-    # Copied, because a reference cycle would keep the batch in memory until a garbage collection.
-    inner = copy.copy(closure)
-    inner._step_fn = partial(runner.forward, closure._step_fn)
-    micro = MicroBatchRun(
-        optimizer,
-        kwargs.get("batch"),
-        batch_idx,
-        "batch" in kwargs,
-        closure._step_fn,
-        closure._zero_grad_fn,
-        inner.closure,
-        partial(kwargs.__setitem__, "batch"),
-    )
-    closure.closure = partial(_run, runner, micro)
-    return closure
-
-
-def _run(runner: MicroBatchRunner, micro: MicroBatchRun, *args: Any, **kwargs: Any) -> Any:
-    return runner.run(micro)
+    return wrap_method(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", make_closure)
 
 
 def is_from_run(error: BaseException) -> bool:
