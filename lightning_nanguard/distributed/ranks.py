@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, final
 
@@ -12,12 +12,8 @@ from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding
 
-
-class PendingReports(Protocol):
-    """The reports of all ranks about one update. Some may not have arrived yet."""
-
-    def reports(self) -> Sequence[Report]:
-        """The reports in the order of ranks. Waits for ranks that have not posted theirs."""
+PendingReports = Callable[[], Sequence[Report]]
+"""Gives the reports of all ranks about one update, in order. Waits for ranks that have not posted theirs."""
 
 
 class Ranks(Protocol):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any, final
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
+from lightning_nanguard.act.patches import call_nothing, wrap_method, wrapped
 from lightning_nanguard.trainer.private.callbacks import IsGuard
 
 _HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -115,12 +115,12 @@ def uncounted(trainer: Any, is_guard: IsGuard | None) -> Iterator[None]:
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list, because the thread of a progress bar searches it.
     silenced = [one for one in trainer.callbacks if is_guard is None or not is_guard(one)]
-    undo = undo_all([wrap_method(one, name, call_nothing) for one in silenced for name in _HOOKS])
-    try:
+    with ExitStack() as last:
+        last.callback(loop.optim_progress.load_state_dict, progress)
+        for one in silenced:
+            for name in _HOOKS:
+                last.enter_context(wrapped(one, name, call_nothing))
         yield
-    finally:
-        undo()
-        loop.optim_progress.load_state_dict(progress)
 
 
 def call_after_backward(trainer: Any, is_guard: IsGuard) -> None:

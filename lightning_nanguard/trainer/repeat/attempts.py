@@ -4,28 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from functools import partial
 from typing import Any, final
 
 import torch
 
-from lightning_nanguard.act.patches import wrap_method
-from lightning_nanguard.distributed.collective_count import collectives_begun
+from lightning_nanguard.act.patches import wrapped
+from lightning_nanguard.distributed.collectives import collectives_begun
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
 from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.callbacks import IsGuard, is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.repeat.numeric_errors import NumericErrors, may_be_numeric
+from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, may_be_numeric, with_values_of
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
-from lightning_nanguard.trainer.repeat.window import Window, WindowEntry
+from lightning_nanguard.trainer.repeat.window import AccumulationWindow, WindowEntry
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.types import Fault
 
 
 @final
 class Attempts:
-    """Runs micro-batches, for the first time or again.
+    """Runs micro-batches, for the first time or again; the other classes of this folder get what they share from it.
 
     Args:
         trainer: The trainer.
@@ -39,7 +42,6 @@ class Attempts:
         check: Checks losses and gradients.
         window: The micro-batches of the present update.
         memory: Saves the state before a step.
-        errors: Finds out whether NaN or Inf caused an exception.
         allowed: Whether steps may be repeated in this run.
         together: Whether several ranks repeat them together.
         repeats: Whether the present run of a micro-batch is a repeated one.
@@ -61,11 +63,10 @@ class Attempts:
         self.guard = guard
         self.replay = replay
         self.is_guard = is_guard
-        self.keeper = keeper
+        self._keeper = keeper
         self.check = guard.steps.check
-        self.window = Window(trainer, guard.steps.undos, thresholds)
+        self.window = AccumulationWindow(trainer, guard.steps.undos, thresholds)
         self.memory = StepMemory(module, thresholds)
-        self.errors = NumericErrors(trainer, module, guard, replay)
         # Whether a finite loss that is far too large is checked, too.
         self._extreme = keeper is not None and keeper.always
         self._careful = changes_gradients(trainer, module)
@@ -95,11 +96,8 @@ class Attempts:
 
     def _forward_among_ranks(self, forward: Callable[[], Any]) -> Any:
         """Run the forward pass. After an exception, go on to the backward pass, because other ranks wait there."""
-        undo = wrap_method(self.module, "training_step", self._training_step)
-        try:
+        with wrapped(self.module, "training_step", self._training_step):
             return forward()
-        finally:
-            undo()
 
     def _training_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if self._step is not None:
@@ -136,6 +134,10 @@ class Attempts:
         """Whether the present update can be repeated."""
         return self.allowed and self.memory.repeatable and self.window.is_kept()
 
+    def active_keeper(self) -> SampleKeeper | None:
+        """Gives the good samples of a bad batch; ``None`` if they are not to be kept now."""
+        return self._keeper if self._keeper is not None and self._keeper.active() else None
+
     def attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
         """Run a micro-batch once, and check the result.
 
@@ -165,7 +167,7 @@ class Attempts:
         Args:
             extreme: Whether a finite loss that is far too large counts as a fault.
         """
-        self.window.weigh(self._gradients)
+        self.window.weigh(partial(self.guard.context.learner.gradients, 0))
         if self.together and self.repeats:
             return self.check.fault_on_any(careful=self._careful)
         return self.check.fault(careful=self._careful, extreme=extreme)
@@ -209,5 +211,50 @@ class Attempts:
             self.check.drop_losses()
         self.window.rewind(micro)
 
-    def _gradients(self) -> list[torch.Tensor]:
-        return self.guard.context.learner.gradients(0)
+    # ---------------------------------------------------------------------------------------- the cause of an exception
+
+    def caused_by_numbers(self, micro: WindowEntry, *, backward: bool) -> bool:
+        """Whether a step that raised succeeds with other numbers in the batch, or with the last good weights.
+
+        The other numbers come from an earlier batch, or are zeros instead of NaN and Inf. The batch keeps its
+        structure, shape and index, and runs from the same random numbers and attributes. So an exception with another
+        cause is raised again.
+
+        Args:
+            micro: The micro-batch.
+            backward: Whether the exception was raised in the backward pass.
+        """
+        batch, context = micro.run.batch, self.guard.context
+        earlier = self.replay.batches.earlier()
+        # In the first update the user's code is at fault.
+        others = [finite_in(batch)] if earlier is not None or context.state.step else []
+        if earlier is not None:
+            # A healthy batch may hold NaN that did no harm there but causes the exception here.
+            other = with_values_of(batch, earlier)
+            others = [other, finite_in(other), *others]
+        others = [one for one in others if one is not None]
+        if any(self._succeeds(micro, one, backward=backward) for one in others):
+            return True
+        if not context.ring.certified:
+            return False
+        good = context.ring.certified[0]
+        mine = weights_if_room(context.learner, device=good.device())
+        if mine is None:
+            return False
+        with part_of_snapshot(context.learner, good, mine):
+            # Batch and weights may both be bad.
+            return any(self._succeeds(micro, one, backward=backward) for one in (batch, *others))
+
+    def _succeeds(self, micro: WindowEntry, batch: Any, *, backward: bool) -> bool:
+        try:
+            with self.replay.untraced():
+                micro.start.restore()
+                loss = loss_with_graph(self.trainer, batch, micro.run.batch_idx)
+                if loss is None:
+                    return True
+                if backward:
+                    parameters = [p for p in self.module.parameters() if p.requires_grad]
+                    torch.autograd.grad(loss, parameters, allow_unused=True)
+                return bool(torch.isfinite(loss.detach()).all())
+        except Exception:
+            return False

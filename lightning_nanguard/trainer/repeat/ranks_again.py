@@ -78,14 +78,11 @@ class RanksAgain:
     def _tell_errors(self, again: Sequence[WindowEntry]) -> None:
         """Tell all ranks about exceptions that came back. Raise one if NaN or Inf did not cause it."""
         raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
-        users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
+        users = next((one for micro, one in raised if not self._runs.caused_by_numbers(micro, backward=False)), None)
         told = self._ranks.gather(self._check.in_words(raised[0][1] if raised else None))
         if users is not None:
             raise users
         self._check.raised(next((one for one in told if one is not None), None))
-
-    def _is_of_numbers(self, micro: WindowEntry) -> bool:
-        return self._runs.errors.caused_by_numbers(micro.run, micro.start, backward=False)
 
     # ---------------------------------------------------------------------------------------- windows
 

@@ -11,12 +11,7 @@ import torch
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
-from lightning_nanguard.trainer.private.closures import (
-    MicroBatchRun,
-    logging_for,
-    result_of,
-    uncounted,
-)
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for, result_of, uncounted
 from lightning_nanguard.trainer.private.training_mode import as_in_training
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
@@ -46,15 +41,14 @@ class StepRunner:
 
     def __init__(self, runs: Attempts) -> None:
         context = runs.guard.context
-        thresholds = context.thresholds.batches.repeated
         self._runs = runs
         self._check = runs.check
         self._records = runs.guard.steps.records
         self._undos = runs.guard.steps.undos
         self._alone = context.acts_alone
         self._window = runs.window
-        self._numbers = AttributeNumbers(thresholds)
-        self._updates = UpdatesAgain(runs.trainer, runs.module, context, runs.replay, thresholds)
+        self._numbers = AttributeNumbers(context.thresholds.batches.repeated)
+        self._updates = UpdatesAgain(runs)
         self._windows = WindowAgain(runs)
         self._ranks = RanksAgain(runs)
 
@@ -133,9 +127,7 @@ class StepRunner:
         if micro.kept is not None and kept is not None:
             self._runs.call_missed_hooks(first)
             return self._window_over(kept.result)
-        if first.error is not None and not self._runs.errors.caused_by_numbers(
-            micro.run, micro.start, backward=not first.early
-        ):
+        if first.error is not None and not self._runs.caused_by_numbers(micro, backward=not first.early):
             raise first.error
         if kept is not None:
             last, counted = kept, counted or kept.fault is not None
@@ -156,21 +148,18 @@ class StepRunner:
 
     def _with_good_samples(self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool) -> Outcome | None:
         """Run the good samples of a bad micro-batch; ``None`` if nothing was run or restored."""
-        if (
-            self._runs.keeper is None
-            or not self._runs.memory.repeatable
-            or micro.kept is not None
-            or not self._runs.keeper.active()
-        ):
+        usable = self._runs.memory.repeatable and micro.kept is None
+        keeper = self._runs.active_keeper() if usable else None
+        if keeper is None:
             return None
         self._runs.rewind(micro, last)
-        part = self._runs.keeper.good_part(micro, fault_of(first))
+        part = keeper.good_part(micro, fault_of(first))
         if part is None:
             return Outcome(early=True)
         with self._runs.repeating(counted=counted), logging_for(self._runs.trainer, micro.run.batch):
             # In a window, bad gradients may come from other micro-batches.
             outcome = self._runs.attempt(micro, steps=self._window.completes and len(self._window.micros) == 1)
-        if self._runs.keeper.settle(micro, outcome, part):
+        if keeper.settle(micro, outcome, part):
             return outcome
         self._runs.rewind(micro, outcome)
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
@@ -225,7 +214,7 @@ class StepRunner:
         if self._runs.guard.swapped:
             return False  # weights are averages
         with as_in_training(self._runs.trainer):
-            if self._updates.go(snapshot, self._runs.guard.updates, attributes=self._runs.memory, bad=bad) is None:
+            if self._updates.go(snapshot, self._runs.guard.updates, bad=bad) is None:
                 return False
             self._updates.log_again()
         return True
@@ -309,4 +298,4 @@ class StepRunner:
     def _keep(self) -> None:
         """Keep the data of the next update, so that it can be repeated."""
         if self._window.completes:
-            self._updates.keep(self._check.number, self._window.whole(), self._undos.measures)
+            self._updates.keep()

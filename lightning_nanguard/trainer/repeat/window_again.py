@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from contextlib import nullcontext
-from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
@@ -51,7 +49,7 @@ class WindowAgain:
                 result = self._one(micro, known, trace, last=last)
         if first.error is not None and window.micros[-1].left_out is not None:
             micro = window.micros[-1]
-            if not self._runs.errors.caused_by_numbers(micro.run, micro.start, backward=not first.early):
+            if not self._runs.caused_by_numbers(micro, backward=not first.early):
                 raise first.error
         if window.completes:
             fault = self._runs.weighed_fault()
@@ -68,26 +66,33 @@ class WindowAgain:
             return None
         before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
         # After a micro-batch was left out, later ones must not get the attributes that it had changed.
-        micro.start.restore(carried=len(self._window.left_out()) == known)
+        carried = len(self._window.left_out()) == known
+        micro.start.restore(carried=carried)
         attributes = self._runs.memory.attributes_now()
         trace.open()
+
+        def undo(outcome: Outcome) -> None:
+            if not outcome.early and outcome.error is None:
+                self._check.drop_last_loss()
+            give_gradients(parameters, before)
+            trace.undo()
+            attributes.restore(plain=False)
+
         only = last and len(self._window.left_out()) == len(self._window.micros) - 1
         outcome = self._attempt(micro, passing=only)
-        keeper = self._runs.keeper if self._runs.keeper is not None and self._runs.keeper.active() else None
+        keeper = self._runs.active_keeper()
         if outcome.good or (only and outcome.error is None and keeper is None):
             return outcome.result
-        start = partial(micro.start.restore, carried=len(self._window.left_out()) == known)
-        undo = partial(self._undo, parameters, before, trace, attributes)
         undo(outcome)
         part = None if keeper is None else keeper.good_part(micro, fault_of(outcome))
         if keeper is not None and part is not None:
-            start()
+            micro.start.restore(carried=carried)
             again = self._attempt(micro)
             if keeper.settle(micro, again, part):
                 return again.result
             undo(again)
         if only and outcome.error is None:
-            start()
+            micro.start.restore(carried=carried)
             return self._attempt(micro, passing=True).result
         micro.left_out = fault_of(outcome)
         return outcome.result
@@ -98,12 +103,3 @@ class WindowAgain:
         if outcome.good:
             outcome.fault = self._check.fault_of_gradients()
         return outcome
-
-    def _undo(
-        self, parameters: Sequence[Any], before: Sequence[Any], trace: BatchUndo, attributes: Any, outcome: Outcome
-    ) -> None:
-        if not outcome.early and outcome.error is None:
-            self._check.drop_last_loss()
-        give_gradients(parameters, before)
-        trace.undo()
-        attributes.restore(plain=False)
