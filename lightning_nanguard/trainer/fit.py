@@ -166,8 +166,8 @@ class Fit:
         """From now on, write the last good checkpoint every ``every`` updates."""
         trainer, guard = self.trainer, self.guard
         folder, ring = self.folder.path, self.context.ring
-        kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
-        kept.begin(guard.updates)
+        write = partial(write_checkpoint, trainer)
+        kept = LastGood(folder, every, ring, write, leads=self.rank_zero, step=guard.updates)
         self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
         self._patches.callback(catch_write_errors(trainer.strategy, kept.pending, kept.failed))
         guard.say_where(kept.message)
