@@ -210,13 +210,13 @@ class NaNGuard(DisplayedGuard):
         given = self._given
         if given is None:
             return
-        resumed, self._resumed_run = self._resumed_run, None
+        resumed, self._resumed = self._resumed, {}
         order = self._before.order or self._before.watch_data(trainer, given)
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
+        run_id, settings = resumed.get("run"), self._settings()
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, run_id, settings)
         self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
-        if self._resumed is not None:
-            fit.guard.load_state_dict(self._resumed)
-            self._resumed = None
+        if "guard" in resumed:
+            fit.guard.load_state_dict(resumed["guard"])
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
         fit.start(lambda callback: callback is self, partial(run_micro_batch, self, trainer))
         instead = self._before.end_resuming()
@@ -229,7 +229,7 @@ class NaNGuard(DisplayedGuard):
             "NaNGuard: the optimizers were replaced. The new ones are guarded, and snapshots from before are dropped."
         )
         fit.guard.check()
-        self._resumed, self._resumed_run = fit.guard.state_dict(), fit.folder.run_id
+        self._resumed = {"guard": fit.guard.state_dict(), "run": fit.folder.run_id}
         before = self._memory.run.get("before")
         fit.close()
         self.on_train_start(trainer, pl_module)
