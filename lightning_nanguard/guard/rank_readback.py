@@ -47,7 +47,7 @@ class Sent(NamedTuple):
 
     def suspected_by_all(self) -> bool:
         """Whether the update looks bad to every rank."""
-        return all(one.suspects for one in self.posted.reports())
+        return all(one.suspects for one in self.posted())
 
 
 @final
@@ -119,7 +119,7 @@ class RankReadback:
         self._told = Told(reading, sent)
         if not sent.suspected_by_all():
             return None
-        reports, context = sent.posted.reports(), self._context
+        reports, context = sent.posted(), self._context
         combined = combined_reading(reports, optimizer_index=reading.optimizer_index, sharded=context.ranks.sharded)
         return combined, outlier_ranks(reports, context.thresholds.distributed)
 
@@ -166,7 +166,7 @@ class RankReadback:
             yield self._hear(self._sent.popleft(), late=True)
 
     def _hear(self, sent: Sent, *, late: bool) -> Arrived:
-        reports = sent.posted.reports()
+        reports = sent.posted()
         outside = any(one.outside_fault for one in reports)
         self._context.state.asks_hyperparameters |= outside
         self._snapshots.hear(reports)

@@ -18,7 +18,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
 from lightning_nanguard.diagnosis.own_draws import OwnDraws
-from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
+from lightning_nanguard.distributed.collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
@@ -41,10 +41,6 @@ from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-class _RehearsalError(Exception):
-    """A rehearsed update could not be made."""
 
 
 @final
@@ -264,7 +260,7 @@ class TrainerBatchReplay:
         def closure() -> float:
             value = gradients()
             if value is None:
-                raise _RehearsalError
+                raise RuntimeError("the loss is not known")
             self._clipper.clip(self._learner.gradients(0))
             clip_as_configured(self._trainer, optimizer)
             seen.append(value)
@@ -273,8 +269,6 @@ class TrainerBatchReplay:
         try:
             with torch.enable_grad():
                 optimizer.step(closure)  # as in Lightning: some optimizers call it several times
-        except _RehearsalError:
-            return None
         except Exception as error:
             _logger.debug("NaNGuard: an update could not be made again: %r", error)
             return None

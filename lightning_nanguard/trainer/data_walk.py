@@ -35,12 +35,9 @@ def sources(made: Any) -> dict[str, Any]:
         return dict(_flat(found))
     if not (isinstance(made, (Dataset, Mapping)) or hasattr(made, "__iter__")):
         raise TypeError(f"{made!r} is not a data module, loader or data set.")
-    loaders = isinstance(made, (Mapping, list, tuple)) and all(isinstance(one, DataLoader) for one in _values(made))
+    held = made.values() if isinstance(made, Mapping) else made
+    loaders = isinstance(made, (Mapping, list, tuple)) and all(isinstance(one, DataLoader) for one in held)
     return dict(_flat({"data": made})) if loaders else {"data": made}
-
-
-def _values(made: Any) -> list[Any]:
-    return list(made.values() if isinstance(made, Mapping) else made)
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

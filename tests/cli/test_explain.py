@@ -93,7 +93,7 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
 
 
 def test_a_log_that_is_damaged_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """That is said, and the run is not called one of version 0.1.0; a file that is none of a run is an error."""
+    """That is said; a file that is none of a run is an error."""
     folder = write_run(tmp_path / "run")
     (folder / RUN_FILE).write_text("garbage")
     told = []
@@ -120,8 +120,8 @@ def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every record is told, the first of a kind in full; records of version 0.1.0, which kept no log, too; and nothing
-    in one reaches the terminal as more than text."""
+    """Every record is told, the first of a kind in full, also without a log of the run; and nothing in one reaches
+    the terminal as more than text."""
     sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
     for step in (7, 8):
         sink.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -133,4 +133,4 @@ def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "step 8 (epoch 0, batch 8): non-finite loss again; skipped the batch\n" in shown
         assert "went back to step 4" in shown
         assert all(line.isprintable() for line in shown.splitlines())
-        assert ("Run of version 0.1.0 in " in shown) == (where == tmp_path)
+        assert ("Run without its run.jsonl" in shown) == (where == tmp_path)

@@ -53,7 +53,7 @@ class WindowEntry:
 
 
 @final
-class Window:
+class AccumulationWindow:
     """Keeps the micro-batches of the present update, so that they can be run again.
 
     Args:

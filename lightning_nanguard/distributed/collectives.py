@@ -1,10 +1,23 @@
-"""Forbids collectives in code that only some ranks run."""
+"""Counts the collectives of the default process group, and forbids collectives in code that only some ranks run."""
 
 from __future__ import annotations
 
 from typing import Any, final
 
+from torch import distributed
 from torch.utils._python_dispatch import TorchDispatchMode
+
+
+def collectives_begun() -> int:
+    """Number of collectives that this process has begun on the default group, by anyone; 0 without a group.
+
+    Two readings show whether code between them communicates, such as a synchronised batch norm, a loss over all ranks,
+    or a value that is logged with ``sync_dist=True``.
+    """
+    if not (distributed.is_available() and distributed.is_initialized()):
+        return 0
+    group = distributed.distributed_c10d._get_default_group()
+    return int(group._get_sequence_number_for_group())  # type: ignore[attr-defined]
 
 
 @final
