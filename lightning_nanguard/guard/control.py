@@ -13,7 +13,10 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.snapshot import Snapshot
 
-NOT_ALIKE = "code outside of the optimizer's step changes weights or gradients, which a copy of the model lacks"
+NOT_ALIKE = (
+    "a copy of the model does not make the updates of the run: code outside of the optimizer's step changes weights or "
+    "gradients, or the step depends on what the copy lacks"
+)
 """Why no branch is compared with the run."""
 
 
@@ -36,7 +39,7 @@ class Control:
 
     Code outside of the optimizer's step may change weights or gradients: a callback that clips weights, a projection
     in ``optimizer_step``, noise on gradients. A branch is trained without it, so its losses say nothing about the run.
-    Then the control is not where the run is after the update, and the guard compares no branches with this run.
+    The same is true if the step depends on something else that is not part of the learner. Then the control is not where the run is after the update, and the guard compares no branches with this run.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -111,27 +114,28 @@ class Control:
         target = self._target
         if target is None:
             return True  # not known
-        return _distance(made, target) <= self._limits.alike * _distance(target, start)
+        return self._distance(made, target) <= self._limits.alike * self._distance(target, start)
 
     def _outside(self, made: Snapshot, start: Snapshot) -> list[Any]:
         """The fields of :class:`OutsideMove` in a list, which ranks can exchange."""
-        stepped = _distance(made, start)
+        stepped = self._distance(made, start)
         if self._target is None or stepped == 0:
             return [0.0]
-        moved = sorted(((far, name) for name, far in _distances(made, self._target).items() if far > 0), reverse=True)
+        moved = sorted(((far, name) for name, far in self._distances(made, self._target).items() if far > 0), reverse=True)
         return [math.hypot(*(far for far, _ in moved)) / stepped, *(name for _, name in moved)]
 
+    def _distance(self, one: Snapshot, other: Snapshot) -> float:
+        return math.hypot(*self._distances(one, other).values())
 
-def _distance(one: Snapshot, other: Snapshot) -> float:
-    return math.hypot(*_distances(one, other).values())
-
-
-def _distances(one: Snapshot, other: Snapshot) -> dict[str, float]:
-    """How far apart each parameter is in two states."""
-    apart = {
-        key[1]: leaf - then
-        for key, leaf in one.leaves.items()
-        if key[0] == "parameter" and isinstance(leaf, Tensor) and isinstance(then := other.leaves.get(key), Tensor)
-    }
-    # One list, so that the device is read once.
-    return dict(zip(apart, norms(list(apart.values())), strict=True))
+    def _distances(self, one: Snapshot, other: Snapshot) -> dict[str, float]:
+        """How far apart two states are in each parameter that the step uses. An averaged copy does not count."""
+        trace = self._context.replay.step_trace()
+        unused = frozenset() if trace is None else trace.unused
+        apart = {
+            key[1]: leaf - then
+            for key, leaf in one.leaves.items()
+            if key[0] == "parameter" and key[1] not in unused and isinstance(leaf, Tensor)
+            if isinstance(then := other.leaves.get(key), Tensor)
+        }
+        # One list, so that the device is read once.
+        return dict(zip(apart, norms(list(apart.values())), strict=True))

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import largest_magnitudes, nested_tensors
 from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.attribute_memory import Attributes
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
@@ -91,6 +92,8 @@ class BatchHistory:
         self._most = self._healthy_limits.most
         self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
         self._accepted = 0
+        # The newest micro-batch, and the module's attributes before its step.
+        self._begun: tuple[Any, Attributes | None] = None, None
         self._exchanged: tuple[Any, Any] = None, None
         self._left_out: Any = None
 
@@ -141,6 +144,11 @@ class BatchHistory:
             if known is None:  # if one step evaluates several times (LBFGS), the first evaluation counts
                 self._micros[-1] = update, index, batch, state, *rest
         return state
+
+    def begin_from(self, attributes: Attributes) -> None:
+        """Store the module's attributes before the step of the newest micro-batch, such as a hidden state."""
+        if self._micros:
+            self._begun = self._micros[-1][2], attributes
 
     def end_step(self) -> None:
         """Note the end of that step."""
@@ -247,11 +255,15 @@ class BatchHistory:
         if self._updates == 1:
             self._micros.clear()
             self._sizes.clear()
+            self._begun = None, None
 
     def rewind(self, micro: MicroBatch) -> None:
-        """Restore the random streams as they were before a micro-batch."""
+        """Restore the random streams as they were before a micro-batch, and for the newest one the attributes."""
         if micro.streams is not None:
             micro.streams.restore()
+        batch, attributes = self._begun
+        if attributes is not None and micro.batch is batch:
+            attributes.restore()
 
     def _made(self, updates: Container[int]) -> list[MicroBatch]:
         return [

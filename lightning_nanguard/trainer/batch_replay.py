@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
-from lightning_nanguard.diagnosis.own_draws import OwnDraws
+from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer
 from lightning_nanguard.distributed.collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
@@ -88,7 +88,7 @@ class TrainerBatchReplay:
         updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
-        self._draws: bool | None = None
+        self._trace: StepTrace | None = None
 
     def make_undo(self, *, thorough: bool = False) -> BatchUndo:
         """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
@@ -163,20 +163,20 @@ class TrainerBatchReplay:
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
         return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
-    def draws_from_weights(self) -> bool:
-        """Whether ``training_step`` draws samples from the model itself. The first call runs the present batch."""
-        if self._draws is None and self._repeatable():
-            trace = OwnDraws(
-                p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]
-            )
+    def step_trace(self) -> StepTrace | None:
+        """What was found when the first batch asked for was traced; ``None`` if no batch can be run again."""
+        if self._trace is None and self._repeatable():
+            weights = [p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]]
+            tracer = StepTracer(weights, self._module.named_parameters())
 
             def run() -> float | None:
-                with uncompiled(), trace:
+                with uncompiled(), tracer:
                     return run_training_step(self._trainer, self.batch, self.batch_idx)
 
-            self._attempt(partial(self._rehearsed, run), self.batch)
-            self._draws = any(self._ranks.gather(trace.found))
-        return bool(self._draws)
+            whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
+            draws = any(self._ranks.gather(tracer.draws))
+            self._trace = StepTrace(draws, tracer.unused if whole else frozenset())
+        return self._trace
 
     def gradient_finite(self) -> bool | None:
         """Whether the present batch has a finite gradient under the present weights. It removes the gradients."""

@@ -13,7 +13,8 @@ from lightning_nanguard.diagnosis.isolation import errors_logged
 def expected_updates(trainer: Any) -> float:
     """Number of updates in the whole run; ``math.inf`` if it is not known or not limited."""
     with errors_logged("the length of the run is not known"):
-        return float(trainer.estimated_stepping_batches)
+        known = float(trainer.estimated_stepping_batches)
+        return known if known >= 0 else math.inf  # Lightning gives -1 if the data have no length
     return math.inf
 
 

@@ -63,6 +63,7 @@ class StepRunner:
             if run.zero_grad is not None:
                 self._numbers.begin()
             start = self._runs.memory.open(run.batch, random)
+            self._runs.replay.batches.begin_from(start.attributes)
             if run.zero_grad is not None:
                 self._undos.also(start.carried_back)
                 self._undos.also(self._numbers.undo)

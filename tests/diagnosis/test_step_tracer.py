@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Categorical, Normal
 from torch.nn import functional as F
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.diagnosis.own_draws import OwnDraws
+from lightning_nanguard.diagnosis.step_tracer import StepTracer
 from lightning_nanguard.record.trials import TRIALS_FILE
 from tests.helpers import Batch, Task, batches, differences, fit, mlp, state_of
 
@@ -41,9 +41,9 @@ NOISE: list[Callable[[Tensor], Tensor]] = [
 def test_draws_of_the_model_and_noise(steps: list[Callable[[Tensor], Tensor]], found: bool) -> None:
     """A distribution whose parameters are computed from the weights counts, with or without a graph; noise does not."""
     for number, step in enumerate(steps):
-        with OwnDraws(NET.parameters()) as trace:
+        with StepTracer(NET.parameters()) as trace:
             step(NET(torch.randn(8, 4)))
-        assert trace.found is found, number
+        assert trace.draws is found, number
 
 
 class Policy(Task):
