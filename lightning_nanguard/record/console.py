@@ -30,7 +30,6 @@ class Console(Sink):
     """
 
     def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
-        self._thresholds = thresholds
         self._show_first = thresholds.shown_per_kind
         require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
         # The count of each kind, and the count at which the next one is shown.
@@ -41,9 +40,9 @@ class Console(Sink):
         seen, next_shown = self._kinds.get(intervention.kind, (0, 1))
         seen += 1
         if seen == 1 or intervention.ends_run:
-            _logger.warning("NaNGuard: %s", tell(intervention, self._thresholds))
+            _logger.warning("NaNGuard: %s", tell(intervention))
         elif seen >= next_shown:
-            _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention, self._thresholds), f"{seen:,}")
+            _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention), f"{seen:,}")
         if seen >= next_shown:
             next_shown = seen + 1 if seen < self._show_first else 2 * seen
         self._kinds[intervention.kind] = seen, next_shown

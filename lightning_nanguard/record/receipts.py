@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, final, get_args
 
 from lightning_nanguard.record.text import counted, printable
-from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, from_plain, plain
+from lightning_nanguard.types import Intervention, Record, Verdict, from_plain
 
 RECEIPTS_FILE = "receipts.jsonl"
 """Name of the file in a run's folder of records."""
@@ -22,7 +22,7 @@ _WORDS: dict[Verdict, str] = {
 
 @final
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Record):
     """Says whether one intervention in a run with finite numbers helped.
 
     Attributes:
@@ -62,10 +62,6 @@ class Receipt:
     def told(self) -> str:
         """The intervention and its result, in one line."""
         return f"result of the intervention of step {self.intervention_step}: {self.in_words()}"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that JSON accepts."""
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Receipt:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from lightning_nanguard.record.text import listed_numbers
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Finding
 
 
-def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
+def origin_in_words(finding: Finding) -> str:
     """The rows of a finding's samples, how often they were found, and on which rank; empty if not known.
 
     Args:
         finding: The finding.
-        thresholds: How many rows one message lists.
 
     Example:
         >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
@@ -20,7 +18,7 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
     """
     known = finding.evidence
     if finding.rows:
-        words = [f"{listed_numbers('row', finding.rows, thresholds)} of the data set"]
+        words = [f"{listed_numbers('row', finding.rows)} of the data set"]
     elif "hash" in known and "position" in known:
         words = [f"batch {_number(known['position'])} of the epoch"]
         words += [f"hash {known['hash']}"] if known["hash"] else []
@@ -34,17 +32,16 @@ def origin_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -
     return ", ".join(words)
 
 
-def samples_in_words(finding: Finding, thresholds: RecordsThresholds = RECORDS) -> str:
+def samples_in_words(finding: Finding) -> str:
     """The samples of a finding: their rows if these are known, else their places in the batch.
 
     Args:
         finding: The finding.
-        thresholds: How many samples one message lists.
     """
-    places = listed_numbers("sample", finding.samples, thresholds) if finding.samples else ""
+    places = listed_numbers("sample", finding.samples) if finding.samples else ""
     if finding.rows:
-        return origin_in_words(finding, thresholds)
-    return ", ".join(part for part in (places, origin_in_words(finding, thresholds)) if part)
+        return origin_in_words(finding)
+    return ", ".join(part for part in (places, origin_in_words(finding)) if part)
 
 
 def _number(value: float | str) -> str:

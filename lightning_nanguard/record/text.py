@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 
 STEPS = (
     "Step N is the state after update N (Lightning's global_step): the first update is step 1. Epochs, batches, "
@@ -77,9 +77,8 @@ def steps_in_words(steps: Sequence[int]) -> str:
     return listed_numbers("step", steps)
 
 
-def listed_numbers(noun: str, numbers: Sequence[int | str], thresholds: RecordsThresholds = RECORDS) -> str:
+def listed_numbers(noun: str, numbers: Sequence[int | str]) -> str:
     """Numbers with their noun, such as ``"lines 2, 5, 7"``. If there are too many, the rest is counted."""
-    most = thresholds.numbers_per_message
-    more = len(numbers) - most
-    shown = ", ".join(str(number) for number in islice(numbers, most))
+    more = len(numbers) - NUMBERS_PER_MESSAGE
+    shown = ", ".join(str(number) for number in islice(numbers, NUMBERS_PER_MESSAGE))
     return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more:,} more' if more > 0 else ''}"

@@ -18,7 +18,7 @@ from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
-from lightning_nanguard.record.skipped import mostly_skipped
+from lightning_nanguard.record.summary import mostly_skipped
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Advice, Intervention

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import chain
 
-from lightning_nanguard.record.html import escaped, parts_of, table
+from lightning_nanguard.record.html import escaped, lines_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.skipped import TO_DO
+from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers, steps_in_words
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
@@ -210,7 +210,7 @@ def _interventions(data: RunData) -> list[str]:
 
 
 def _intervention(one: Intervention, data: RunData, is_open: bool) -> str:
-    lines = parts_of(one)
+    lines = lines_of(one)
     cost = _receipt(one, data)
     if cost:
         lines.append(("cost", cost))

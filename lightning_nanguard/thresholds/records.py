@@ -37,7 +37,6 @@ class RecordsThresholds:
             says little.
         share_skipped_most: Share of skipped updates at which the summary begins with it.
         share_skipped_nearly_all: Share of skipped updates at which the summary says that almost nothing was learned.
-        numbers_per_message: Line numbers or sample indices that one message lists. It gives the number of all others.
     """
 
     interventions_in_memory: int = 1000
@@ -58,7 +57,6 @@ class RecordsThresholds:
     least_updates_of_share: int = 20
     share_skipped_most: float = 0.5
     share_skipped_nearly_all: float = 0.9
-    numbers_per_message: int = 8
 
 
 RECORDS = RecordsThresholds()
