@@ -165,7 +165,6 @@ class Clues:
         loss: The loss when it was run again.
         gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
         origin: The operation that gave the first non-finite value.
-        low_precision: Whether the model runs in 16 bits.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
@@ -188,7 +187,6 @@ class Clues:
     loss: float | None = None
     gradient_finite: bool | None = None
     origin: Origin | None = None
-    low_precision: bool = False
     finite_in_float32: bool | None = None
     good_loss: float | None = None
     good_finite: bool | None = None
@@ -443,6 +441,10 @@ class Case:
     curvature: Curvature | None = None
     earlier: tuple[EarlierFinding, ...] = ()
     unstable: str = ""
+
+    def times(self, cause: str, place: str) -> int:
+        """How often a cause was found at a place, this time included."""
+        return 1 + sum((one.finding.cause, one.finding.place) == (cause, place) for one in self.earlier)
 
     def earlier_here(self) -> tuple[EarlierFinding, ...]:
         """The findings of earlier faults of this kind at this place."""

@@ -54,7 +54,6 @@ class Hessian:
         self._step = step
         self._difference = difference
         self._all = [parameter for parameter in parameters if parameter.requires_grad]
-        self.products = 0
         try:
             self._graph: Vector | None = self._gradient(create_graph=True)
             if any(
@@ -72,7 +71,6 @@ class Hessian:
 
     def times(self, vector: Vector) -> Vector:
         """The product Hv, in the shapes of the parameters."""
-        self.products += 1
         return self._twice(self._graph, vector) if self._graph is not None else self._differences(vector)
 
     def of_gradient(self) -> Vector:

@@ -30,6 +30,7 @@ from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isol
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.loss_progress import LossProgress
+from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
@@ -133,7 +134,7 @@ class Examination:
         if len(self._learner.optimizers) != 1:
             return replace(case, model=model, course=course)
         course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        named = trained_parameters(module)
         with isolated(self._untraced):
             course = self._compare_gradients(micros, course, list(named.values()))
         with isolated(self._untraced):

@@ -16,15 +16,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields, true_indices
 from lightning_nanguard.diagnosis.case import Layer, Model, Objective
+from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated
 from lightning_nanguard.diagnosis.operation_trace import (
     RunningModules,
-    leaves,
     operation_name,
     storage_key,
+    tensors_in,
     user_line,
 )
-from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.measure.norms import double_norm
 from lightning_nanguard.thresholds.diagnosis import LayerThresholds
 
 _LAYERS = LayerThresholds()
@@ -98,7 +99,7 @@ def measure_layers(
             return Model(objective=next(one for one in trace.objectives if one.outside))
     if loss is None:
         return None
-    gradients = _gradient_norms(loss, {name: p for name, p in named.items() if p.requires_grad})
+    gradients = _gradient_norms(loss, module)
     return Model(
         layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
         objective=_most_suspect(trace.objectives),
@@ -106,14 +107,13 @@ def measure_layers(
     )
 
 
-def _gradient_norms(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    if loss.grad_fn is None or loss.numel() != 1 or not parameters:
+def _gradient_norms(loss: Tensor, module: nn.Module) -> dict[str, float]:
+    if loss.grad_fn is None or loss.numel() != 1:
         return {}
     try:
-        made: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {name: double_norm(one) for name, one in gradients_by_name(loss, module).items()}
     except RuntimeError:
-        return {}  # some graphs (re-entrant checkpointing) do not support autograd.grad
-    return {name: _norm(one) for name, one in zip(parameters, made, strict=True) if one is not None}
+        return {}  # no parameter is trained, or the graph (re-entrant checkpointing) does not support autograd.grad
 
 
 def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
@@ -124,11 +124,6 @@ def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
         return one.probabilities, one.classes is not None, above
 
     return max(objectives, key=suspicion, default=None)
-
-
-def _norm(tensor: Tensor) -> float:
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return float(torch.linalg.vector_norm(dense_values(tensor.detach()), dtype=wide))
 
 
 @dataclass(slots=True)
@@ -149,14 +144,14 @@ class _Measured:
     samples: int = 0
 
     def add_output(self, output: Tensor) -> None:
-        self.made[0] += _norm(output) ** 2
+        self.made[0] += double_norm(output) ** 2
         self.made[1] += output.numel()
         if output.numel() and not output.is_complex():
             self.lowest = min(self.lowest, float(output.min()))
             self.highest = max(self.highest, float(output.max()))
 
     def add_input(self, tensor: Tensor) -> None:
-        self.given[0] += _norm(tensor) ** 2
+        self.given[0] += double_norm(tensor) ** 2
         self.given[1] += tensor.numel()
 
     def add_bounded(self, output: Tensor, lowest: float, highest: float) -> None:
@@ -185,7 +180,7 @@ class _Measured:
             saturated=None if self.at_ends is None or not self.made[1] else self.at_ends / self.made[1],
             dead=min(dead) if dead and self.samples >= self.thresholds.min_samples else None,
             gradient=math.hypot(*norms) if norms else None,
-            weight=math.hypot(*(_norm(parameters[name]) for name in self.weights)) if self.weights else None,
+            weight=math.hypot(*(double_norm(parameters[name]) for name in self.weights)) if self.weights else None,
         )
 
 
@@ -228,14 +223,14 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = operation_name(func)
-        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_in((args, kwargs))
         places = [storage_key(one) for one in inputs]
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         if name in _FROM_CLASSES:
             self._check_classes(inputs)
         squared = self._squared(name, inputs, given)
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(result)
         if name in _FROM_CLASSES or name in _BINARY:
             self._cross_entropy(name, inputs, given, outputs[0])
         elif squared is not None:

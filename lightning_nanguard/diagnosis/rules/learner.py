@@ -62,7 +62,7 @@ def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
-    times = 1 + sum(one.finding.cause == "corrupted_state" and one.finding.place == name for one in case.earlier)
+    times = case.times("corrupted_state", name)
     since = case.evidence.healthy_since_restore
     soon = since is not None and since < thresholds.blame.calm_when_late
     # A memory fault is gone with the good state, and does not come back soon after a restore.
