@@ -14,6 +14,11 @@ Look = Literal["nothing", "batch", "replay"]
 """How much may be examined: only the evidence, also the present batch, or also the batch while it is run again."""
 
 
+def with_line(name: str, line: str) -> str:
+    """A name with its line in the user's code, such as ``log, model.py:41``; the name alone without a known line."""
+    return f"{name}, {line}" if line else name
+
+
 @dataclass(frozen=True, slots=True)
 class BadField:
     """A tensor of the batch that holds NaN or Inf.
@@ -113,7 +118,7 @@ class Origin:
     @property
     def place(self) -> str:
         """In words: ``net.2 (log, model.py:41)``."""
-        where = f"{self.operation}, {self.line}" if self.line else self.operation
+        where = with_line(self.operation, self.line)
         return f"{self.module or 'training_step'} ({'backward of ' if self.backward else ''}{where})"
 
 
@@ -268,6 +273,11 @@ class Objective:
     outside: tuple[int, ...] = ()
     least: float | None = None
     most: float | None = None
+
+    @property
+    def place(self) -> str:
+        """In words: ``training_step (cross_entropy, model.py:41)``."""
+        return f"training_step ({with_line(self.function, self.line)})"
 
 
 @dataclass(frozen=True, slots=True)

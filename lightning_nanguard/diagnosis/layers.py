@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields, true_indices
-from lightning_nanguard.diagnosis.case import Layer, Model, Objective
+from lightning_nanguard.diagnosis.case import Layer, Model, Objective, with_line
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated
 from lightning_nanguard.diagnosis.operation_trace import (
@@ -42,6 +42,8 @@ _SAME_VALUES = frozenset(
 _BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0)}
 _FROM_CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d"})
 _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
+# What a loss must not be made of, because the loss itself applies a softmax or sigmoid.
+_APPLIED_TWICE = {**dict.fromkeys(_FROM_CLASSES, "log_softmax"), "binary_cross_entropy_with_logits": "probabilities"}
 
 
 def measure_layers_untraced(
@@ -265,7 +267,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if not learned:
             return _Value("target") if any(self._is_target(place) for place in places) else None
         if name == "sub" and len(inputs) == 2:
-            target = next((t for t, place in zip(inputs, places, strict=True) if self._is_target(place)), None)
+            target = self._target_among(inputs)
             return None if target is None else _Value("difference", classes=_classes(target, self._thresholds))
         return None
 
@@ -273,9 +275,11 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         known = self._values.get(place)
         return known is not None and known.what == "target" and place not in self._learned
 
+    def _target_among(self, inputs: list[Tensor]) -> Tensor | None:
+        return next((one for one in inputs[:2] if self._is_target(storage_key(one))), None)
+
     def _place(self, name: str) -> str:
-        line = user_line()
-        return f"{self._modules.current() or 'training_step'} ({name}{', ' if line else ''}{line})"
+        return f"{self._modules.current() or 'training_step'} ({with_line(name, user_line())})"
 
     # ------------------------------------------------------------------------------------------ layers
 
@@ -283,7 +287,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, name: str, inputs: list[Tensor], places: list[int], output: Tensor, given: Mapping[str, Any]
     ) -> None:
         if name in _PRODUCTS:
-            weight = next((self._weights[p] for t, p in zip(inputs, places, strict=True) if self._is_matrix(t, p)), "")
+            matrices = (p for t, p in zip(inputs, places, strict=True) if p in self._weights and t.dim() > 1)
+            weight = next((self._weights[place] for place in matrices), "")
             layer = self._measured_weight(weight) if weight else None
             if layer is None:
                 return
@@ -306,9 +311,6 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             layer.add_bounded(output, *_BOUNDED[name])
 
-    def _is_matrix(self, tensor: Tensor, place: int) -> bool:
-        return place in self._weights and tensor.dim() > 1
-
     def _measured_weight(self, weight: str) -> _Measured | None:
         owner = weight.rpartition(".")[0].replace("_orig_mod.", "")
         module = self._owners.get(owner)
@@ -320,8 +322,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module = self._owners.get(running)
         if type(module).__module__.startswith("torch.nn.modules.activation"):
             return self._entry((running, name, after), running, type(module).__name__)
-        line = user_line()
-        return self._entry((running, name, after), running or "training_step", f"{name}{', ' if line else ''}{line}")
+        return self._entry((running, name, after), running or "training_step", with_line(name, user_line()))
 
     def _entry(self, found: tuple[str, str, str], path: str, kind: str) -> _Measured | None:
         if found not in self.layers and len(self.layers) >= self._thresholds.max_layers:
@@ -352,12 +353,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         scores, binary = inputs[0], name in _BINARY
         classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
         known = self._values.get(storage_key(scores))
-        if known is None or name == "binary_cross_entropy":
-            place = ""  # this loss expects probabilities
-        elif binary:
-            place = known.place if known.what == "probabilities" else ""
-        else:
-            place = known.place if known.what == "log_softmax" else ""
+        place = known.place if known is not None and known.what == _APPLIED_TWICE.get(name) else ""
         # The chance level is known only for an unweighted mean.
         plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
         least, most = (float(inputs[1].min()), float(inputs[1].max())) if binary and inputs[1].numel() else (None, None)
@@ -377,7 +373,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _squared(self, name: str, inputs: list[Tensor], given: Mapping[str, Any]) -> _Value | None:
         if name == "mse_loss":
-            target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None)
+            target = self._target_among(inputs)
             return _Value("difference", classes=None if target is None else _classes(target, self._thresholds))
         squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
         if name == "mul":
@@ -388,7 +384,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _squared_error(
         self, name: str, difference: _Value, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor
     ) -> None:
-        target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None) if name == "mse_loss" else None
+        target = self._target_among(inputs) if name == "mse_loss" else None
         plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
         # A few targets may all be near 0 by chance.
         known = target is not None and plain and target.numel() >= self._thresholds.min_samples

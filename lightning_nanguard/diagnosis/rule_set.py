@@ -41,7 +41,7 @@ class RuleSet:
         """All findings, those with the highest confidence first."""
         own = [finding for index in range(len(self._own)) if (finding := self._ask(index, case)) is not None]
         found = (*own, *findings(case, self._thresholds))
-        return tuple(sorted(found, key=lambda finding: -finding.confidence)) if own else found
+        return tuple(sorted(found, key=lambda finding: -finding.confidence))
 
     def diagnose(self, case: Case) -> Finding | None:
         """The finding with the highest confidence; ``None`` if no rule has one."""

@@ -13,28 +13,6 @@ from lightning_nanguard.record.text import counted, in_words, listed_numbers, pr
 from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention
 
 
-def describe(intervention: Intervention) -> str:
-    """Say in one line when and where a fault was found, what was done, and why it happened.
-
-    Args:
-        intervention: The intervention.
-
-    Example:
-        >>> describe(Intervention(412, 3, 12, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 400))
-        'step 412 (epoch 3, batch 12): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05'
-    """
-    place = f" in {intervention.place}" if intervention.place else ""
-    if intervention.message:
-        why = f" ({intervention.message.rstrip('. ')})"
-    elif intervention.value is not None:
-        why = f" ({intervention.value:.4g})"
-    else:
-        why = ""
-    done, cause = _done(intervention), _cause(intervention)
-    ranks = _ranks(intervention)
-    return printable(f"{when(intervention)}: {intervention.fault}{place}{ranks}{why}; {done}{cause}")
-
-
 def tell(intervention: Intervention) -> str:
     """Say in a few lines what happened, why, what was done, and what to do.
 
@@ -163,13 +141,6 @@ def _done(intervention: Intervention) -> str:
     parts = [told.get(word, word) for word in words]
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
     return text if applied else f"would have {text}"
-
-
-def _cause(intervention: Intervention) -> str:
-    finding = intervention.finding
-    if finding is None:
-        return f"; cause: {intervention.cause}" if intervention.cause else ""
-    return f"; cause: {describe_finding(finding)}"
 
 
 def describe_finding(finding: Finding, *, confidence: bool = False) -> str:

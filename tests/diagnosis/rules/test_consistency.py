@@ -30,7 +30,7 @@ from lightning_nanguard import (
 from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rules import findings
-from lightning_nanguard.record.messages import describe
+from lightning_nanguard.record.messages import tell_again
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Clip, Restore, Scale, Trial
 from tests.diagnosis.rules import faults
@@ -289,7 +289,7 @@ def test_a_record_agrees_with_itself(case: Case, factor: float) -> None:
     cause = None if finding is None else finding.cause
     record = Intervention(1, 0, 1, case.fault.kind, "loss", words, lr, after, finding=finding, cause=cause)
     assert Intervention.from_dict(record.to_dict()).to_dict() == record.to_dict()
-    line = describe(record)
+    line = tell_again(record)
     assert (" → " in line) == (scale is not None)
     fares_no_better = case.evidence.comparison is None
     blamed = finding is not None and finding.scope == "batch"
