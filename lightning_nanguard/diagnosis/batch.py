@@ -17,14 +17,13 @@ from lightning_nanguard.diagnosis.case import BadField, Clues, Range
 from lightning_nanguard.measure.batches import largest_magnitudes, mapped, named_tensors
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values, is_plain, local
-from lightning_nanguard.thresholds.diagnosis import DataThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DataThresholds
 
 _TARGETS = ("target", "targets", "label", "labels", "y")
-_DATA = DataThresholds()
 
 
 def batch_clues(
-    batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA, *, count: int | None = None
+    batch: Any, module: nn.Module, thresholds: DataThresholds = DEFAULT.data, *, count: int | None = None
 ) -> Clues:
     """Measure the values of a batch, without running the model.
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
-
-_PLATEAU = PlateauThresholds()
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be examined: only the evidence, also the present batch, or also the batch while it is run again."""
@@ -383,22 +381,22 @@ class Course:
     batch_size: int | None = None
     chance: float | None = None
 
-    def moves(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def moves(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss has fallen, by more than it varies from one eighth of the updates to the next."""
         least = thresholds.moved * max(abs(self.first), 1e-12)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    def falls(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def falls(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss falls clearly, by a share of its present level, even if this is little of the first loss."""
         least = thresholds.fallen * abs(self.before)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    def rises(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def rises(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss has risen above its level: the loss function or the data changed, or the run diverges."""
         least = thresholds.risen * abs(self.first)
         return self.now - self.before > max(least, thresholds.spreads * self.spread)
 
-    def high(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def high(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether most of the untrained model's loss is still there, or the loss is at chance level."""
         untrained = self.now > self.first - thresholds.learned * max(abs(self.first), 1e-12)
         return untrained or (self.chance is not None and self.now > thresholds.near_chance * self.chance)

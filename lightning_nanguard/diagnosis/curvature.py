@@ -18,12 +18,10 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.diagnosis.case import Curvature, Layer
 from lightning_nanguard.diagnosis.gradient_trace import autograd_nodes
-from lightning_nanguard.thresholds.diagnosis import CurvatureThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, CurvatureThresholds
 
 Vector = list[Tensor]
 """One tensor for each parameter, of its shape."""
-
-_CURVATURE = CurvatureThresholds()
 
 
 @final
@@ -49,7 +47,7 @@ class Hessian:
         self,
         step: Callable[[], Tensor | None],
         parameters: Sequence[Tensor],
-        difference: float = _CURVATURE.difference,
+        difference: float = DEFAULT.curvature.difference,
     ) -> None:
         self._step = step
         self._difference = difference
@@ -120,7 +118,7 @@ def curvature_along_update(
     step: Callable[[], Tensor | None],
     optimizer: Optimizer,
     named: Mapping[str, Tensor],
-    thresholds: CurvatureThresholds = _CURVATURE,
+    thresholds: CurvatureThresholds = DEFAULT.curvature,
 ) -> tuple[Curvature, tuple[Layer, ...]] | None:
     """The curvature along an optimizer's next update, and the effect of this update on each weight matrix.
 
@@ -199,7 +197,7 @@ def _moving_mean(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
     return (1 - keep) * value if mean is None else keep * mean + (1 - keep) * value
 
 
-def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> tuple[float, Vector]:
+def steepest(hessian: Hessian, products: int = DEFAULT.curvature.power_iterations) -> tuple[float, Vector]:
     """A lower bound of the eigenvalue largest in magnitude, and its direction, by power iteration from the gradient."""
     size = norm(hessian.gradient)
     vector = unit(hessian.gradient)
@@ -214,7 +212,7 @@ def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> t
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> float:
+def typical(hessian: Hessian, top: Vector, probes: int = DEFAULT.curvature.probes) -> float:
     """Mean magnitude of the curvature along random directions that are orthogonal to ``top``."""
     values = []
     for seed in range(probes):
@@ -226,7 +224,7 @@ def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> f
     return sum(values) / len(values)
 
 
-def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CURVATURE) -> tuple[float, float]:
+def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = DEFAULT.curvature) -> tuple[float, float]:
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
 
     Args:

@@ -26,9 +26,8 @@ from lightning_nanguard.diagnosis.operation_trace import (
     user_line,
 )
 from lightning_nanguard.measure.norms import double_norm
-from lightning_nanguard.thresholds.diagnosis import LayerThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, LayerThresholds
 
-_LAYERS = LayerThresholds()
 # Operations that multiply by a weight.
 _PRODUCTS = frozenset(
     ["mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "embedding", "embedding_bag"]
@@ -51,7 +50,7 @@ def measure_layers_untraced(
     batch: Any,
     step: Callable[[], Tensor | None],
     untraced: Untraced,
-    thresholds: LayerThresholds = _LAYERS,
+    thresholds: LayerThresholds = DEFAULT.layers,
 ) -> Model | None:
     """The result of :func:`measure_layers` for a batch. Everything that the pass changes is undone."""
     fields = dict(tensor_fields(batch))
@@ -64,7 +63,7 @@ def measure_layers(
     module: nn.Module,
     step: Callable[[], Tensor | None],
     targets: Sequence[Tensor] = (),
-    thresholds: LayerThresholds = _LAYERS,
+    thresholds: LayerThresholds = DEFAULT.layers,
 ) -> Model | None:
     """Measure every layer while a batch runs forward and backward.
 

@@ -8,10 +8,7 @@ from typing import final
 
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.case import Course
-from lightning_nanguard.thresholds.diagnosis import ExaminationThresholds, PlateauThresholds
-
-_EXAMINATION = ExaminationThresholds()
-_PLATEAU = PlateauThresholds()
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, ExaminationThresholds, PlateauThresholds
 
 
 @final
@@ -27,8 +24,8 @@ class LossProgress:
     def __init__(
         self,
         patience: int,
-        thresholds: ExaminationThresholds = _EXAMINATION,
-        plateau: PlateauThresholds = _PLATEAU,
+        thresholds: ExaminationThresholds = DEFAULT.examination,
+        plateau: PlateauThresholds = DEFAULT.plateau,
     ) -> None:
         self._patience = patience
         self._thresholds = thresholds
@@ -42,7 +39,7 @@ class LossProgress:
         self._pause = patience
 
     @classmethod
-    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = _EXAMINATION) -> LossProgress:
+    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = DEFAULT.examination) -> LossProgress:
         """The progress of the newest losses only, if no levels were taken during the run."""
         losses = history.losses()
         size = max(1, len(losses) // (thresholds.levels + 1))

@@ -44,7 +44,14 @@ class RuleSet:
         return tuple(sorted(found, key=lambda finding: -finding.confidence))
 
     def diagnose(self, case: Case) -> Finding | None:
-        """The finding with the highest confidence; ``None`` if no rule has one."""
+        """The finding with the highest confidence; ``None`` if no rule has one.
+
+        Example:
+            >>> from lightning_nanguard.types import Evidence, Fault
+            >>> case = Case(Fault("non_finite_loss", "batch", "loss"), Evidence(step=3, batch_finite=False))
+            >>> RuleSet().diagnose(case).cause
+            'non_finite_input'
+        """
         return next(iter(self.findings(case)), None)
 
     def _ask(self, index: int, case: Case) -> Finding | None:

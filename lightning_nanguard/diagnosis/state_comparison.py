@@ -12,9 +12,7 @@ from lightning_nanguard.diagnosis.case import Change
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture_whole
-from lightning_nanguard.thresholds.diagnosis import StateChangeThresholds
-
-_STATE = StateChangeThresholds()
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, StateChangeThresholds
 
 
 @contextmanager
@@ -34,7 +32,7 @@ def _is_state(path: StateKey) -> bool:
 
 
 def unexplained_change(
-    learner: Learner, snapshot: Snapshot, thresholds: StateChangeThresholds = _STATE
+    learner: Learner, snapshot: Snapshot, thresholds: StateChangeThresholds = DEFAULT.state
 ) -> Change | None:
     """The trained weight in which a few elements changed far more than the rest since a snapshot.
 

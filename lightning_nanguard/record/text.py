@@ -67,16 +67,6 @@ def counted(number: int, noun: str, nouns: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
-def steps_in_words(steps: Sequence[int]) -> str:
-    """Steps with their noun.
-
-    Example:
-        >>> steps_in_words([150]), steps_in_words([150, 300])
-        ('step 150', 'steps 150, 300')
-    """
-    return listed_numbers("step", steps)
-
-
 def listed_numbers(noun: str, numbers: Sequence[int | str]) -> str:
     """Numbers with their noun, such as ``"lines 2, 5, 7"``. If there are too many, the rest is counted."""
     more = len(numbers) - NUMBERS_PER_MESSAGE

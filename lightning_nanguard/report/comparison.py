@@ -19,10 +19,11 @@ from lightning_nanguard.report.figure import (
     STYLE,
     add_curve,
     add_line,
+    label_axes,
     legend,
     matplotlib,
-    scale,
     spread,
+    stacked_axes,
     to_svg,
 )
 from lightning_nanguard.report.page import document, heading, verdict
@@ -124,10 +125,7 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData]) -> Any:
         A ``matplotlib.figure.Figure``.
     """
     with matplotlib().rc_context(STYLE):
-        figure = matplotlib("matplotlib.figure").Figure()
-        figure.set_size_inches(8.0, 7.2)
-        figure.set_layout_engine("constrained")
-        losses, norms, rates = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
+        losses, norms, rates = stacked_axes([3, 3, 2])
         colours = cycle(COLOURS[name] for name in ("first", "second", "back", "bad", "ink"))
         for name, run, colour in zip(names, runs, colours, strict=False):
             rows = thinned([one for one in run.curve if one.optimizer == 0], REPORT.points_per_curve)
@@ -139,12 +137,9 @@ def draw_comparison(names: Sequence[str], runs: Sequence[RunData]) -> Any:
             if steps:
                 style = {"linestyle": "none", "marker": "v", "markersize": 5, "color": colour, "clip_on": False}
                 losses.plot(steps, [1.0] * len(steps), transform=losses.get_xaxis_transform(), **style)
-        for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
-            axes.set_ylabel(label)
-            scale(axes)
+        label_axes(losses, norms, rates)
         legend(losses)
-        rates.set_xlabel("step")
-    return figure
+    return losses.figure
 
 
 def _short(name: str, most: int) -> str:

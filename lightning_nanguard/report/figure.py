@@ -79,11 +79,7 @@ def draw(data: RunData, figure: Any = None) -> Any:
     """
     library = matplotlib()
     with library.rc_context(STYLE):
-        if figure is None:
-            figure = matplotlib("matplotlib.figure").Figure()
-        figure.set_size_inches(8.0, 7.2)
-        figure.set_layout_engine("constrained")
-        marks, losses, norms, rates = figure.subplots(4, 1, sharex=True, height_ratios=[1, 3, 3, 2])
+        marks, losses, norms, rates = stacked_axes([1, 3, 3, 2], figure)
         points = {
             index: thinned([one for one in data.curve if one.optimizer == index], REPORT.points_per_curve)
             for index in sorted({one.optimizer for one in data.curve})
@@ -101,9 +97,8 @@ def draw(data: RunData, figure: Any = None) -> Any:
             add_line(
                 norms, rows, [one.clip_val for one in rows], color=COLOURS["back"], linestyle="--", label="clipped at"
             )
-        for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
-            axes.set_ylabel(label)
-            scale(axes)
+        label_axes(losses, norms, rates)
+        for axes in (losses, norms, rates):
             for number, step in enumerate(data.resumed_at):
                 said = "resumed" if axes is losses and number == 0 else None
                 axes.axvline(step, color=COLOURS["ink"], linewidth=0.9, linestyle=":", label=said)
@@ -113,8 +108,28 @@ def draw(data: RunData, figure: Any = None) -> Any:
         for axes in (losses, norms, rates):
             for one in shown:
                 axes.axvline(one.global_step, color=_colour(one), linewidth=0.8, alpha=0.45)
-        rates.set_xlabel("step")
-    return figure
+    return rates.figure
+
+
+def stacked_axes(heights: Sequence[int], figure: Any = None) -> Any:
+    """Axes below each other with a common axis of steps.
+
+    Args:
+        heights: Their relative heights.
+        figure: A ``matplotlib.figure.Figure``; ``None`` for a new one.
+    """
+    figure = matplotlib("matplotlib.figure").Figure() if figure is None else figure
+    figure.set_size_inches(8.0, 7.2)
+    figure.set_layout_engine("constrained")
+    return figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+
+
+def label_axes(losses: Any, norms: Any, rates: Any) -> None:
+    """Name the axes of the curves, and choose their scales."""
+    for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
+        axes.set_ylabel(label)
+        scale(axes)
+    rates.set_xlabel("step")
 
 
 def to_svg(figure: Any, title: str = "The curves of the run and its interventions") -> str:

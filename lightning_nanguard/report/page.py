@@ -13,7 +13,7 @@ from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.summary import TO_DO
-from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers, steps_in_words
+from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
@@ -164,7 +164,8 @@ def _resumed(data: RunData) -> str:
     """A note for a resumed run: which fits the numbers count."""
     if not data.resumed_at:
         return ""
-    words = f"All numbers on this page are of the whole run, which was resumed at {steps_in_words(data.resumed_at)}."
+    steps = listed_numbers("step", data.resumed_at)
+    words = f"All numbers on this page are of the whole run, which was resumed at {steps}."
     if data.of_last_fit is not None:
         updates, interventions = data.of_last_fit
         fit = f"{counted(updates, 'update')}, {counted(interventions, 'intervention')}"

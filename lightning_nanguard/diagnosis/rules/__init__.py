@@ -73,14 +73,3 @@ def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Fin
     """All findings of the built-in rules, those with the highest confidence first; ties in the order of the rules."""
     found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
     return tuple(sorted(found, key=lambda finding: -finding.confidence))
-
-
-def diagnose(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The finding of the built-in rules with the highest confidence, ``None`` if no rule has one.
-
-    Example:
-        >>> from lightning_nanguard.types import Evidence, Fault
-        >>> diagnose(Case(Fault("non_finite_loss", "batch", "loss"), Evidence(step=3, batch_finite=False))).cause
-        'non_finite_input'
-    """
-    return next(iter(findings(case, thresholds)), None)

@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.case import Case, Clues, Layer
 from lightning_nanguard.diagnosis.layers import measure_layers_untraced
 from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.diagnosis.replay import replay
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.trainer.private.first_batch import one_batch
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
@@ -72,7 +72,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
     seen = _Seen()
     one_batch(module, bundle.batches[-1].batch, partial(_look, bundle, seen), precision=bundle.precision)
     clues = seen.clues or Clues()
-    finding = diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
+    finding = RuleSet().diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
     return ReplayReport(seen.losses, clues.gradient_finite, finding, seen.layers)
 
 
