@@ -5,16 +5,12 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be examined: only the evidence, also the present batch, or also the batch while it is run again."""
-
-
-def with_line(name: str, line: str) -> str:
-    """A name with its line in the user's code, such as ``log, model.py:41``; the name alone without a known line."""
-    return f"{name}, {line}" if line else name
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,12 +168,10 @@ class Clues:
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
         change: A change since the good state that no update explains; ``None`` without one.
-        moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if the two states were
-            not compared.
+        moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if this is not known.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
-        gone_otherwise: Whether loss and gradient are finite with other random numbers than those of the step; ``None``
-            if this was not tried.
+        gone_otherwise: Whether loss and gradient are finite with other random numbers; ``None`` if this was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
         labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
@@ -340,8 +334,7 @@ class Curvature:
 
     @property
     def largest_rate(self) -> float | None:
-        """The rate above which a step along d no longer lowers the loss; ``None`` if the curvature is
-        not above 0."""
+        """The rate above which a step along d no longer lowers the loss; ``None`` without a curvature above 0."""
         return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
 
 
@@ -355,7 +348,6 @@ class Course:
         before: Median loss at their start.
         now: Median loss at their end.
         spread: Median change of the level, up or down, from one eighth of these updates to the next.
-        best: Lowest median so far.
         norm: Median gradient norm.
         opposed: Cosine of a batch's gradients before and after one update on it; ``None`` if it was not measured.
         noise: Norm of the gradient's noise divided by that of its mean; ``None`` if it was not measured.
@@ -371,7 +363,6 @@ class Course:
     before: float
     now: float
     spread: float
-    best: float
     norm: float
     opposed: float | None = None
     noise: float | None = None

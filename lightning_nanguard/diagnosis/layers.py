@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields, true_indices
-from lightning_nanguard.diagnosis.case import Layer, Model, Objective, with_line
+from lightning_nanguard.diagnosis.case import Layer, Model, Objective
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated
 from lightning_nanguard.diagnosis.operation_trace import (
@@ -26,6 +26,7 @@ from lightning_nanguard.diagnosis.operation_trace import (
     user_line,
 )
 from lightning_nanguard.measure.norms import double_norm
+from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, LayerThresholds
 
 # Operations that multiply by a weight.

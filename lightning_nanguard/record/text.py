@@ -62,6 +62,11 @@ def in_words(identifier: str) -> str:
     return identifier.replace("_", " ").replace("non finite", "non-finite")
 
 
+def with_line(name: str, line: str) -> str:
+    """A name with its line in the user's code, such as ``log, model.py:41``; the name alone without a known line."""
+    return f"{name}, {line}" if line else name
+
+
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
     """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from lightning_nanguard.diagnosis.case import Case, Origin, with_line
+from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
 from lightning_nanguard.diagnosis.rules.phrases import finding_at, of_samples, origin_evidence, smallest_operand
 from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, number_format_exhausted
+from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 

@@ -134,7 +134,6 @@ courses = st.builds(
     before=number,
     now=number,
     spread=positive,
-    best=number,
     norm=positive,
     opposed=st.none() | st.floats(-1, 1),
     noise=st.none() | positive,

@@ -91,7 +91,7 @@ def test_missing_values_that_only_the_loss_leaves_out() -> None:
 
 def test_large_inputs_of_a_loss_that_does_not_move() -> None:
     """They are blamed where most of the untrained model's loss is still there, and only guessed at where it moves."""
-    course = Course(updates=96, first=2.3, before=2.3, now=2.3, spread=0.01, best=2.3, norm=1.0)
+    course = Course(updates=96, first=2.3, before=2.3, now=2.3, spread=0.01, norm=1.0)
     for now, confidence in ((2.3, 0.94), (0.2, 0.5)):
         case = Case(NO_FAULT, clues=Clues(inputs=PIXELS), course=replace(course, now=now))
         finding = RuleSet().diagnose(case)

@@ -12,7 +12,7 @@ from lightning_nanguard.diagnosis.rules.plateau import oscillation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from tests.diagnosis.rules.faults import rules_of
 
-FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
+FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, norm=1.0, lr=0.5, batch_size=32)
 FALLING = replace(FLAT, before=2.0, now=1.5)
 NOISY = replace(FLAT, updates=256, noise=8.0, batches=64, clear=9.0)
 LOW = replace(FLAT, before=0.5, now=0.5)
