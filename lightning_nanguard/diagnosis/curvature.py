@@ -53,7 +53,7 @@ class Hessian:
         self._difference = difference
         self._all = [parameter for parameter in parameters if parameter.requires_grad]
         try:
-            self._graph: Vector | None = self._gradient(create_graph=True)
+            self._graph: Vector | None = gradient_of(self._step(), self._all, create_graph=True)
             if any(
                 node.name() == "torch::autograd::Error"
                 for node in autograd_nodes(*(one.grad_fn for one in self._graph))
@@ -65,7 +65,7 @@ class Hessian:
             self._image: Vector | None = self._twice(self._graph, self.gradient)
         except (RuntimeError, NotImplementedError):
             self._graph = self._image = None
-            self.gradient = self._gradient()
+            self.gradient = gradient_of(self._step(), self._all)
 
     def times(self, vector: Vector) -> Vector:
         """The product Hv, in the shapes of the parameters."""
@@ -83,13 +83,6 @@ class Hessian:
             return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self.of_gradient()))
         return Curvature(slope=dot(self.gradient, direction), bend=dot(direction, self.times(direction)))
 
-    def _gradient(self, *, create_graph: bool = False) -> Vector:
-        loss = self._step()
-        if loss is None or not loss.requires_grad:
-            raise ValueError("Hessian: the step gave no loss that depends on the parameters.")
-        found = torch.autograd.grad(loss.sum(), self._all, create_graph=create_graph, allow_unused=True)
-        return zero_filled(found, self._all)
-
     def _twice(self, gradient: Vector, vector: Vector) -> Vector:
         # If the loss is linear in the weights, its gradient has no graph, and H is zero.
         pairs = [(one, v) for one, v in zip(gradient, vector, strict=True) if one.requires_grad]
@@ -97,7 +90,7 @@ class Hessian:
             return [torch.zeros_like(parameter) for parameter in self._all]
         outputs, given = [one for one, _ in pairs], [v.to(one.dtype) for one, v in pairs]
         found = torch.autograd.grad(outputs, self._all, given, retain_graph=True, allow_unused=True)
-        return zero_filled(found, self._all)
+        return _zero_filled(found, self._all)
 
     def _differences(self, vector: Vector) -> Vector:
         size = norm(vector)
@@ -110,7 +103,7 @@ class Hessian:
                 with torch.no_grad():
                     for parameter, start, v in zip(self._all, before, vector, strict=True):
                         parameter.copy_(start + sign * v)
-                ends.append(self._gradient())
+                ends.append(gradient_of(self._step(), self._all))
         return [(one - other) / (2 * width) for one, other in zip(*ends, strict=True)]
 
 
@@ -314,6 +307,22 @@ def unit(vector: Sequence[Tensor]) -> Vector:
     return [one / size if size > 0 else one for one in vector]
 
 
-def zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
-    """Gradients, with zeros for parameters that have none."""
+def gradient_of(loss: Tensor | None, parameters: Sequence[Tensor], *, create_graph: bool = False) -> Vector:
+    """The gradient of a loss by each parameter, with zeros for parameters that it does not depend on.
+
+    Args:
+        loss: The loss with its graph.
+        parameters: The parameters.
+        create_graph: Whether the gradient can be differentiated again.
+
+    Raises:
+        ValueError: If the loss depends on no parameter.
+    """
+    if loss is None or not loss.requires_grad:
+        raise ValueError("the step gave no loss that depends on the parameters.")
+    found = torch.autograd.grad(loss.sum(), parameters, create_graph=create_graph, allow_unused=True)
+    return _zero_filled(found, parameters)
+
+
+def _zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

@@ -21,10 +21,10 @@ from lightning_nanguard.diagnosis.curvature import (
     curvature_along_update,
     dot,
     extreme_eigenvalues,
+    gradient_of,
     norm,
     update_direction,
     values_kept,
-    zero_filled,
 )
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
@@ -154,7 +154,7 @@ class Examination:
         optimizer, limits = self._learner.optimizers[0], self._thresholds.examination
         elements = sum(parameter.numel() for parameter in parameters)
         most = max(limits.min_batches, limits.max_elements // max(1, elements))
-        found = [self._gradient(micro, parameters) for micro in micros[-most:]]
+        found = [gradient_of(self._step(micro, True), parameters) for micro in micros[-most:]]
         size, noise = _noise(found)
         course = replace(course, norm=size, noise=noise, batches=len(found), clear=_standard_errors(found))
         moved = update_direction(optimizer, found[-1], parameters)
@@ -165,15 +165,9 @@ class Examination:
             with torch.no_grad():
                 for parameter, d in zip(parameters, moved, strict=True):
                     parameter.sub_(rate * d)
-            after = self._gradient(micros[-1], parameters)
+            after = gradient_of(self._step(micros[-1], True), parameters)
         sizes = norm(found[-1]) * norm(after)
         return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
-
-    def _gradient(self, micro: MicroBatch, parameters: Sequence[Tensor]) -> Vector:
-        loss = self._step(micro, True)
-        if loss is None or not loss.requires_grad:
-            raise ValueError("a batch that was run again gave no loss")
-        return zero_filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
 
     def _add_eigenvalues(self, curvature: Curvature, hessian: Hessian) -> Curvature:
         try:
