@@ -19,7 +19,7 @@ from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
-from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
+from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay, runs_finite
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
@@ -192,8 +192,7 @@ class Diagnostician:
         clues = replay(clues, micro.batch, module, partial(step, False), untraced=self._untraced, loss_scale=scale)
         if self._low_precision and _not_finite(clues) and not clues.bad_fields:
             with self._untraced():
-                found = loss_and_gradient_norm(module, partial(step, True))
-            clues = replace(clues, finite_in_float32=None if found is None else all(map(math.isfinite, found)))
+                clues = replace(clues, finite_in_float32=runs_finite(module, partial(step, True)))
         return clues
 
     def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
@@ -208,9 +207,8 @@ class Diagnostician:
         for draw in range(self._thresholds.replay.other_draws):
             other = replace(micro, streams=micro.streams.elsewhere(draw))
             with isolated(self._untraced):
-                found = loss_and_gradient_norm(module, partial(self._step, other, False))
-            if found is not None and all(map(math.isfinite, found)):
-                return replace(clues, gone_otherwise=True)
+                if runs_finite(module, partial(self._step, other, False)):
+                    return replace(clues, gone_otherwise=True)
         return replace(clues, gone_otherwise=False)
 
     def _compare_states(self, case: Case, good: Snapshot | None) -> Case:

@@ -28,7 +28,7 @@ from lightning_nanguard.diagnosis.curvature import (
 )
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.rule_set import RuleSet
@@ -128,7 +128,7 @@ class Examination:
         if course.high(limits.plateau):
             clues = replace(clues, labels=label_relation([micro.batch for micro in micros], limits.labels))
         case = Case(evidence=evidence, clues=clues, course=course)
-        model = measure_layers_untraced(module, newest.batch, step, self._untraced, limits.layers)
+        model = measure_layers(module, newest.batch, step, self._untraced, limits.layers)
         model = None if model is None else replace(model, updates=evidence.step)
         course = replace(course, chance=None if model is None else _chance_level(model.objective))
         if len(self._learner.optimizers) != 1:

@@ -46,34 +46,20 @@ _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"}
 _APPLIED_TWICE = {**dict.fromkeys(_FROM_CLASSES, "log_softmax"), "binary_cross_entropy_with_logits": "probabilities"}
 
 
-def measure_layers_untraced(
+def measure_layers(
     module: nn.Module,
     batch: Any,
     step: Callable[[], Tensor | None],
     untraced: Untraced,
     thresholds: LayerThresholds = DEFAULT.layers,
 ) -> Model | None:
-    """The result of :func:`measure_layers` for a batch. Everything that the pass changes is undone."""
-    fields = dict(tensor_fields(batch))
-    targets = [fields[name] for name in target_fields(batch, fields)]
-    with isolated(untraced):
-        return measure_layers(module, step, targets, thresholds)
-
-
-def measure_layers(
-    module: nn.Module,
-    step: Callable[[], Tensor | None],
-    targets: Sequence[Tensor] = (),
-    thresholds: LayerThresholds = DEFAULT.layers,
-) -> Model | None:
-    """Measure every layer while a batch runs forward and backward.
-
-    ``.grad`` does not change. The caller has to restore what the pass changes: random streams, buffers and metrics.
+    """Measure every layer while a batch runs forward and backward. Everything that the pass changes is undone.
 
     Args:
         module: The trained module.
-        step: Runs a batch forward and returns the loss with its graph.
-        targets: The tensors of the batch that hold targets.
+        batch: The batch, which holds the targets.
+        step: Runs the batch forward and returns the loss with its graph.
+        untraced: A context that undoes what a run changes.
         thresholds: Limits of the measurement.
 
     Returns:
@@ -84,29 +70,33 @@ def measure_layers(
             instead.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
-        >>> seen = measure_layers(net, lambda: net(torch.ones(8, 2)).mean())
+        >>> from contextlib import nullcontext
+        >>> net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid()), torch.ones(8, 2)
+        >>> seen = measure_layers(net, inputs, lambda: net(inputs).mean(), nullcontext)
         >>> [(layer.path, layer.kind) for layer in seen.layers]
         [('0', 'Linear'), ('1', 'Sigmoid')]
     """
+    fields = dict(tensor_fields(batch))
+    targets = [fields[name] for name in target_fields(batch, fields)]
     named = {name: p for name, p in module.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
-    with RunningModules(module) as modules:
-        trace = _LayerTrace(module, modules, named, targets, thresholds)
-        try:
-            with trace:
-                loss = step()
-        except (IndexError, RuntimeError):
-            if not any(one.outside for one in trace.objectives):
-                raise
-            return Model(objective=next(one for one in trace.objectives if one.outside))
-    if loss is None:
-        return None
-    gradients = _gradient_norms(loss, module)
-    return Model(
-        layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
-        objective=_most_suspect(trace.objectives),
-        loss=float(loss.detach().double().mean()),
-    )
+    with isolated(untraced):
+        with RunningModules(module) as modules:
+            trace = _LayerTrace(module, modules, named, targets, thresholds)
+            try:
+                with trace:
+                    loss = step()
+            except (IndexError, RuntimeError):
+                if not any(one.outside for one in trace.objectives):
+                    raise
+                return Model(objective=next(one for one in trace.objectives if one.outside))
+        if loss is None:
+            return None
+        gradients = _gradient_norms(loss, module)
+        return Model(
+            layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
+            objective=_most_suspect(trace.objectives),
+            loss=float(loss.detach().double().mean()),
+        )
 
 
 def _gradient_norms(loss: Tensor, module: nn.Module) -> dict[str, float]:

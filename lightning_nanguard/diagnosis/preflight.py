@@ -16,7 +16,7 @@ from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
 from lightning_nanguard.diagnosis.case import BadField, Case, Clues
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged
 from lightning_nanguard.diagnosis.label_relation import label_relation
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.phrases import outlier_finding
@@ -80,7 +80,7 @@ class Preflight:
         if not run or any(isinstance(p, nn.UninitializedParameter) for p in self._module.parameters()):
             return Case(clues=clues)  # the run has to initialise lazy parameters itself
         step = partial(self._step, batch)
-        model = measure_layers_untraced(self._module, batch, step, self._untraced, self._thresholds.layers)
+        model = measure_layers(self._module, batch, step, self._untraced, self._thresholds.layers)
         if model is None or model.objective is None or not model.objective.outside:
             clues = replay(clues, batch, self._module, step, untraced=self._untraced)
         return Case(clues=clues, model=model)

@@ -103,6 +103,12 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
         return None if loss is None else trace.origin_of(loss)
 
 
+def runs_finite(module: nn.Module, step: Step) -> bool | None:
+    """Whether loss and gradient are finite in one more run; ``None`` if there is no loss."""
+    found = loss_and_gradient_norm(module, step)
+    return None if found is None else all(map(math.isfinite, found))
+
+
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
     """Loss and gradient norm of one more run; ``None`` if there is no loss. The caller undoes what the run changes."""
     with without_anomaly_checks():

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, final, get_args
 
+from lightning_nanguard.record.files import float_or_none
 from lightning_nanguard.record.text import counted, printable
 from lightning_nanguard.types import Intervention, Record, Verdict, from_plain
 
@@ -70,14 +71,10 @@ class Receipt(Record):
         Raises:
             ValueError: If ``data`` is not a receipt.
         """
-        receipt = from_plain(cls, data, "receipt", loss=_loss, loss_without=_loss)
+        receipt = from_plain(cls, data, "receipt", loss=float_or_none, loss_without=float_or_none)
         if receipt.verdict not in get_args(Verdict):
             raise ValueError(f"not a receipt: its verdict is {receipt.verdict!r}")
         return receipt
-
-
-def _loss(value: float | str | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:

@@ -72,6 +72,18 @@ def counted(number: int, noun: str, nouns: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
+def joined(words: Sequence[str], most: int) -> str:
+    """Words in a row. If there are too many, the rest is counted.
+
+    Example:
+        >>> joined(["body", "neck"], 4), joined(["body", "neck", "head"], 2)
+        ('body and neck', 'body, neck and 1 more')
+    """
+    if len(words) > most:
+        return f"{', '.join(words[:most])} and {len(words) - most:,} more"
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
 def listed_numbers(noun: str, numbers: Sequence[int | str]) -> str:
     """Numbers with their noun, such as ``"lines 2, 5, 7"``. If there are too many, the rest is counted."""
     more = len(numbers) - NUMBERS_PER_MESSAGE

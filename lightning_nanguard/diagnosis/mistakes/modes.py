@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, named
+from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation
+from lightning_nanguard.record.text import joined
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -14,7 +15,7 @@ def dropout_off(seen: Observation, thresholds: DiagnosisThresholds) -> Finding |
     off = [one for one in seen.modes if one.drops and not one.training and one.within == one.path]
     if not off:
         return None
-    layers = named([one.path for one in off], thresholds.mistakes.named_parts)
+    layers = joined([one.path for one in off], thresholds.mistakes.named_parts)
     return Finding(
         "dropout_off",
         thresholds.confidence.mistake,
@@ -44,9 +45,9 @@ def eval_mode(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | N
         wrong = [part for part in parts if _learns(part, seen, [one for one in stuck if one.within == part])]
         if not wrong:
             return None
-        place = named(wrong, thresholds.mistakes.named_parts)
+        place = joined(wrong, thresholds.mistakes.named_parts)
         what = [one for one in stuck if one.within in wrong]
-    kinds = named(list(dict.fromkeys(one.kind for one in what)), thresholds.mistakes.named_parts)
+    kinds = joined(list(dict.fromkeys(one.kind for one in what)), thresholds.mistakes.named_parts)
     return Finding(
         "eval_mode",
         thresholds.confidence.mistake,

@@ -147,15 +147,3 @@ def _prefixes(name: str) -> Iterable[str]:
     """All prefixes of a path, such as ``a``, ``a.0`` and ``a.0.w``."""
     words = name.split(".")
     return (".".join(words[: count + 1]) for count in range(len(words)))
-
-
-def named(parts: Sequence[str], most: int) -> str:
-    """List parts in words, such as ``body and neck`` or ``body, neck and 3 more``.
-
-    Example:
-        >>> named(["body", "neck"], 4)
-        'body and neck'
-    """
-    if len(parts) > most:
-        return f"{', '.join(parts[:most])} and {len(parts) - most} more"
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)

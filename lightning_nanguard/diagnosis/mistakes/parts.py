@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_nanguard.diagnosis.mistakes.observation import Observation, ParameterSeen, named
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, ParameterSeen
+from lightning_nanguard.record.text import joined
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -103,6 +104,6 @@ def _finding(
     """A finding about parts of the model; ``None`` without any."""
     if not parts:
         return None
-    place = named(parts, thresholds.mistakes.named_parts)
+    place = joined(parts, thresholds.mistakes.named_parts)
     evidence = {"parts": float(len(parts)), "updates": float(seen.updates)}
     return Finding(cause, confidence, evidence, place, suggestion=f"{place} {what}")

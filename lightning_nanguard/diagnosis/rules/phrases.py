@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 from lightning_nanguard.diagnosis.case import Origin, Range
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS
+from lightning_nanguard.record.text import joined
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Finding
 
@@ -93,10 +94,4 @@ def listed(noun: str, numbers: Sequence[int]) -> str:
     """
     if not numbers:
         return ""
-    if len(numbers) == 1:
-        return f"{noun} {numbers[0]}"
-    shown = [str(number) for number in numbers[:NUMBERS_PER_MESSAGE]]
-    more = len(numbers) - len(shown)
-    if more:
-        return f"{noun}s {', '.join(shown)} and {more:,} more"
-    return f"{noun}s {', '.join(shown[:-1])} and {shown[-1]}"
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {joined(list(map(str, numbers)), NUMBERS_PER_MESSAGE)}"

@@ -14,7 +14,7 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.bundle import Bundle
 from lightning_nanguard.diagnosis.case import Case, Clues, Layer
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
@@ -86,7 +86,7 @@ def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, ba
         seen.losses += [] if clues.loss is None else [clues.loss]
         if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
             seen.clues = clues
-            model = measure_layers_untraced(module, micro.batch, step, around)
+            model = measure_layers(module, micro.batch, step, around)
             seen.layers = () if model is None else model.layers
 
 

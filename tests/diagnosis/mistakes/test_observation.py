@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_nanguard.diagnosis.mistakes.observation import largest_parts, named
+from lightning_nanguard.diagnosis.mistakes.observation import largest_parts
 from tests.diagnosis.mistakes.seen import BODY, WELL
 
 
@@ -21,11 +21,6 @@ from tests.diagnosis.mistakes.seen import BODY, WELL
 def test_parts_are_as_large_as_can_be(chosen: set[str], parts: tuple[str, ...]) -> None:
     """A module is named in place of its parameters where all of them are chosen."""
     assert largest_parts(["a.0.w", "a.0.b", "a.1.w", "w"], chosen) == parts
-
-
-def test_parts_are_listed() -> None:
-    """Many are counted."""
-    assert [named(["a", "b", "c"][:count], 2) for count in (0, 1, 2, 3)] == ["", "a", "a and b", "a, b and 1 more"]
 
 
 def test_a_parameter_is_trained_when_all_is_there() -> None:
