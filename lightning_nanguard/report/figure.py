@@ -6,10 +6,10 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
+from lightning_nanguard.errors import optional_module
 from lightning_nanguard.record.curve import CurvePoint, final_points, thinned, trained_again
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.thresholds.report import REPORT
@@ -56,12 +56,7 @@ def matplotlib(name: str = "matplotlib") -> ModuleType:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed. The message names the extra.
     """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "Reports and plots need matplotlib, which is not installed: pip install 'lightning-nanguard[report]'."
-        ) from None
+    return optional_module(name, "Reports and plots need matplotlib", "report")
 
 
 def draw(data: RunData, figure: Any = None) -> Any:

@@ -16,11 +16,11 @@ def dropout_off(seen: Observation, thresholds: DiagnosisThresholds) -> Finding |
     if not off:
         return None
     layers = joined([one.path for one in off], thresholds.mistakes.named_parts)
-    return Finding(
+    return seen.finding(
         "dropout_off",
         thresholds.confidence.mistake,
-        evidence={"modules": float(len(off)), "updates": float(seen.updates)},
         place=layers,
+        modules=len(off),
         suggestion=(
             f"{layers} ({off[0].kind}) stayed in evaluation mode up to update {seen.updates}, while the model around "
             "was in training mode. Call train() on the module, or set p to 0 if you want no dropout."
@@ -48,11 +48,11 @@ def eval_mode(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | N
         place = joined(wrong, thresholds.mistakes.named_parts)
         what = [one for one in stuck if one.within in wrong]
     kinds = joined(list(dict.fromkeys(one.kind for one in what)), thresholds.mistakes.named_parts)
-    return Finding(
+    return seen.finding(
         "eval_mode",
         thresholds.confidence.mistake,
-        evidence={"modules": float(len(what)), "updates": float(seen.updates)},
         place=place,
+        modules=len(what),
         suggestion=(
             f"{place} was in evaluation mode when update {seen.updates} was made, and before it, so that {kinds} did "
             "not work as in training. Call train() before the first batch, and after every call of eval() in your code."

@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_nanguard.types import Finding
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterSeen:
@@ -118,6 +120,11 @@ class Observation:
     batches: int = 0
     distinct: int = 0
     unfreezes: bool = False
+
+    def finding(self, cause: str, confidence: float, place: str, suggestion: str, **numbers: float) -> Finding:
+        """A finding about these updates, with some numbers and that of the updates as evidence."""
+        evidence = {name: float(number) for name, number in numbers.items()} | {"updates": float(self.updates)}
+        return Finding(cause, confidence, evidence, place, suggestion=suggestion)
 
     def parts(self, chosen: Callable[[ParameterSeen], bool]) -> tuple[str, ...]:
         """The largest parts of the model in which every parameter is ``chosen``, in the order of the model."""

@@ -105,5 +105,4 @@ def _finding(
     if not parts:
         return None
     place = joined(parts, thresholds.mistakes.named_parts)
-    evidence = {"parts": float(len(parts)), "updates": float(seen.updates)}
-    return Finding(cause, confidence, evidence, place, suggestion=f"{place} {what}")
+    return seen.finding(cause, confidence, place, f"{place} {what}", parts=len(parts))

@@ -30,11 +30,11 @@ def loss_without_graph(seen: Observation, thresholds: DiagnosisThresholds) -> Fi
     nobody = seen.parameters and not any(one.gradient for one in seen.parameters)
     if not seen.losses or not (seen.graphless == seen.losses or nobody):
         return None
-    return Finding(
+    return seen.finding(
         "loss_without_graph",
         thresholds.confidence.mistake,
-        evidence={"losses": float(seen.losses), "updates": float(seen.updates)},
         place="loss",
+        losses=seen.losses,
         suggestion=(
             f"no parameter got a gradient in the first {seen.updates} updates: the loss does not depend on any trained "
             "parameter. Look for torch.tensor(loss), item(), detach() or numpy() between the model and the loss that "
