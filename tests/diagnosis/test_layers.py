@@ -15,7 +15,7 @@ from lightning_nanguard import Finding
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.layers import measure_layers
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.helpers import differences, mlp
 
 Init = Callable[[nn.Linear], object]
@@ -204,7 +204,7 @@ def found(model: nn.Module, loss: Loss, scale: float = 1.0, seed: int = 0) -> tu
     x, y = torch.randn(40, 20), torch.randint(0, CLASSES, (40,))
     x = x if scale == 1 else x.abs() * scale
     seen = measure_layers(model, (x, y), lambda: loss(model, x, y), nullcontext)
-    return findings(Case(model=seen, clues=batch_clues((x, y), model)))
+    return RuleSet().findings(Case(model=seen, clues=batch_clues((x, y), model)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])

@@ -27,7 +27,7 @@ from collections.abc import Callable
 
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rules import arithmetic, data, layers, learner, loss_function, plateau, updates
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
 RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
@@ -67,9 +67,3 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     arithmetic.unknown_operation,
 )
 """Every built-in rule. Of two findings with the same confidence, that of the earlier rule is used."""
-
-
-def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
-    """All findings of the built-in rules, those with the highest confidence first; ties in the order of the rules."""
-    found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
-    return tuple(sorted(found, key=lambda finding: -finding.confidence))

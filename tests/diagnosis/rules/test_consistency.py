@@ -29,7 +29,7 @@ from lightning_nanguard import (
 )
 from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.diagnosis.case import NO_FAULT
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.record.messages import tell_again
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Clip, Restore, Scale, Trial
@@ -268,7 +268,7 @@ def rate_is_shown(case: Case) -> bool:
 @given(cases())
 def test_a_suggestion_agrees_with_its_evidence(case: Case) -> None:
     """No lower rate where the allowed one is higher, no numbers that belie the sentence around them."""
-    for finding in findings(case):
+    for finding in RuleSet().findings(case):
         check(finding, case)
 
 
@@ -276,7 +276,7 @@ def test_a_suggestion_agrees_with_its_evidence(case: Case) -> None:
 @given(cases(), st.floats(1e-3, 0.9))
 def test_a_record_agrees_with_itself(case: Case, factor: float) -> None:
     """What is done about a fault does not contradict what is said of it: a rate is not cut that is not blamed."""
-    found = findings(case)
+    found = RuleSet().findings(case)
     finding = found[0] if found else None
     lr = case.evidence.lr
     lr = lr if lr is not None and 0 < lr < faults.INF else 0.1

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_nanguard import Case, Course, Curvature, Layer, Model
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.plateau import oscillation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from tests.diagnosis.rules.faults import rules_of
@@ -64,7 +64,7 @@ ROWS: list[tuple[str | None, Case]] = [
 @pytest.mark.parametrize(("cause", "case"), ROWS)
 def test_the_surest_cause(cause: str | None, case: Case) -> None:
     """The surest cause above low confidence."""
-    said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
+    said = [finding.cause for finding in RuleSet().findings(case) if finding.confidence > 0.5]
     assert said[:1] == ([] if cause is None else [cause])
 
 
