@@ -10,7 +10,6 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues, compared
@@ -23,7 +22,7 @@ from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay, 
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
-from lightning_nanguard.measure.finite import non_finite_fields
+from lightning_nanguard.measure.finite import bad_unless_masked, non_finite_fields
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -198,10 +197,9 @@ class Diagnostician:
     def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
         """Find out whether the fault depends on the random numbers of the step, or on buffers."""
         module = self._learner.module
-        # A mask of -inf is no fault.
-        bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
+        bad = tuple(name for name, buffer in module.named_buffers() if bad_unless_masked(buffer))
         if bad:
-            return replace(clues, bad_buffers=tuple(bad))
+            return replace(clues, bad_buffers=bad)
         if clues.bad_fields or micro.streams is None:
             return clues
         for draw in range(self._thresholds.replay.other_draws):

@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.diagnosis.batch import true_indices
 from lightning_nanguard.diagnosis.case import Origin
-from lightning_nanguard.measure.finite import all_finite, has_nan
+from lightning_nanguard.measure.finite import all_finite, bad_unless_masked, has_nan
 from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.thresholds.fixed import RECENT_OPERATIONS
 
@@ -246,9 +246,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return ", ".join(bad)
 
     def _comes_bad(self, tensor: Tensor) -> bool:
-        if storage_key(tensor) in self._made_by or not tensor.is_floating_point():
-            return False
-        return not bool((dense_values(tensor.detach()) < math.inf).all())
+        return storage_key(tensor) not in self._made_by and bad_unless_masked(tensor)
 
 
 def _index_of_operand(name: str, args: Any) -> int:

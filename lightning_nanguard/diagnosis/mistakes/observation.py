@@ -38,11 +38,6 @@ class ParameterSeen:
     moved: bool | None = None
 
     @property
-    def owner(self) -> str:
-        """Path of the module that has it."""
-        return self.name.rpartition(".")[0]
-
-    @property
     def trained(self) -> bool:
         """Whether it is trained."""
         return self.trainable and self.optimized and self.gradient
