@@ -252,8 +252,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("softmax", "sigmoid"):
             return _Value("probabilities", self._place(name))
         if name == "log_softmax":
-            known = self._values.get(places[0])
-            return _Value("log_softmax", known.place if known is not None and known.what == "probabilities" else "")
+            known = self._meaning(places[0], "probabilities")
+            return _Value("log_softmax", "" if known is None else known.place)
         if not learned:
             return _Value("target") if any(self._is_target(place) for place in places) else None
         if name == "sub" and len(inputs) == 2:
@@ -261,9 +261,13 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             return None if target is None else _Value("difference", classes=_classes(target, self._thresholds))
         return None
 
-    def _is_target(self, place: int) -> bool:
+    def _meaning(self, place: int, what: str | None) -> _Value | None:
+        """What is known of the values at a place, if they have this meaning."""
         known = self._values.get(place)
-        return known is not None and known.what == "target" and place not in self._learned
+        return known if known is not None and known.what == what else None
+
+    def _is_target(self, place: int) -> bool:
+        return self._meaning(place, "target") is not None and place not in self._learned
 
     def _target_among(self, inputs: list[Tensor]) -> Tensor | None:
         return next((one for one in inputs[:2] if self._is_target(storage_key(one))), None)
@@ -342,8 +346,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _cross_entropy(self, name: str, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor) -> None:
         scores, binary = inputs[0], name in _BINARY
         classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
-        known = self._values.get(storage_key(scores))
-        place = known.place if known is not None and known.what == _APPLIED_TWICE.get(name) else ""
+        twice = self._meaning(storage_key(scores), _APPLIED_TWICE.get(name))
+        softmax = "" if twice is None else twice.place
         # The chance level is known only for an unweighted mean.
         plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
         least, most = (float(inputs[1].min()), float(inputs[1].max())) if binary and inputs[1].numel() else (None, None)
@@ -354,8 +358,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 function="binary_cross_entropy" if binary else "cross_entropy",
                 line=user_line(),
                 classes=classes,
-                probabilities=bool(place),
-                softmax=place,
+                probabilities=bool(softmax),
+                softmax=softmax,
                 value=float(value) if plain else None,
                 chance=math.log(classes) if classes > 1 else None,
             )
@@ -368,8 +372,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
         if name == "mul":
             squares = len(inputs) == 2 and storage_key(inputs[0]) == storage_key(inputs[1])
-        known = self._values.get(storage_key(inputs[0])) if squares and inputs else None
-        return known if known is not None and known.what == "difference" else None
+        return self._meaning(storage_key(inputs[0]), "difference") if squares and inputs else None
 
     def _squared_error(
         self, name: str, difference: _Value, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor
