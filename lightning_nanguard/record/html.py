@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lightning_nanguard.record.messages import tell
 from lightning_nanguard.record.text import printable
-from lightning_nanguard.thresholds.records import RECORDS
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Intervention
 
 
@@ -48,7 +48,7 @@ def interventions_table(interventions: Sequence[Intervention], total: int) -> st
     """
     if not total:
         return "<p>No interventions.</p>"
-    shown = interventions[-RECORDS.interventions_in_table :]
+    shown = interventions[-REPORT.interventions_in_table :]
     older = total - len(shown)
     names = ("seen", "why", "sample", "done", "to do")
     described = [dict(lines_of(one)) for one in shown]

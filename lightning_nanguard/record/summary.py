@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 
 from lightning_nanguard.record.text import counted, in_words, printable
-from lightning_nanguard.thresholds.records import RECORDS
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import ActOn
 
 TO_DO = (
@@ -113,9 +113,9 @@ def mostly_skipped(skipped: int, updates: int) -> str:
         >>> mostly_skipped(3, 192)
         ''
     """
-    if updates < RECORDS.least_updates_of_share or skipped < RECORDS.share_skipped_most * updates:
+    if updates < REPORT.least_updates_of_share or skipped < REPORT.share_skipped_most * updates:
         return ""
-    nearly_all = skipped >= RECORDS.share_skipped_nearly_all * updates
+    nearly_all = skipped >= REPORT.share_skipped_nearly_all * updates
     learned = "almost nothing was learned" if nearly_all else "the run learned from less than half of its batches"
     return f"{min(skipped, updates):,} of {counted(updates, 'update')} were skipped: {learned}"
 
