@@ -161,11 +161,11 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"
     text = f"{found}. {_how_to_lower(case, rate)}{_to(case, thresholds)}."
-    return _learner_finding(case, "learning_rate_too_high", confidence, numbers, text)
+    return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
 
 
 def _learner_finding(
-    case: Case, cause: str, confidence: float, evidence: Mapping[str, float | str], suggestion: str
+    cause: str, confidence: float, case: Case, evidence: Mapping[str, float | str], suggestion: str
 ) -> Finding:
     """A finding that blames the learner for a fault."""
     return Finding(cause, confidence, evidence, case.fault.place, suggestion=suggestion, scope="learner")
@@ -176,7 +176,7 @@ def unstable_hyperparameter(case: Case, thresholds: DiagnosisThresholds = DEFAUL
     if not case.unstable or _rate_confidence(case, thresholds) == 0.0:
         return None
     confidence, evidence = thresholds.confidence.unstable, {"weights_grew": case.evidence.growth}
-    return _learner_finding(case, "unstable_hyperparameter", confidence, evidence, f"{case.unstable}.")
+    return _learner_finding("unstable_hyperparameter", confidence, case, evidence, f"{case.unstable}.")
 
 
 def _how_to_lower(case: Case, rate: float | None) -> str:
@@ -290,7 +290,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         f"{curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add normalisation layers, use an "
         f"adaptive optimizer (Adam), or lower the rate below {allowed:.2g}."
     )
-    return _learner_finding(case, "ill_conditioned", thresholds.confidence.ill_conditioned, numbers, text)
+    return _learner_finding("ill_conditioned", thresholds.confidence.ill_conditioned, case, numbers, text)
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -312,7 +312,7 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
     level = f"back at {now:.4g}" if now is not None else "clearly higher now" if had else "clearly higher than its best"
     cure = _cure_of_collapse(case, thresholds)
     text = f"the loss {had}is {level}; that of the untrained model was {evidence.first:.4g}. {cure}."
-    return _learner_finding(case, "collapsed", known.collapsed if lost else known.suspicion, numbers, text)
+    return _learner_finding("collapsed", known.collapsed if lost else known.suspicion, case, numbers, text)
 
 
 def _lost_what_it_had(evidence: Evidence) -> bool:
