@@ -13,7 +13,7 @@ from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
-from lightning_nanguard.record.skipped import TO_DO
+from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around

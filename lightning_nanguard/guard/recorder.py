@@ -10,6 +10,7 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Fault, Finding, Intervention
 
 _MORE = (
@@ -32,7 +33,7 @@ class InterventionRecorder:
         self._loop = loop
         # The clock at the end of each of the newest batches, with the number of its last update.
         self._clocks: deque[tuple[int, Clock]] = deque(maxlen=memory)
-        self._tried: deque[str] = deque(maxlen=context.thresholds.records.numbers_per_message)
+        self._tried: deque[str] = deque(maxlen=NUMBERS_PER_MESSAGE)
         # ``global_step`` at the last rollback, and that of its snapshot.
         self._restored = -1, -1
         # For each kind of fault at each place, the finding with the highest confidence.

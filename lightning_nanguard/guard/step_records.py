@@ -13,6 +13,7 @@ from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 
@@ -88,7 +89,7 @@ class StepRecords:
             again = f"{what}the updates since the snapshot at update {since.step} were made again from their own data"
         suggestion = f"{again}, and the fault was gone. Nothing, unless it keeps happening."
         if counters:
-            names = ", ".join(counters[: self._context.thresholds.records.numbers_per_message])
+            names = ", ".join(counters[:NUMBERS_PER_MESSAGE])
             suggestion = f"The fault depends on what the step itself changes: look at how {names} is used."
         elif times >= self._limits.test_device:
             suggestion = f"{again}, and the fault was gone. It keeps happening at this place: test the device."

@@ -304,34 +304,6 @@ class CurvatureThresholds:
 
 
 @dataclass(frozen=True)
-class GradientCheckThresholds:
-    """How gradients are compared with finite differences.
-
-    Attributes:
-        max_parameters: Parameters that are checked; each takes two forward passes for each direction.
-        directions: Random directions that are compared; a wrong gradient may be right along one of them.
-        difference: Size of the first finite difference, in double precision.
-        differences: Number of sizes that are tried, each a tenth of the one before. A kink between the two points gives
-            a wrong difference, and a smaller size avoids it.
-        close: Relative difference below which no further size is tried.
-        rounding: Relative difference of two losses that rounding alone may cause.
-        gradcheck_tolerance: Absolute tolerance of ``torch.autograd.gradcheck``.
-        gradcheck_nondeterminism: Difference between two backward passes that it tolerates.
-        gradcheck_error: Relative difference that is reported for a custom function that ``gradcheck`` refuses.
-    """
-
-    max_parameters: int = 200
-    directions: int = 2
-    difference: float = 1e-5
-    differences: int = 3
-    close: float = 0.01
-    rounding: float = 1e-13
-    gradcheck_tolerance: float = 1e-4
-    gradcheck_nondeterminism: float = 1e-9
-    gradcheck_error: float = 0.1
-
-
-@dataclass(frozen=True)
 class BundleThresholds:
     """How many incidents of one run are kept.
 
@@ -360,7 +332,6 @@ class DiagnosisThresholds:
         preflight: How much of the data is examined before the first step.
         examination: When a run is examined, and over how many batches.
         curvature: How curvature is computed.
-        gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
         mistakes: When the first updates show a mistake without NaN.
         labels: How the guard tests whether labels depend on their inputs.
@@ -378,7 +349,6 @@ class DiagnosisThresholds:
     preflight: PreflightThresholds = field(default_factory=PreflightThresholds)
     examination: ExaminationThresholds = field(default_factory=ExaminationThresholds)
     curvature: CurvatureThresholds = field(default_factory=CurvatureThresholds)
-    gradients: GradientCheckThresholds = field(default_factory=GradientCheckThresholds)
     bundles: BundleThresholds = field(default_factory=BundleThresholds)
     mistakes: MistakeThresholds = field(default_factory=MistakeThresholds)
     labels: LabelThresholds = field(default_factory=LabelThresholds)

@@ -36,6 +36,7 @@ from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin, row_of
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -309,8 +310,7 @@ class SampleFinder:
             evidence["rank"] = float(self._context.ranks.rank)
         rows = [here[index].row if index in here else self._row(origin, index, not_finite=True) for index in indices]
         known = [row for row in rows if row is not None]
-        most = self._context.thresholds.records.numbers_per_message
-        hashes = [made for index in indices[:most] if (made := _hash(about, index))]
+        hashes = [made for index in indices[:NUMBERS_PER_MESSAGE] if (made := _hash(about, index))]
         if len(known) < len(rows):
             known = []
             evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}

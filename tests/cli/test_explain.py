@@ -46,6 +46,16 @@ def test_a_run_whose_records_are_lost_is_not_healthy(tmp_path: Path, capsys: pyt
     assert "8 updates, 2 interventions, of which 2 cannot be read" in capsys.readouterr().out
 
 
+def test_a_torn_line_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that was killed while it wrote leaves a torn line: one command warns of it once, the next one again."""
+    folder = write_run(tmp_path)
+    with open(folder / RECORDS_FILE, "a") as file:
+        file.write('{"global_step": 7')
+    for count in (1, 2):
+        assert main(["explain", str(folder)]) == 0
+        assert [" without a readable record" in text for text in caplog.messages] == [True] * count
+
+
 def test_a_skipped_last_update_is_not_the_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run whose last batch was bad and was skipped is saved, and ends with the loss of the last update it made."""
     guards = NaNGuard(), NaNGuard(observe=True)

@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.case import Case, Model
 from lightning_nanguard.diagnosis.gradients import check_gradients
 from lightning_nanguard.diagnosis.module_state import put_into, state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rules.loss_function import wrong_gradient
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
@@ -111,10 +111,10 @@ def _check_gradients(
         checks = check_gradients(module, batch, step, around)
     except Exception as error:
         return (), f"gradients: could not be checked in float64: {type(error).__name__}: {error}"
-    wrong = [one for one in findings(Case(model=Model(updates=1, checks=checks))) if one.cause == "wrong_gradient"]
+    wrong = wrong_gradient(Case(model=Model(updates=1, checks=checks)))
     custom = sum(one.custom for one in checks)
     largest = max((one.error for one in checks), default=0.0)
-    return wrong, (
+    return () if wrong is None else (wrong,), (
         f"gradients: checked {len(checks) - custom} parameters and {custom} custom functions; the largest relative "
         f"difference from finite differences is {largest:.2g}"
     )

@@ -1,10 +1,24 @@
-"""Detects a learning-rate schedule that ends long before the run."""
+"""Detects learning rates with which nothing is learned."""
 
 from __future__ import annotations
 
 from lightning_nanguard.diagnosis.mistakes.observation import Observation
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
+
+
+def learning_rate_zero(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
+    """All groups of an optimizer had a rate of zero in every update. Single groups of zero are intended."""
+    for index in dict.fromkeys(one.optimizer for one in seen.rates):
+        rates = [one for one in seen.rates if one.optimizer == index]
+        if all(one.highest == 0.0 for one in rates):
+            why = "Look at the scheduler" if seen.scheduled else "Look at configure_optimizers"
+            what = (
+                f"the learning rate of optimizer {index} was zero in each of the first {seen.updates} updates: "
+                f"nothing was learned. {why}."
+            )
+            return seen.finding("learning_rate_zero", thresholds.confidence.mistake, f"optimizer {index}", what, lr=0.0)
+    return None
 
 
 def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
@@ -20,11 +34,12 @@ def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Findin
         return None
     most = max(alive, key=lambda one: one.last)
     left = "" if seen.expected == float("inf") else f" of about {seen.expected:,.0f}"
-    return Finding(
+    return seen.finding(
         "schedule_ended",
         thresholds.confidence.mistake,
-        evidence={"highest_lr": most.highest, "lr": most.last, "updates": float(seen.updates)},
         place=f"optimizer {most.optimizer}",
+        highest_lr=most.highest,
+        lr=most.last,
         suggestion=(
             f"the schedule lowered the learning rate from {most.highest:.3g} to {most.last:.3g} within the first "
             f"{seen.updates} updates{left}: almost nothing is learned from now on. Check what the schedule "
