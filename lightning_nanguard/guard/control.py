@@ -121,7 +121,9 @@ class Control:
         stepped = self._distance(made, start)
         if self._target is None or stepped == 0:
             return [0.0]
-        moved = sorted(((far, name) for name, far in self._distances(made, self._target).items() if far > 0), reverse=True)
+        moved = sorted(
+            ((far, name) for name, far in self._distances(made, self._target).items() if far > 0), reverse=True
+        )
         return [math.hypot(*(far for far, _ in moved)) / stepped, *(name for _, name in moved)]
 
     def _distance(self, one: Snapshot, other: Snapshot) -> float:
