@@ -148,6 +148,7 @@ class ReadingJudge:
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False
+        self._context.finite.squares_overflow = True
         self._suspicions.tell_of_large_gradients(fault, reading, late=late)
         return True
 

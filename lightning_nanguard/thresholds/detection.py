@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from lightning_nanguard.thresholds.fixed import LARGEST_WITH_SQUARE
+
 
 @dataclass(frozen=True)
 class NonFiniteThresholds:
@@ -21,7 +23,7 @@ class NonFiniteThresholds:
     """
 
     max_norm: float = 1e18
-    largest_with_square: float = 1.844e19
+    largest_with_square: float = LARGEST_WITH_SQUARE
     scale_growth: float = 16.0
 
 

@@ -164,6 +164,7 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             "the learning rate is 0.4, and was 0.5 before; the loss",
         ),
         (SPIKE, {"usual_norm": 1.5}, Clues(norm=1e9), "Clip gradients: Trainer(gradient_clip_val=3)."),
+        (OVERFLOW, {}, Clues(), 'Trainer(gradient_clip_val=1, gradient_clip_algorithm="value").'),
         (
             SPIKE,
             {"usual_norm": 1.5, "comparable": False},
