@@ -122,9 +122,18 @@ def has_fallen(rates: Iterable[tuple[int, float]], since: int, rate: float | Non
         True
     """
     known = list(rates)
-    newer = [one for step, one in known if step > since]
-    highest = max([*[one for step, one in known if step <= since][-1:], *newer], default=0.0)
+    highest = max([*[one for step, one in known if step <= since][-1:], highest_rate(known, since)], default=0.0)
     return rate is not None and highest > 0 and highest >= limits.changed * rate
+
+
+def highest_rate(rates: Iterable[tuple[int, float]], since: int) -> float:
+    """The highest of the learning rates that were set after an update; 0 if none was.
+
+    Example:
+        >>> highest_rate([(1, 0.1), (50, 3.0), (70, 0.1)], since=50)
+        0.1
+    """
+    return max((rate for step, rate in rates if step > since), default=0.0)
 
 
 def pick_arm(factors: Sequence[float], levels: Sequence[float], first: float | None, limits: TrialThresholds) -> int:

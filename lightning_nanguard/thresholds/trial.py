@@ -37,8 +37,9 @@ class TrialThresholds:
         near: Factors on the best arm's rate in a second trial.
         most_share: Share of the run's updates that arms may make in all, if a loss that looks normal is tried again at
             the same rate.
-        changed: Factor by which the rate has to have risen since the newest trial for another one, or fallen since the
-            best state for an arm that continues from it. It is the ratio of neighbouring arms.
+        changed: Factor by which the rate has to have risen since the newest trial, above all rates before it, for
+            another one, or fallen since the best state for an arm that continues from it. It is the ratio of
+            neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
         controlled: Updates that a copy at the present rate makes beside the run, to be compared with it. They are over
             before a trial can end.
