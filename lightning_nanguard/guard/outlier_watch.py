@@ -70,13 +70,18 @@ class OutlierWatch:
             other = None if loss is None else self._losses[index].add(reading.step, loss)
             if one is not None:
                 self._advise("gradient_spike", "gradient", one, "Look at the batch of that update")
-            elif other is not None and other.distance > self._context.monitors.loss_unit():
+            elif other is not None and self._shows_more_than_size(other):
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
         newest = next(iter(self._context.ring.certified), None)
         if newest is not None and newest.step != self._compared:
             self._compared = newest.step
             self._compare_averages(newest)
+
+    def _shows_more_than_size(self, loss: Outlier) -> bool:
+        # A sum over samples is lower in a smaller batch, such as the last one of an epoch.
+        far = loss.distance > self._context.monitors.loss_unit()
+        return far and not self._context.replay.sizes_vary(self._limits.after + 1)
 
     def _compare_averages(self, snapshot: Snapshot) -> None:
         sizes: dict[str, list[float]] = {}

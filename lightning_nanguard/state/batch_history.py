@@ -202,6 +202,21 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return list(self._healthy)
 
+    def to_try_on(self, batch: Any, batch_idx: int) -> list[tuple[Any, int]]:
+        """The newest healthy batches and their indices; if there is only one, the present batch, too.
+
+        Args:
+            batch: The present batch.
+            batch_idx: Its index in the epoch.
+        """
+        healthy = self.healthy
+        return healthy if len(healthy) > 1 else [*healthy, (batch, batch_idx)]
+
+    def sizes_vary(self, count: int) -> bool:
+        """Whether the newest healthy batches differ in their number of samples, or fewer than ``count`` are stored."""
+        newest = self.healthy[-count:]
+        return len(newest) < count or len({_samples(batch) for batch, _ in newest}) > 1
+
     def earlier(self) -> Any:
         """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
         if self._healthy:

@@ -144,6 +144,10 @@ class TrainerBatchReplay:
         """Whether the values of the present batch are far outside the range of the batches before, or far larger."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
+    def sizes_vary(self, updates: int) -> bool:
+        """Whether the batches of the newest updates differ in their number of samples, or are not kept."""
+        return self.batches.sizes_vary(updates)
+
     def bytes_kept(self) -> int:
         """Bytes of the batches that are kept for replays."""
         return self.batches.bytes_kept()
@@ -198,12 +202,12 @@ class TrainerBatchReplay:
         """Number of batches for a rehearsal; 0 if no rehearsal is possible."""
         if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
-        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        counts: list[int] = self._ranks.gather(len(self.batches.to_try_on(self.batch, self.batch_idx)))
         return min(counts)
 
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a batch; return the loss before the update."""
-        batch, batch_idx = self._at_hand()[index]
+        batch, batch_idx = self.batches.to_try_on(self.batch, self.batch_idx)[index]
         optimizer = self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
@@ -276,18 +280,11 @@ class TrainerBatchReplay:
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the present weights."""
-        return self._loss(*self._at_hand()[index])
+        return self._loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
-
-    def _at_hand(self) -> list[tuple[Any, int]]:
-        healthy = self.batches.healthy
-        if len(healthy) > 1:
-            return healthy
-        # There are too few healthy batches, so the present one is used, although it may be bad.
-        return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
         run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)

@@ -59,6 +59,22 @@ def test_an_outlier_is_told_once_and_changes_nothing(
     assert all("of update 13 was" in one.finding.suggestion for one in guard.advice)
 
 
+def test_the_loss_of_a_smaller_batch_is_no_outlier(tmp_path: Path) -> None:
+    """A sum over samples is far lower in the last batch of an epoch, which is no reason for advice."""
+
+    class Sums(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx) + 4
+            return loss * len(batch[0])
+
+    torch.manual_seed(0)
+    data = batches(count=20)
+    data[-1] = data[-1][0][:1], data[-1][1][:1]
+    guard = NaNGuard(dirpath=tmp_path, preflight=False)
+    fit(Sums(mlp(), lambda p: SGD(p, lr=1e-4)), data, guard, folder=tmp_path, max_epochs=3)
+    assert guard.advice == ()
+
+
 def test_an_overflow_that_a_gradscaler_skips_is_no_outlier(tmp_path: Path) -> None:
     """Overflows are usual with fp16."""
     guard = NaNGuard(dirpath=tmp_path)
