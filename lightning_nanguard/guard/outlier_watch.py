@@ -78,6 +78,18 @@ class OutlierWatch:
             self._compared = newest.step
             self._compare_averages(newest)
 
+    def finish(self) -> None:
+        """Look at the last updates of the run: a gradient norm or a learning rate far above those before it."""
+        limits = self._limits
+        for place, searches, times, cause, advice in (
+            ("gradient", self._norms, limits.norm, "gradient_spike", "Look at the batch of that update"),
+            ("learning rate of group 0", self._rates, limits.rate, "learning_rate_outlier", "Look at what sets the rate"),
+        ):
+            for search in searches.values():
+                found = search.at_end(times_above(times))
+                if found is not None:
+                    self._advise(cause, place, found, advice)
+
     def _shows_more_than_size(self, loss: Outlier) -> bool:
         # A sum over samples is lower in a smaller batch, such as the last one of an epoch.
         far = loss.distance > self._context.monitors.loss_unit()
@@ -111,7 +123,7 @@ class OutlierWatch:
     def _advise(self, cause: str, place: str, found: Outlier, advice: str) -> None:
         suggestion = (
             f"the {place} of update {found.step} was {found.value:.4g}, and between {found.lowest:.4g} and "
-            f"{found.highest:.4g} in the updates before and after it. {advice}: it is finite, so nothing was changed."
+            f"{found.highest:.4g} in the other updates near it. {advice}: it is finite, so nothing was changed."
         )
         self._say(cause, place, suggestion, value=found.value, lowest=found.lowest, highest=found.highest)
 
