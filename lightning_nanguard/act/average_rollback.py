@@ -20,7 +20,7 @@ class AverageRollback(Remedy):
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """A restore of the averages, if nothing else is bad."""
-        return RestoreAverages() if evidence.averages_alone else None
+        return RestoreAverages() if evidence.alone == "averages" else None
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
         """Restore the averages."""

@@ -20,7 +20,7 @@ class ScaleRollback(Remedy):
 
     def propose(self, fault: Fault, evidence: Evidence, attempt: int) -> PlanStep | None:
         """A restore of the scale, if nothing else is bad."""
-        return RestoreScale() if evidence.scale_alone else None
+        return RestoreScale() if evidence.alone == "scale" else None
 
     def apply(self, step: PlanStep, run: RunControl) -> None:
         """Restore the scale."""

@@ -14,8 +14,8 @@ def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: 
         same_level: Loss units within which two snapshots have the same level.
         keeps: Whether to begin at a newer snapshot if the one at ``depth`` would lose half of what was learned.
     """
-    depth = min(depth, max(0, evidence.snapshots - 1))
     levels = evidence.levels
+    depth = min(depth, max(0, len(levels) - 1))
     known = [level for level in levels if level is not None]
     if not known:
         return depth

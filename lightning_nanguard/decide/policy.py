@@ -88,15 +88,15 @@ class Policy:
         """The plan if only averages are bad. It loses no update, and does not count against the budget."""
         plan: Plan = ()
         if fault.scope != "state":
-            plan, state = self._decide(fault, replace(evidence, averages_alone=False, corrupt=None), state)
+            plan, state = self._decide(fault, replace(evidence, alone=None, corrupt=None), state)
         goes_back = any(isinstance(step, (Restore, Stop)) for step in plan)
         allowed = any(one.role == "restore" for one in self.remedies)
         return (plan if goes_back or not allowed else (RestoreAverages(), *plan)), state
 
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.averages_alone:
+        if evidence.alone == "averages":
             return self._restore_averages(fault, evidence, state)
-        if evidence.scale_alone and any(one.role == "restore" for one in self.remedies):
+        if evidence.alone == "scale" and any(one.role == "restore" for one in self.remedies):
             plan: Plan = (RestoreScale(),)
             if state.restores[-1:] == ((evidence.step, _where(fault, evidence)),):
                 return plan, state  # counted for another optimizer of the same batch
@@ -172,7 +172,7 @@ class Policy:
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
             return (Stop("the learner is at fault, and no remedy in the list can help"),), state
-        if restoring and evidence.snapshots == 0:
+        if restoring and not evidence.levels:
             return (Stop("the learner is at fault, and there is no good state yet to go back to"),), state
         if scope == "learner":
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
@@ -209,9 +209,10 @@ class Policy:
         recent = sum(1 for step, _ in state.restores if step > evidence.step - limits.blame.calm)
         deeper = 0 if scope == "learner" else min(recent // limits.depth_by_state, limits.deepest)
         # Certified snapshots are finite, so against a tensor that is not finite any depth is enough.
-        sound = evidence.sound if evidence.corrupt is None else None
-        depth = max(proposal.depth + deeper, sound or 0)
-        return Restore(depth_by_level(depth, evidence, same_level=limits.same_level, keeps=sound is None))
+        trial = evidence.trial if evidence.corrupt is None else None
+        from_start = trial is not None and trial.base == "start"
+        depth = len(evidence.levels) if from_start else proposal.depth + deeper
+        return Restore(depth_by_level(depth, evidence, same_level=self.trials.lacks, keeps=trial is None))
 
     def _fitted(
         self, proposal: PlanStep, evidence: Evidence, state: PolicyState, steps: Sequence[PlanStep], attempt: int

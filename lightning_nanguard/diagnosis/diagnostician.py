@@ -151,7 +151,7 @@ class Diagnostician:
         self.looked_at = micros[chosen]
         if look == "batch" or not self._replay_due(fault):
             return case
-        good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
+        good = self._ring.good_for(evidence) if good is None else good
         # If the weights are bad, a replay shows only that.
         usable = evidence.corrupt is None and not evidence.undo
         if fault.scope == "batch" or number_format_exhausted(fault):
@@ -219,7 +219,7 @@ class Diagnostician:
 
     def _compare_states(self, case: Case, good: Snapshot | None) -> Case:
         """Find out whether an implausible weight grew as a whole or in a few elements. No batch is run."""
-        good = self._ring.good(case.evidence.sound, case.evidence.loss_unit) if good is None else good
+        good = self._ring.good_for(case.evidence) if good is None else good
         if good is None:
             return case
         change = unexplained_change(self._learner, good, self._thresholds.state)

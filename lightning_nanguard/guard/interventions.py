@@ -84,7 +84,7 @@ class Interventions:
             undo=found.reached,
         )
         with self.batch_of(found) as at_hand:
-            evidence = self._investigator.look_into(found, known, at_hand=at_hand, before=before)
+            evidence, ranks = self._investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             # The learner is finite, so the validation data are most likely at fault: only record it.
             suggestion = (
@@ -95,6 +95,7 @@ class Interventions:
             finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
             self._recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
             return False
+        found = replace(found, ranks=ranks or found.ranks)
         before_plan = state.policy
         plan, state.policy = self._policy.decide(fault, evidence, before_plan)
         if not plan:
@@ -162,8 +163,7 @@ class Interventions:
         restored = state.restored
         clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
-        ranks = evidence.ranks or found.ranks
-        self._recorder.record(fault, words, before, finding, ranks, clock, restored, made)
+        self._recorder.record(fault, words, before, finding, found.ranks, clock, restored, made)
         if context.settings.observe and state.told is None:
             self._suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:

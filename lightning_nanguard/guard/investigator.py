@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -109,7 +109,9 @@ class Investigator:
         again = times > self._limits.known_batches and times & (times - 1) != 0
         return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
 
-    def look_into(self, found: FoundFault, known: Evidence, *, at_hand: bool, before: Mapping[str, Tensor]) -> Evidence:
+    def look_into(
+        self, found: FoundFault, known: Evidence, *, at_hand: bool, before: Mapping[str, Tensor]
+    ) -> tuple[Evidence, tuple[int, ...]]:
         """Complete the evidence. A suspicion may begin a trial.
 
         Args:
@@ -117,10 +119,13 @@ class Investigator:
             known: The counts of the guard.
             at_hand: Whether the present batch is the faulty one.
             before: Buffers as they were before the faulty batch, if the batch has not been undone.
+
+        Returns:
+            The evidence; and the ranks whose state or batch is not finite, if not all are concerned.
         """
         fault, reading = found.fault, found.reading
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
-        target = self._ring.good(None, history.loss_unit())
+        target = self._ring.good(history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
         # If the faulty update was made, bad weights now do not prove that the weights were bad before it.
@@ -134,18 +139,15 @@ class Investigator:
         known = replace(
             known,
             corrupt=bad,
-            averages_alone=self._averages_alone(fault, unchanged, bad),
-            scale_alone=bad is None and fault.place == LOSS_SCALE,
+            alone=self._bad_alone(fault, unchanged, bad),
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
-            ranks=corrupted or spoilt,
             comparable=self._replay.comparable(),
             clippable=reading.optimizer_index not in self._learner.quasi_newton,
-            snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
         )
         known = self._look_at_weights(found, history, known, target, at_hand=at_hand)
-        return self._look_at_rates(fault, history, known, target)
+        return self._look_at_rates(fault, history, known, target), corrupted or spoilt
 
     def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]], *, at_hand: bool) -> str | None:
         """Name of a buffer of the module's own that makes the loss of the present batch bad."""
@@ -167,6 +169,13 @@ class Investigator:
             loss = self._replay.probe()
         # If the loss is bad with the buffers of the snapshot, too, the batch is at fault.
         return spoilt if loss is None or math.isfinite(loss) else None
+
+    def _bad_alone(
+        self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None
+    ) -> Literal["averages", "scale"] | None:
+        if bad is None and fault.place == LOSS_SCALE:
+            return "scale"
+        return "averages" if self._averages_alone(fault, leaves, bad) else None
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
         """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""
@@ -208,18 +217,14 @@ class Investigator:
         ):
             compared = self._compare(fault, found.reading, target, undo=known.undo, at_hand=at_hand)
             blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._patience != 0
-            holds = self._holds_elsewhere(target, alone=alone) if blamed else None
-            return replace(known, comparison=compared, holds_elsewhere=holds)
+            if compared is not None and blamed:
+                compared = replace(compared, holds_elsewhere=self._holds_elsewhere(target, alone=alone))
+            return replace(known, comparison=compared)
         return known
 
     def _try(self, found: FoundFault, known: Evidence, best: Snapshot) -> Evidence:
-        certified = self._ring.certified
-        self._trials.pursue(found, self._ranks.join_snapshot(certified[-1]), best)
-        if found.shown is None:
-            return known
-        trial = found.shown.trial
-        sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
-        return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
+        self._trials.pursue(found, self._ranks.join_snapshot(self._ring.certified[-1]), best)
+        return known if found.shown is None else replace(known, trial=found.shown.trial)
 
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None

@@ -108,7 +108,6 @@ class DecisionThresholds:
         recovery: When a cut is given back.
         evidence: When a fault is investigated, and which differences are clear.
         late: When updates are read before they are made although readings are deferred.
-        same_level: Loss units up to which the levels of two snapshots count as equal.
         depth_by_state: Recent restores, after which the next restore of bad state goes one snapshot deeper.
         deepest: Largest number of snapshots that it goes deeper.
         same_restores: Rollbacks for the same fault at the same place, without a correction and without a snapshot
@@ -124,7 +123,6 @@ class DecisionThresholds:
     recovery: RecoveryThresholds = field(default_factory=RecoveryThresholds)
     evidence: EvidenceThresholds = field(default_factory=EvidenceThresholds)
     late: LateReadingThresholds = field(default_factory=LateReadingThresholds)
-    same_level: float = 0.1
     depth_by_state: int = 2
     deepest: int = 8
     same_restores: int = 2

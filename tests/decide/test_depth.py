@@ -24,5 +24,5 @@ from lightning_nanguard.types import Evidence
 def test_depth_by_level(levels: tuple[float | None, ...], depth: int, keeps: bool, expected: int) -> None:
     """At least the depth asked for, deeper while the level is clearly worse, and short of losing half of what was
     learned."""
-    evidence = Evidence(step=1, first=2.3, loss_unit=2.3, levels=levels, snapshots=len(levels))
+    evidence = Evidence(step=1, first=2.3, loss_unit=2.3, levels=levels)
     assert depth_by_level(depth, evidence, same_level=0.1, keeps=keeps) == expected
