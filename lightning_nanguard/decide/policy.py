@@ -116,7 +116,7 @@ class Policy:
         if evidence.redo_cause[0]:
             where, scope = _where(fault, evidence), "state"
             times = sum(place == where for _, place in state.restores)
-            if times >= self.thresholds.same_updates:
+            if times >= self.thresholds.corrected_restores:
                 return (Stop(f"after {times} rollbacks an update from finite numbers still makes {where}"),), state
         elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
             scope = "learner"  # repeated restores without success
@@ -207,7 +207,7 @@ class Policy:
             return proposal
         limits = self.thresholds
         recent = sum(1 for step, _ in state.restores if step > evidence.step - limits.blame.calm)
-        deeper = 0 if scope == "learner" else min(recent // limits.depth_by_state, limits.deepest)
+        deeper = 0 if scope == "learner" else recent // limits.depth_by_state
         # Certified snapshots are finite, so against a tensor that is not finite any depth is enough.
         trial = evidence.trial if evidence.corrupt is None else None
         from_start = trial is not None and trial.base == "start"

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, final
 
 from lightning_nanguard.detect.base import AT_ONCE, Detector, Limits
-from lightning_nanguard.detect.robust_statistics import spread
+from lightning_nanguard.detect.trends import spread
 from lightning_nanguard.detect.window import Window
 from lightning_nanguard.errors import require
 from lightning_nanguard.thresholds.detection import SpikeThresholds
@@ -118,7 +118,7 @@ class GradientSpike(Detector):
         return Limits(math.inf, self.thresholds.above_largest * self._newest if holds else -math.inf)
 
     def _warming_up(self) -> bool:
-        return self.thresholds.warmup_min_norms <= len(self._norms) < self.warmup
+        return 0 < len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
         """Add a healthy norm to the window."""

@@ -167,10 +167,6 @@ class Monitors:
         """Whether a detector is uneasy about one of the readings."""
         return any(self._monitors[reading.optimizer_index].up_to_date()[0].uneasy(reading) for reading in readings)
 
-    def undecided(self) -> bool:
-        """Whether a detector waits for further readings before it can decide."""
-        return any(monitor.up_to_date()[0].undecided() for monitor in self._monitors.values())
-
     def learning(self) -> bool:
         """Whether the loss of each optimizer is clearly below that of its first healthy update."""
         return all(monitor.up_to_date()[1].learning() for monitor in self._monitors.values())

@@ -233,7 +233,7 @@ def guard_for(
         loop,
         policy=policy,
         remedies=remedies,
-        make_undo=lambda: BatchUndo(module, thresholds=limits.batches.undo),
+        make_undo=lambda: BatchUndo(module, thresholds=limits.batches.repeated),
     )
 
 

@@ -94,7 +94,7 @@ class Certification:
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
         if resized and context.corrupt()[0] is None:
             self._investigator.initial_norms = {}
-            # One healthy reading certifies it. Undecided detectors do not count: they compare with the old layers.
+            # One healthy reading certifies it. Uneasy detectors do not count: they compare with the old layers.
             self._start(context.state.step - 1, self._limits.certify_anyway - 1)
             self._snapshots.settle()
         return resized
@@ -122,9 +122,7 @@ class Certification:
         if fault is not None:
             self._snapshots.mend_pending(fault.place)
             return FoundFault(fault, readings[-1], ranks=ranks)
-        # With several ranks the guard certifies anyway: while one snapshot is pending, no other one is checked.
-        if context.many or not context.monitors.undecided():
-            self._certify(pending, readings[0].optimizer_index)
+        self._certify(pending, readings[0].optimizer_index)
         return None
 
     def _certify(self, pending: Snapshot, optimizer_index: int) -> None:

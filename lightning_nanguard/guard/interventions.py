@@ -136,7 +136,7 @@ class Interventions:
         # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
         # detectors might learn from data that are bad for a while.
         blameless = found.reached and state.policy.learner_step != evidence.step
-        known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
+        known_until = min(found.reading.step - 1, context.thresholds.decision.blame.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
         look = "nothing" if found.undo is None and evidence.trial is None else self._runner.look
         mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)

@@ -49,6 +49,7 @@ class Investigator:
         self._rehearsal = rehearsal
         self._trials = trials
         self._limits = context.thresholds.decision.evidence
+        self._blame = context.thresholds.decision.blame
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
         self.initial_norms: dict[str, float] = {}
@@ -216,7 +217,7 @@ class Investigator:
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             compared = self._compare(fault, found.reading, target, undo=known.undo, at_hand=at_hand)
-            blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._patience != 0
+            blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._blame.patience != 0
             if compared is not None and blamed:
                 compared = replace(compared, holds_elsewhere=self._holds_elsewhere(target, alone=alone))
             return replace(known, comparison=compared)
@@ -241,7 +242,7 @@ class Investigator:
             climbing=history.climbing(),
             burst=fault.scope == "learner" and history.burst(),
             usual_norm=history.usual_norm(),
-            rate_rose=rate is not None and before is not None and rate > self._limits.rate_risen * before,
+            rate_rose=rate is not None and before is not None and rate > self._blame.rate_risen * before,
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             lowest_lr=min((one for _, one in rates), default=rate),
@@ -286,12 +287,8 @@ class Investigator:
         """Whether the weights are to blame, by the loss of this batch or because several batches in a row were bad."""
         if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
             return False
-        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit()
-        return known.bad_in_a_row % self._patience == 0 or worse(found, least)
-
-    @property
-    def _patience(self) -> int:
-        return self._context.thresholds.decision.blame.patience
+        least = self._blame.worse_for_batch * self._context.monitors.loss_unit()
+        return known.bad_in_a_row % self._blame.patience == 0 or worse(found, least)
 
     def _holds_elsewhere(self, target: Snapshot, *, alone: bool) -> bool | None:
         """Whether the present weights do no worse than older ones on most of the newest healthy batches.
@@ -301,7 +298,7 @@ class Investigator:
             alone: Whether few batches in a row were bad. Then the present weights count as worse only if they clearly
                 are.
         """
-        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit() * alone
+        least = self._blame.worse_for_batch * self._context.monitors.loss_unit() * alone
         with self._rehearsal.present() as present:
             pairs = [] if present is None else self._rehearsal.compare_each(present, target)
         holds = sum(math.isfinite(now) and now - then <= least for now, then in pairs)

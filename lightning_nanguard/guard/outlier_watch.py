@@ -49,7 +49,7 @@ class OutlierWatch:
         search = self._rates.get(optimizer_index)
         if search is None:
             far = times_off(limits.rate, limits.steady)
-            search = OutlierSearch(far, before=limits.rates, least=0, after=limits.rates)
+            search = OutlierSearch(far, before=limits.after, least=0, after=limits.after)
             self._rates[optimizer_index] = search
         found = search.add(self._context.state.step, self._context.rate.valid.rate(group, rate))
         if found is not None:

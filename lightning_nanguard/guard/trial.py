@@ -364,7 +364,7 @@ class TrialRunner:
             running.start.append(found)
         if left == 0:
             return self._pick(running)
-        for end in (limits.early, limits.updates):
+        for end in (limits.updates // 2, limits.updates):
             # Decide by other batches than those that the arm is picked by.
             batches = self._judged(end)
             if running.updates == end - batches + 1:

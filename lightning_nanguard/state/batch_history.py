@@ -79,9 +79,10 @@ class BatchHistory:
         updates_small: int = 0,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
-        self._streams = RandomStreams(device, thresholds.random)
+        self._streams = RandomStreams(device, thresholds.repeated)
         self._limits = thresholds.micro_batches
         self._healthy_limits = thresholds.healthy
+        self._measured_every = thresholds.repeated.measured_every
         self._updates = updates
         self._updates_small = max(updates_small, updates)
         # The fields of MicroBatch objects. These are made only on request, because this runs in every step.
@@ -170,7 +171,7 @@ class BatchHistory:
             batch, self._exchanged = part, (None, None)
         if healthy and healthy[-1][0] is batch:
             return
-        if self._accepted % limits.measured_every == 0:
+        if self._accepted % self._measured_every == 0:
             room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1

@@ -262,7 +262,7 @@ class SnapshotPlacement:
         # The first updates may need all memory. Only after them is it known how much room there is.
         device = self._learner.device
         return any(
-            nbytes > self._limits.negligible_share * device.driver.memory(where).total
+            nbytes > self._limits.memory_reserve * device.driver.memory(where).total
             for where, nbytes in SnapshotSize.of(leaves, device).beside.items()
         )
 
