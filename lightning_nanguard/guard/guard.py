@@ -93,7 +93,7 @@ class Guard:
         self._loss_seen = False
         within, self._open = self._open, True
         self._undos.open(within=within)
-        self._parts.steps.accumulation.open()
+        self._parts.steps.unused.open()
         if not within:
             self._parts.skipper.open()
 
@@ -101,7 +101,7 @@ class Guard:
         """Keep a reference to the loss of one backward pass."""
         self._loss_seen = True
         self._parts.meter.see_loss(loss)
-        self._parts.steps.accumulation.see_loss()
+        self._parts.steps.unused.see_loss()
 
     def before_step(self, optimizer_index: int) -> None:
         """Measure the update and detect faults; skip the update if it is bad.
@@ -148,7 +148,7 @@ class Guard:
         """
         self._running = False
         alone = self._parts.loop.micro_batches() == 1
-        left_out = alone and not self._updated and self._parts.steps.accumulation.leave_out()
+        left_out = alone and not self._updated and self._parts.steps.unused.leave_out()
         unused = not left_out and alone and not self._updated and not self._context.settings.deferred
         if unused or not self._loss_seen:
             self._parts.steps.unused.undo_spoilt_buffers()

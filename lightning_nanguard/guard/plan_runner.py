@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import TypeAlias, final
 
 from torch import Tensor
 
@@ -38,38 +38,9 @@ class Applied:
     redo_failed: bool = False
 
 
-class PlanRunner(Protocol):
-    """The interface of the classes that carry out what the guard decides."""
-
-    look: Look
-    """How closely a diagnosis may examine a faulty batch."""
-
-    at_once: bool
-    """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
-
-    def block(self, optimizer_index: int) -> None:
-        """Skip the update that an optimizer is about to make."""
-
-    def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
-        """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
-
-    def apply(
-        self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
-    ) -> Applied:
-        """Carry out a plan.
-
-        Args:
-            plan: The plan.
-            found: The fault.
-            known_until: Last update whose reading is kept even if a state from before it is restored.
-            corrupt: A tensor that was not finite, and from which the fault came.
-            may_redo: Whether updates may be made again after a rollback.
-        """
-
-
 @final
 class ActingRunner:
-    """Carries plans out; a :class:`PlanRunner`.
+    """Carries plans out.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -81,7 +52,10 @@ class ActingRunner:
     """
 
     look: Look = "replay"
+    """How closely a diagnosis may examine a faulty batch."""
+
     at_once = False
+    """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
 
     def __init__(
         self,
@@ -104,14 +78,22 @@ class ActingRunner:
         self._skipper.skip(optimizer_index)
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
-        """Undo what a faulty batch changed."""
+        """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
         self._actions.undo(found)
         return {}
 
     def apply(
         self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
     ) -> Applied:
-        """Carry out a plan."""
+        """Carry out a plan.
+
+        Args:
+            plan: The plan.
+            found: The fault.
+            known_until: Last update whose reading is kept even if a state from before it is restored.
+            corrupt: A tensor that was not finite, and from which the fault came.
+            may_redo: Whether updates may be made again after a rollback.
+        """
         state, before = self._context.state, self._context.rate.effective()
         self._actions.begin(found, known_until)
         if any(isinstance(step, Skip) for step in plan):
@@ -179,7 +161,7 @@ class ActingRunner:
 
 @final
 class ObservingRunner:
-    """Changes nothing; a :class:`PlanRunner`.
+    """Changes nothing. Its methods are called like those of :class:`ActingRunner`.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -204,3 +186,7 @@ class ObservingRunner:
         """Do nothing; return the steps that would have been made."""
         self._context.state.restored = None
         return Applied(plan)
+
+
+PlanRunner: TypeAlias = ActingRunner | ObservingRunner
+"""Carries out what the guard decides, or only says what it would do."""

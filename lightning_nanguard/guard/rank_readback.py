@@ -11,14 +11,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
-from typing import Any, NamedTuple, final
+from typing import Any, NamedTuple, TypeAlias, final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.distributed.ranks import PendingReports
 from lightning_nanguard.distributed.report import Report, combined_reading, outlier_ranks
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.local_readback import DeferredReadings, LocalReadback
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -65,7 +65,7 @@ class Told(NamedTuple):
 
 @final
 class RankReadback:
-    """Readings that all ranks have reported; a :class:`~lightning_nanguard.guard.readback.Readback`.
+    """Readings that all ranks have reported. Its methods are called like those of :class:`LocalReadback`.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -74,6 +74,9 @@ class RankReadback:
         caution: Decides which updates are read before they are made.
         skipper: Skips an update that looks bad on this rank.
         snapshots: Exchanges reports about snapshots.
+
+    Attributes:
+        at_hand: Always ``None``: no rank decides by its own reading alone.
     """
 
     def __init__(
@@ -254,3 +257,7 @@ class RankReadback:
         self._outside = None
         self._sent.clear()
         self._readings.clear()
+
+
+Readback: TypeAlias = LocalReadback | RankReadback
+"""One way in which readings arrive."""

@@ -9,7 +9,7 @@ from typing import Literal, final
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager

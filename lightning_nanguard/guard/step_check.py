@@ -14,8 +14,7 @@ from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.meter import Meter
-from lightning_nanguard.guard.rank_readback import RankReadback
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import RankReadback, Readback
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.record.text import shortened
 from lightning_nanguard.state.snapshot import Snapshot

@@ -10,7 +10,7 @@ from typing import final
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Evidence, Fault, Finding

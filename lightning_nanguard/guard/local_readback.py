@@ -1,4 +1,4 @@
-"""Reads each update's loss and gradient norm up to two updates later, without waiting for the device."""
+"""Reads loss and gradient norm of the updates of one process: before an update is made, or up to two updates later."""
 
 from __future__ import annotations
 
@@ -86,14 +86,17 @@ class DeferredReadings:
 
 
 @final
-class DeferredReadback:
-    """Reads an update after it is made, if that is allowed; a :class:`~lightning_nanguard.guard.readback.Readback`.
+class LocalReadback:
+    """Reads each update of one process before it is made or, if that is allowed, up to two updates later.
 
     Args:
         meter: Measures loss and gradient norm.
         state: The guard's counts.
         readings: The readings that have not arrived yet.
         caution: Decides which updates are read before they are made.
+
+    Attributes:
+        at_hand: The reading of the present update, if it was read before the optimizer's step, else ``None``.
     """
 
     def __init__(self, meter: Meter, state: GuardState, readings: DeferredReadings, caution: Caution) -> None:
@@ -105,12 +108,12 @@ class DeferredReadback:
         self.at_hand: Reading | None = None
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
-        """Readings that have arrived. If the next update must be read before it is made, all readings."""
+        """Readings of earlier updates that have arrived; all of them if the next one must be read before it is made."""
         self._late = self._caution.may_be_late(optimizer_index)
         return self._arrived_by(self._state.step + (0 if self._late else MAX_DELAY))
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """The reading of this update, if it must be read before it is made."""
+        """Measure the update that this optimizer is about to make; return its reading if it is read before that."""
         step, self.at_hand = self._state.step, None
         if self._late:
             pending = self._meter.measure_later(step, optimizer_index)
@@ -149,9 +152,9 @@ class DeferredReadback:
         return False
 
     def end_batch(self) -> bool:
-        """Remove the flags from the optimizers; readings may still arrive."""
+        """Remove the flags from the optimizers; return whether readings are still on their way."""
         self._readings.drop_flags()
-        return True
+        return len(self._readings) > 0
 
     def clear(self) -> None:
         """Forget all readings that have not arrived yet."""
