@@ -27,7 +27,7 @@ class Caution:
 
     def __init__(self, context: GuardContext, skipper: StepSkipper) -> None:
         self._context = context
-        self._careful = context.thresholds.decision.late.careful
+        self._careful = context.thresholds.decision.careful
         self._skipper = skipper
         self._never_late = not context.settings.deferred
         self._undone = 0

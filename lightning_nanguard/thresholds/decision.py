@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "LateReadingThresholds", "RecoveryThresholds"]
+__all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "RecoveryThresholds"]
 
 
 @dataclass(frozen=True)
@@ -81,18 +81,6 @@ class EvidenceThresholds:
 
 
 @dataclass(frozen=True)
-class LateReadingThresholds:
-    """When updates are read before they are made although readings are deferred.
-
-    Attributes:
-        careful: Number of updates that are read before they are made after one had to be undone. Faults come in groups,
-            and each undone update costs what was learned since the snapshot. The number doubles each time.
-    """
-
-    careful: int = 1000
-
-
-@dataclass(frozen=True)
 class DecisionThresholds:
     """Thresholds of the policy.
 
@@ -100,12 +88,14 @@ class DecisionThresholds:
         blame: When the learner is blamed.
         recovery: When a cut is given back.
         evidence: When a fault is investigated, and which differences are clear.
-        late: When updates are read before they are made although readings are deferred.
         depth_by_state: Recent restores, after which the next restore of bad state goes one snapshot deeper.
         same_restores: Rollbacks for the same fault at the same place, without a correction and without a snapshot
             certified in between. The run is stopped instead of a further one, because it would have the same result.
         corrected_restores: The same for rollbacks that each have a larger correction than the one before, and for those
             within the budget's window for a tensor that becomes bad each time an update is made again.
+        careful: In deferred readback, number of updates that are read before they are made after one had to be undone.
+            Faults come in groups, and each undone update costs what was learned since the snapshot. The number doubles
+            each time.
         few_skips: Number of skips after which ``Budget(max_skip_share=…)`` applies. Of fewer skips, a share means
             little.
     """
@@ -113,8 +103,8 @@ class DecisionThresholds:
     blame: BlameThresholds = field(default_factory=BlameThresholds)
     recovery: RecoveryThresholds = field(default_factory=RecoveryThresholds)
     evidence: EvidenceThresholds = field(default_factory=EvidenceThresholds)
-    late: LateReadingThresholds = field(default_factory=LateReadingThresholds)
     depth_by_state: int = 2
     same_restores: int = 2
     corrected_restores: int = 6
+    careful: int = 1000
     few_skips: int = 32

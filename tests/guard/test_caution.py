@@ -23,8 +23,7 @@ DEFERRED = Settings(snapshot_every=4, deferred=True)
 def thresholds(careful: int) -> Thresholds:
     """So many updates are read in time after the first one was undone."""
     defaults = Thresholds()
-    late = replace(defaults.decision.late, careful=careful)
-    return replace(defaults, decision=replace(defaults.decision, late=late))
+    return replace(defaults, decision=replace(defaults.decision, careful=careful))
 
 
 def found(step: int, *, reached: bool = True) -> FoundFault:
