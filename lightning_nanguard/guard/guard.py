@@ -42,7 +42,6 @@ class Guard:
         self._state = parts.context.state
         self._monitors = parts.context.monitors
         self._readback = parts.readback
-        self._runner = parts.runner
         self._snapshots = parts.snapshots
         self._undos = parts.steps.undos
         self._judge = parts.judge

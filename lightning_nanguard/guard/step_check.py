@@ -58,7 +58,6 @@ class StepCheck:
         self._policy = policy
         self._undos = undos
         self._ranks = readback if isinstance(readback, RankReadback) else None
-        self._limits = context.thresholds.batches.repeated
         self.seen_by: tuple[int, ...] = ()
 
     def share_skipped(self, least: int) -> float:

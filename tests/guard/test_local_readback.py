@@ -57,7 +57,7 @@ def test_before_an_update_that_is_read_in_time_all_others_are_read() -> None:
     loop = PlainLoop(settings=Settings(deferred=True))
     readback, caution = loop.guard._parts.readback, loop.guard._parts.caution
     for step in (1, 2):
-        readback._readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
+        readback.readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
     loop.guard.context.state.step = 2
     assert list(readback.due(0)) == []
     caution.load_state_dict({"undone": 1, "careful_until": 10})
@@ -129,7 +129,7 @@ def test_buffers_of_a_bad_batch_are_put_back_before_the_next() -> None:
 def test_whether_a_bad_update_reached_the_weights(fused: bool, norm: float, reached: bool) -> None:
     """The device holds back what is not finite; a finite spike is made, and any update of another optimizer."""
     loop = PlainLoop(fused=fused, settings=Settings(deferred=True))
-    loop.guard._parts.readback._readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net), line_search=False)
+    loop.guard._parts.readback.readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net), line_search=False)
     (arrived,) = loop.guard._parts.readback.flush()
     assert isinstance(arrived, Arrived)
     assert arrived.reached is reached
