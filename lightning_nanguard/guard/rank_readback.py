@@ -33,14 +33,14 @@ class Sent(NamedTuple):
 
     Attributes:
         posted: The reports of all ranks about the update.
-        optimizer_index: Index of the optimizer.
+        reading: The reading of this rank.
         undo: Undoes what its batch changed.
         held_back: Whether the device itself skips a bad update.
         line_search: Whether it was a further closure of one step, as in the line search of LBFGS.
     """
 
     posted: PendingReports
-    optimizer_index: int
+    reading: Reading
     undo: BatchUndo
     held_back: bool
     line_search: bool
@@ -48,19 +48,6 @@ class Sent(NamedTuple):
     def suspected_by_all(self) -> bool:
         """Whether the update looks bad to every rank."""
         return all(one.suspects for one in self.posted.reports())
-
-
-@final
-class Told(NamedTuple):
-    """An update that was reported before the loop could make it.
-
-    Attributes:
-        reading: The reading of this rank.
-        sent: The report to the other ranks.
-    """
-
-    reading: Reading
-    sent: Sent
 
 
 @final
@@ -91,7 +78,7 @@ class RankReadback:
     # A fault that this rank found outside a step. The others are told of it with the next update.
     _outside: Fault | None = field(default=None, init=False)
     # The early report of the next update, if the update looked bad.
-    _told: Told | None = field(default=None, init=False)
+    _told: Sent | None = field(default=None, init=False)
     at_hand: Reading | None = field(default=None, init=False)
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
@@ -110,8 +97,7 @@ class RankReadback:
             The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks; else ``None``.
             In the first case all ranks have reported it by now.
         """
-        sent = self._tell(reading, undo, suspects=True)
-        self._told = Told(reading, sent)
+        sent = self._told = self._tell(reading, undo, suspects=True)
         if not sent.suspected_by_all():
             return None
         reports, context = sent.posted.reports(), self.context
@@ -127,7 +113,7 @@ class RankReadback:
         step = self.context.state.step
         told, self._told = self._told, None
         if told is not None and (told.reading.step, told.reading.optimizer_index) == (step, optimizer_index):
-            return self._wait_or_skip(told.reading, told.sent)
+            return self._wait_or_skip(told)
         measured = (self.meter.measure_later if self._late else self.meter.measure_now)(step, optimizer_index)
         line_search = self.meter.is_line_search(optimizer_index)
         if isinstance(measured, PendingReading):
@@ -139,16 +125,18 @@ class RankReadback:
         suspects = self._suspects(reading)
         sent = self._tell(reading, undo, suspects=suspects, line_search=line_search)
         if suspects:
-            return self._wait_or_skip(reading, sent)
+            return self._wait_or_skip(sent)
         self._sent.append(sent)
         return None
 
-    def _wait_or_skip(self, reading: Reading, sent: Sent) -> Arrived | None:
+    def _wait_or_skip(self, sent: Sent) -> Arrived | None:
         """Handle an update that looks bad here: return its reading if all ranks see it so, else skip it here."""
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
-        if not reading.gradient_finite and not self.context.settings.observe:
-            self.skipper.skip(reading.optimizer_index)  # other ranks do not: they learn of it later, and all roll back
+        if not sent.reading.gradient_finite and not self.context.settings.observe:
+            self.skipper.skip(
+                sent.reading.optimizer_index
+            )  # other ranks do not: they learn of it later, and all roll back
         self._sent.append(sent)
         return None
 
@@ -165,7 +153,8 @@ class RankReadback:
         outside = any(one.outside_fault for one in reports)
         self.context.state.asks_hyperparameters |= outside
         self.snapshots.hear(reports)
-        reading = combined_reading(reports, optimizer_index=sent.optimizer_index, sharded=self.context.ranks.sharded)
+        index, sharded = sent.reading.optimizer_index, self.context.ranks.sharded
+        reading = combined_reading(reports, optimizer_index=index, sharded=sharded)
         held_back = sent.held_back and not any(one.gradient_finite for one in reports)
         return Arrived(
             reading,
@@ -227,7 +216,7 @@ class RankReadback:
             snapshot_place=self.snapshots.wanted_place(),
         )
         posted = self.context.ranks.post(report)
-        return Sent(posted, reading.optimizer_index, undo, held_back, line_search)
+        return Sent(posted, reading, undo, held_back, line_search)
 
     def flush(self) -> Iterator[Arrived]:
         """Read what all ranks have reported, and what this rank has still to report."""
