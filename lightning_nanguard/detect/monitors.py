@@ -105,11 +105,10 @@ class Monitors:
 
     def passes(self, reading: Reading) -> bool:
         """Accept the reading if it is below all limits; return whether it was accepted."""
-        monitor = self._monitors.get(reading.optimizer_index)
-        if monitor is None or not monitor.is_calm(reading):
-            return False
-        monitor.accept(reading)
-        return True
+        calm = self.calm(reading)
+        if calm:
+            self.accept(reading)
+        return calm
 
     def calm(self, reading: Reading) -> bool:
         """Whether the reading is below all limits. It is not accepted."""

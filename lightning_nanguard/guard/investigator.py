@@ -63,8 +63,7 @@ class Investigator:
 
     def hindrance(self) -> str:
         """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""
-        certain_only = self._context.settings.act_on == "certain"
-        return self._trials.known_hindrance() if certain_only else self._trials.hindrance()
+        return self._trials.hindrance(run=self._context.settings.act_on == "evidence")
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""

@@ -134,9 +134,8 @@ class RankReadback:
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
         if not sent.reading.gradient_finite and not self.context.settings.observe:
-            self.skipper.skip(
-                sent.reading.optimizer_index
-            )  # other ranks do not: they learn of it later, and all roll back
+            # Other ranks do not: they learn of it later, and all roll back.
+            self.skipper.skip(sent.reading.optimizer_index)
         self._sent.append(sent)
         return None
 

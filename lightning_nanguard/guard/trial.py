@@ -140,18 +140,19 @@ class TrialRunner:
         """Whether a trial runs."""
         return self._running is not None
 
-    def hindrance(self) -> str:
-        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it."""
+    def hindrance(self, *, run: bool = True) -> str:
+        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it.
+
+        Args:
+            run: Whether the present batch may be run once to find out. Otherwise only what is known of the run is said.
+        """
         if self._control.failed:
             return NOT_ALIKE
-        if hindrance := self._branches.hindrance():
+        hindrance = self._branches.hindrance(run=run)
+        if hindrance or not run:
             return hindrance
         left = min(self._context.ranks.gather(self._loop.updates_left()))
         return "the run ends before a trial would" if left < self._limits.updates else ""
-
-    def known_hindrance(self) -> str:
-        """Why no trial can be made in this run, as far as that is known without running a batch; ``""`` if one may."""
-        return self._branches.hindrance(run=False)
 
     def pursue(self, found: FoundFault, start: Snapshot, best: Snapshot) -> None:
         """Begin the trial that a suspicion calls for.

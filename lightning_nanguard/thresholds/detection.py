@@ -15,13 +15,11 @@ class NonFiniteThresholds:
     Attributes:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
-        largest_with_square: Largest norm whose square float32 can hold. It affects only the message.
         scale_growth: Factor by which the scale of a GradScaler cannot grow in one update, because a GradScaler only
             doubles it. If a scale that the user has raised overflows, the guard may restore the one before.
     """
 
     max_norm: float = 1e18
-    largest_with_square: float = 1.844e19
     scale_growth: float = 16.0
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
 from lightning_nanguard.act.base import RunControl
 from lightning_nanguard.act.defaults import default_remedies
-from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.policy import Policy, depth_by_level
 from lightning_nanguard.decide.recovery import prove
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.thresholds.decision import RecoveryThresholds
@@ -350,3 +350,23 @@ def test_averages_are_restored_as_often_as_they_go_bad() -> None:
         assert plan == (RestoreAverages(),)
     assert state == PolicyState()
     assert Policy(()).decide(CORRUPTED, averages, PolicyState())[0] == ()
+
+
+@pytest.mark.parametrize(
+    ("levels", "depth", "keeps", "expected"),
+    [
+        ((0.5, 0.5, 0.5), 0, True, 0),
+        ((2.0, 0.5, 0.5), 0, True, 1),
+        ((2.0, 0.5, 0.5), 2, True, 2),
+        ((0.5, 0.5, 2.2), 2, True, 1),
+        ((0.5, 0.5, 2.2), 2, False, 2),
+        ((None, None), 1, True, 1),
+        ((0.5,), 7, True, 0),
+    ],
+    ids=["equal", "a newer one is worse", "asked for", "half is kept", "not kept", "no level known", "no deeper one"],
+)
+def test_depth_by_level(levels: tuple[float | None, ...], depth: int, keeps: bool, expected: int) -> None:
+    """At least the depth asked for, deeper while the level is clearly worse, and short of losing half of what was
+    learned."""
+    evidence = Evidence(step=1, first=2.3, loss_unit=2.3, levels=levels)
+    assert depth_by_level(depth, evidence, same_level=0.1, keeps=keeps) == expected
