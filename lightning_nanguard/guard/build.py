@@ -93,7 +93,7 @@ def build_guard(
     plausibility = _plausibility(context, investigator)
     snapshots = SnapshotManager(context, plausibility)
     meter = _meter(context, loop)
-    skipper = StepSkipper(context.learner, snapshots.where)
+    skipper = StepSkipper(context.learner, snapshots.placement.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)

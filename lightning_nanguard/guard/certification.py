@@ -68,13 +68,13 @@ class Certification:
         )
         if any(context.ranks.gather(changed)) and context.corrupt()[0] is None:
             self.start()
-            self.snapshots.settle()
+            self.snapshots.placement.settle()
 
     def start_again_if_lazy(self) -> None:
         """Take the first snapshot again if the first forward pass has made parameters."""
         if self._lazy and not self.context.learner.lazy():
             self.start()
-            self.snapshots.settle()
+            self.snapshots.placement.settle()
 
     def start_again_if_resized(self) -> bool:
         """Start again during an update, if a weight or buffer has another shape than in the newest snapshot.
@@ -93,7 +93,7 @@ class Certification:
             self.investigator.initial_norms = {}
             # One healthy reading certifies it. Uneasy detectors do not count: they compare with the old layers.
             self._start(context.state.step - 1, context.thresholds.snapshots.ring.certify_anyway - 1)
-            self.snapshots.settle()
+            self.snapshots.placement.settle()
         return resized
 
     def judge(self, readings: Sequence[Reading]) -> FoundFault | None:

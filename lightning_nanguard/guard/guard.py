@@ -108,7 +108,7 @@ class Guard:
         Args:
             optimizer_index: Index of the optimizer about to step.
         """
-        self._snapshots.settle()
+        self._snapshots.placement.settle()
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         new = self._state.count(optimizer_index, several=optimizer_index in self._context.learner.quasi_newton)
@@ -165,7 +165,7 @@ class Guard:
         try:
             if found:
                 self._parts.hyperparameters.refresh()
-                self._snapshots.settle()  # handling the fault may write to the learner
+                self._snapshots.placement.settle()  # handling the fault may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
@@ -320,7 +320,7 @@ class Guard:
         state, snapshots = self._state, self._snapshots
         if self._open or self._context.settings.observe or not (anyway or snapshots.look_due(state.step)):
             return
-        snapshots.settle()  # handling a fault may write to the learner
+        snapshots.placement.settle()  # handling a fault may write to the learner
         self.flush()
         fault = snapshots.look()
         if fault is not None:
@@ -328,7 +328,7 @@ class Guard:
 
     def check(self) -> bool:
         """Check the present state, and go back to the last good one if it is bad; return whether it was good."""
-        self._snapshots.settle()  # the caller may write to it next
+        self._snapshots.placement.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context

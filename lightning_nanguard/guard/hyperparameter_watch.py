@@ -136,7 +136,7 @@ class HyperparameterWatch:
 
     def _record(self, described: Mapping[str, Any], ranks: tuple[int, ...]) -> None:
         recorder, step = self.recorder, described["step"]
-        clock = recorder.now(unmade=True) if step == self.context.state.step else recorder.clock_of(step)
+        clock = recorder.clock(None if step == self.context.state.step else step)
         fault, word = Fault(**described["fault"]), described["word"]
         finding = Finding(**{**described["finding"], "samples": (), "rows": ()})
         recorder.record(fault, (word,), self.context.rate.effective(), finding, ranks, clock)

@@ -115,8 +115,7 @@ class Interventions:
         yield not found.late
 
     def _clock(self, found: FoundFault) -> Clock:
-        # A late reading is recorded under its own batch, not under the present one.
-        return self.recorder.clock_of(found.reading.step) if found.late else self.recorder.now(unmade=found.unmade)
+        return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
     def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
         context, state = self.context, self.context.state

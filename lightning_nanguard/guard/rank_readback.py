@@ -212,7 +212,7 @@ class RankReadback:
             parameter_checksum=parameters,
             optimizer_checksum=moments,
             outside_fault=self._outside is not None or self.context.rate.valid.any(),
-            snapshot_place=self.snapshots.wanted_place(),
+            snapshot_place=self.snapshots.placement.wanted(),
         )
         posted = self.context.ranks.post(report)
         return Sent(posted, reading, undo, held_back, line_search)

@@ -140,7 +140,7 @@ class Receipts:
         self._open = None
         receipt = Receipt(
             known.global_step,
-            self.recorder.now()[0],
+            self.recorder.clock(unmade=False)[0],
             judged.verdict,
             median(run),
             median(without),
@@ -168,5 +168,5 @@ class Receipts:
         self.recorder.record(fault, ("take back",), before)
 
     def _not_measured(self, global_step: int, updates: int, reason: str) -> None:
-        now = self.recorder.now()[0]
+        now = self.recorder.clock(unmade=False)[0]
         self.context.receipts.give(Receipt(global_step, now, "not measured", updates=updates, reason=reason))

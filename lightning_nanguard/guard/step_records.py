@@ -117,8 +117,6 @@ class StepRecords:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        # Without ``late`` the update is still to be made. The step of a record is that after its update.
-        clock = self.recorder.now(unmade=True) if late is None else self.recorder.clock_of(late)
-        rates = self.context.rate.effective()
+        rates, clock = self.context.rate.effective(), self.recorder.clock(late)
         self.recorder.record(fault, words, rates, finding, ranks, clock, restored)
         self.recorder.tried(fault, words)

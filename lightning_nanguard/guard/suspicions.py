@@ -69,7 +69,7 @@ class Suspicions:
         self.loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
 
     def _clock(self, reading: Reading, *, late: bool) -> Clock:
-        return self.recorder.clock_of(reading.step) if late else self.recorder.now(unmade=True)
+        return self.recorder.clock(reading.step if late else None)
 
     def remember(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
         """Remember a fault whose update was made, because it may explain a state that becomes bad later.
