@@ -120,6 +120,11 @@ class GuardState:
         """Whether the run was rolled back after update ``step``."""
         return any(at > step for at, _ in self.policy.restores)
 
+    def highest_rate(self, since: int) -> float:
+        """The highest effective learning rate since update ``since``; 0 if no rate is known."""
+        before = [rate for step, rate in self.rates if step <= since]
+        return max([*before[-1:], *(rate for step, rate in self.rates if step > since)], default=0.0)
+
     def note_bad_loss(self, step: int, patience: int) -> bool:
         """Note an update whose loss alone was not finite; return whether so many in a row make this usual."""
         last, times = self.bad_alone

@@ -11,7 +11,6 @@ from typing import Any, final
 
 from lightning_nanguard.decide.trial import (
     TrialLosses,
-    has_fallen,
     is_enough,
     judge_trial,
     lead,
@@ -241,7 +240,9 @@ class TrialRunner:
         return cut or highest > rate <= highest / self._limits.changed
 
     def _has_fallen(self, since: int) -> bool:
-        return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)
+        """Whether the rate was far higher since an update than it is now, as after a peak of a schedule."""
+        highest, rate = self._context.state.highest_rate(since), self._context.rate.first()
+        return rate is not None and highest > 0 and highest >= self._limits.changed * rate
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""

@@ -263,7 +263,6 @@ class ExaminationThresholds:
         level_losses: Newest losses whose median is a level.
         min_batches: Batches whose gradients are compared, however much memory this takes.
         max_elements: Largest number of elements in all gradients that are compared, if there are more batches.
-        max_updates: Newest updates whose batches are run again, if they are kept.
     """
 
     levels: int = 8
@@ -271,7 +270,6 @@ class ExaminationThresholds:
     level_losses: int = 32
     min_batches: int = 8
     max_elements: int = 2**23
-    max_updates: int = 256
 
 
 @dataclass(frozen=True)

@@ -222,7 +222,7 @@ class Diagnostics:
             loss_unit=history.loss_unit(),
             lr=rates[0] if rates else None,
         )
-        micros = self._replay.batches.newest(self._thresholds.examination.max_updates)
+        micros = self._replay.batches.since(-1)
         for finding in self._examination.findings(micros, course, evidence, asked=asked):
             if finding.confidence > self._thresholds.confidence.told:
                 self.advise("asked" if asked else "loss does not move", finding)
