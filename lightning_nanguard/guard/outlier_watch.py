@@ -49,7 +49,7 @@ class OutlierWatch:
         search = self._rates.get(optimizer_index)
         if search is None:
             far = times_off(limits.rate, limits.steady)
-            search = OutlierSearch(far, before=limits.rates, least=0, after=limits.rates)
+            search = OutlierSearch(far, before=limits.after, least=0, after=limits.after)
             self._rates[optimizer_index] = search
         found = search.add(self._context.state.step, self._context.rate.valid.rate(group, rate))
         if found is not None:
@@ -81,14 +81,12 @@ class OutlierWatch:
     def finish(self) -> None:
         """Look at the last updates of the run: a gradient norm or a learning rate far above those before it."""
         limits = self._limits
-        for place, searches, times, cause, advice in (
-            ("gradient", self._norms, limits.norm, "gradient_spike", "Look at the batch of that update"),
-            ("learning rate of group 0", self._rates, limits.rate, "learning_rate_outlier", "Look at what sets the rate"),
-        ):
-            for search in searches.values():
-                found = search.at_end(times_above(times))
-                if found is not None:
-                    self._advise(cause, place, found, advice)
+        for norms in self._norms.values():
+            if (found := norms.at_end(times_above(limits.norm))) is not None:
+                self._advise("gradient_spike", "gradient", found, "Look at the batch of that update")
+        for rates in self._rates.values():
+            if (found := rates.at_end(times_above(limits.rate))) is not None:
+                self._advise("learning_rate_outlier", "learning rate of group 0", found, "Look at what sets the rate")
 
     def _shows_more_than_size(self, loss: Outlier) -> bool:
         # A sum over samples is lower in a smaller batch, such as the last one of an epoch.

@@ -85,7 +85,8 @@ class TrainerBatchReplay:
         # Its epoch. The trainer's own counter is one ahead once the last epoch is over.
         self.epoch = 0
         kept = thresholds.micro_batches
-        updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
+        # After a late fault the updates since it are needed, too.
+        updates = kept.updates_examined if examined else delay + 2 if delay else 1
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
         self._trace: StepTrace | None = None
@@ -93,7 +94,7 @@ class TrainerBatchReplay:
     def make_undo(self, *, thorough: bool = False) -> BatchUndo:
         """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
         others = [partial(remember_running_means, self._trainer)]
-        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.undo)
+        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.repeated)
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
