@@ -84,7 +84,7 @@ class OutlierSearch:
         values, steps = list(self._values), list(self._steps)
         for place in range(max(self._least - 1 - self._after, len(values) - self._after), len(values)):
             others = values[:place] + values[place + 1 :]
-            if far(values[place], others):
+            if others and far(values[place], others):
                 return Outlier(steps[place - len(values)], values[place], min(others), max(others))
         return None
 

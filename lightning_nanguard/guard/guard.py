@@ -234,19 +234,14 @@ class Guard:
         """
         if self._context.many:
             self.flush()
-        else:
-            self._check_at_end()
-        self._parts.outliers.finish()
-
-    def _check_at_end(self) -> None:
-        bad = None if self.updates else self._context.corrupt()[0]
-        if bad is not None:
+        elif not self.updates and (bad := self._context.corrupt()[0]) is not None:
             _logger.warning(
                 "NaNGuard: %s is no longer finite at the end of the run. No update was guarded, so nothing is undone.",
                 bad,
             )
         elif self.check():
             self.look(anyway=True)  # the last check may be older than the last change of a weight or an average
+        self._parts.outliers.finish()
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step can be ignored, because the update is skipped anyway.

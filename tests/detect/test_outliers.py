@@ -52,6 +52,13 @@ def test_an_outlier_at_the_end(values: Sequence[float], outlier: Outlier | None)
     assert search.at_end(times_above(10.0)) == outlier
 
 
+def test_a_single_number_is_no_outlier() -> None:
+    """Without others to compare with, nothing is far."""
+    search = OutlierSearch(times_above(10.0), before=3, least=0, after=3)
+    search.add(0, 50.0)
+    assert search.at_end(times_above(10.0)) is None
+
+
 def test_what_is_said_of_an_outlier() -> None:
     """Its step and value, and between which values the others lie; after a rewind nothing is compared."""
     search = OutlierSearch(times_above(10.0), before=2, least=1, after=1)
