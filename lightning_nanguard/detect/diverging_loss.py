@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from statistics import median
 from typing import Any, final
@@ -31,15 +32,28 @@ class DivergingLoss(Detector):
     twice as many updates.
 
     Args:
+        factor: Has no effect, and is accepted for configurations written for version 0.1.0.
         patience: Number of updates after the start or the last rollback before the first check.
+        warmup: Has no effect, like ``factor``.
         thresholds: Further thresholds, ``None`` for the defaults.
 
     Raises:
         ValueError: If an argument is out of its range.
     """
 
-    def __init__(self, patience: int = 40, *, thresholds: DivergingLossThresholds | None = None) -> None:
+    def __init__(
+        self,
+        factor: float | None = None,
+        patience: int = 40,
+        warmup: int | None = None,
+        *,
+        thresholds: DivergingLossThresholds | None = None,
+    ) -> None:
         require(patience >= 8, self, "patience", patience, "an integer of at least 8")
+        for name, value in (("factor", factor), ("warmup", warmup)):
+            if value is not None:
+                message = f"DivergingLoss({name}=…) has no effect any more: remove it from the configuration."
+                warnings.warn(message, FutureWarning, stacklevel=2)
         self.patience = patience
         self.thresholds = own = thresholds or DivergingLossThresholds()
         self._losses = Window(max(own.readings, own.level_readings))

@@ -46,6 +46,11 @@ class Reading(NamedTuple):
         bad = self.loss is not None and not self.loss_finite
         return bad and self.grad_norm is not None and self.gradient_finite
 
+    @property
+    def stream(self) -> int:
+        """The former name of :attr:`optimizer_index`, for detectors written for version 0.1.0."""
+        return self.optimizer_index
+
 
 Proof = Literal["trial", "none"]
 """What confirms the suspicion that the learner diverged, before anything is changed.

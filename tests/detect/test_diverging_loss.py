@@ -164,6 +164,8 @@ def test_it_resumes_where_it_was() -> None:
 
 
 def test_arguments() -> None:
-    """What is out of range is refused."""
+    """What is out of range is refused; arguments of version 0.1.0 that have no effect any more say so."""
     with pytest.raises(ValueError, match=r"DivergingLoss\(patience=4\): expected an integer of at least 8"):
         DivergingLoss(patience=4)
+    with pytest.warns(FutureWarning, match=r"DivergingLoss\(factor=…\) has no effect any more"):
+        DivergingLoss(factor=10.0)
