@@ -66,7 +66,7 @@ class Control:
     def begin(self) -> None:
         """Make the control anew with the next update."""
         self.release()
-        self._left = self._limits.controlled
+        self._left = self._limits.picked_after
 
     def release(self) -> None:
         """Free the memory of its copies."""

@@ -11,8 +11,6 @@ from typing import Any, final
 
 from lightning_nanguard.decide.trial import (
     TrialLosses,
-    has_fallen,
-    highest_rate,
     is_enough,
     judge_trial,
     lead,
@@ -134,8 +132,7 @@ class TrialRunner:
         self._asked_again = False  # whether a trial was requested while another one was running
         self._made = 0  # updates of the arms of all trials
         self._begun_again = False  # whether the rate fell during the newest trial, and it was begun again
-        # Of the newest trial: update, multiplier, and the highest rate that the run had until then.
-        self._newest: tuple[int, float, float] | None = None
+        self._newest: tuple[int, float, float] | None = None  # newest trial: update, ratio, highest rate so far
 
     @property
     def running(self) -> bool:
@@ -147,18 +144,19 @@ class TrialRunner:
         """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
         return self._control.outside
 
-    def hindrance(self) -> str:
-        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it."""
+    def hindrance(self, *, run: bool = True) -> str:
+        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it.
+
+        Args:
+            run: Whether the present batch may be run once to find out. Otherwise only what is known of the run is said.
+        """
         if self._control.failed:
             return NOT_ALIKE
-        if hindrance := self._branches.hindrance():
+        hindrance = self._branches.hindrance(run=run)
+        if hindrance or not run:
             return hindrance
         left = min(self._context.ranks.gather(self._loop.updates_left()))
         return "the run ends before a trial would" if left < self._limits.updates else ""
-
-    def known_hindrance(self) -> str:
-        """Why no trial can be made in this run, as far as that is known without running a batch; ``""`` if one may."""
-        return self._branches.hindrance(run=False)
 
     def pursue(self, found: FoundFault, start: Snapshot, best: Snapshot) -> None:
         """Begin the trial that a suspicion calls for.
@@ -241,22 +239,24 @@ class TrialRunner:
         if self._newest is None:
             return True
         step, ratio, survived = self._newest
-        highest, now = highest_rate(self._context.state.rates, step), self._context.rate.ratio()
+        highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
+        now = self._context.rate.ratio()
         cut = now < ratio and not math.isclose(now, ratio)
         return cut or highest > survived <= highest / self._limits.changed
 
     def _survived(self) -> float:
         """The highest rate since the last rollback. A trial tests what the run has become, and so all these rates."""
         state, rate, newest = self._context.state, self._context.rate, self._newest
-        now = rate.first() or 0.0
         if rate.ratio() < 1:
-            return now  # a higher one has failed
-        since = -1 if state.healthy_since_restore is None else state.step - state.healthy_since_restore
+            return rate.first() or 0.0  # a higher one has failed
+        first = 0 if state.healthy_since_restore is None else state.step - state.healthy_since_restore + 1
         before = 0.0 if newest is None or state.rolled_back_since(newest[0]) else newest[2]
-        return max(now, before, highest_rate(state.rates, since))
+        return max(before, state.highest_rate(first))
 
     def _has_fallen(self, since: int) -> bool:
-        return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)
+        """Whether the rate was far higher since an update than it is now, as after a peak of a schedule."""
+        highest, rate = self._context.state.highest_rate(since), self._context.rate.first()
+        return rate is not None and highest > 0 and highest >= self._limits.changed * rate
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
@@ -380,7 +380,7 @@ class TrialRunner:
             running.start.append(found)
         if left == 0:
             return self._pick(running)
-        for end in (limits.early, limits.updates):
+        for end in (limits.updates // 2, limits.updates):
             # Decide by other batches than those that the arm is picked by.
             batches = self._judged(end)
             if running.updates == end - batches + 1:
