@@ -99,8 +99,8 @@ class ReadingJudge:
         if fault is not None and not arrived.line_search and self._large_is_usual(fault, reading, late=arrived.late):
             reading = self.context.state.unusual(reading)
             fault = self.context.monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
-        if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):
-            fault = None
+        if fault is not None and not fault.certain:
+            fault = self._pursued(fault, arrived)
         if fault is None:
             if not arrived.line_search:
                 self._accept(reading)
@@ -143,13 +143,17 @@ class ReadingJudge:
         self.suspicions.tell_of_large_gradients(fault, reading, late=late)
         return True
 
-    def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
-        certain_only = self.context.settings.act_on == "certain"
-        looks = fault.scope == "batch" and (fault.extreme if certain_only else fault.doubtful)
-        pursued = self._batch_is_strange(fault, arrived, extreme=certain_only) if looks else not certain_only
-        if certain_only and not pursued and not fault.doubtful:
-            self.suspicions.advise(fault, arrived.reading, late=arrived.late)
-        return pursued
+    def _pursued(self, fault: Fault, arrived: Arrived) -> Fault | None:
+        """The suspicion, ``None`` if nothing is done about it. It is certain if the inputs are extreme, too."""
+        batch = fault.scope == "batch"
+        if batch and fault.extreme and self._batch_is_strange(fault, arrived, extreme=True):
+            return replace(fault, certain=True)
+        if self.context.settings.act_on == "certain":
+            if not fault.doubtful:
+                self.suspicions.advise(fault, arrived.reading, late=arrived.late)
+            return None
+        strange = not (batch and fault.doubtful) or self._batch_is_strange(fault, arrived, extreme=False)
+        return fault if strange else None
 
     def _batch_is_strange(self, fault: Fault, arrived: Arrived, *, extreme: bool) -> bool:
         found = FoundFault(fault, arrived.reading, arrived.undo, late=arrived.late)

@@ -63,8 +63,10 @@ class Receipts:
             skipped: Whether the intervention skips the present batch. The branch makes its update.
             tried: Whether a trial has compared the run with a better one.
         """
-        self.close("another intervention was made")
         branches, state = self.branches, self.context.state
+        if skipped and self._skips_with(global_step):
+            return
+        self.close("another intervention was made")
         branch: Branch | None = None
         if self.control.failed:
             self._not_measured(global_step, 0, NOT_ALIKE)
@@ -83,6 +85,17 @@ class Receipts:
         limits = self.context.thresholds.trial
         first = limits.updates // limits.judged_part if tried else limits.updates
         self._open = _Open(global_step, state.step, branch, state.policy, first)
+
+    def _skips_with(self, global_step: int) -> bool:
+        """Whether a comparison runs that shows what this skipped batch costs, too: its branch makes the update."""
+        known, step = self._open, self.context.state.step
+        if known is None or self.context.state.rolled_back_since(known.step):
+            return False
+        with self.branches.beside(step) as possible:
+            if not possible or self.branches.train(known.branch) is None:
+                return False
+        self._not_measured(global_step, 0, f"it is compared together with the intervention of step {known.global_step}")
+        return True
 
     @property
     def open(self) -> bool:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.record.receipts import Receipt
 from tests.guard.branching import BranchingLoop
 from tests.guard.plain_loop import remedies
-from tests.helpers import copied
+from tests.helpers import batches, copied, fit, task
 
 
 def receipts_of(loop: BranchingLoop) -> Receipts:
@@ -98,6 +100,29 @@ def test_what_is_not_measured_says_why() -> None:
         "a batch could not be run again",
         "the run ended first",
     ]
+
+
+def test_skips_are_compared_together() -> None:
+    """While a comparison runs, its branch makes the updates that the run skips. So it ends however many there are."""
+    loop = BranchingLoop(lr=0.05)
+    loop.run(20)
+    for _ in range(8):
+        receipts_of(loop).before(loop.step, skipped=True)
+        loop.run(20)
+    last, together = given(loop)[-1], given(loop)[:-1]
+    assert (last.intervention_step, last.verdict) == (20, "no difference")
+    assert {one.reason for one in together} == {"it is compared together with the intervention of step 20"}
+
+
+def test_no_certain_skip_is_compared(tmp_path: Path) -> None:
+    """A batch whose gradient and inputs are both out of all proportion is skipped in both settings, for certain."""
+    data = batches(count=60)
+    data[40] = data[40][0] * 1e6, data[40][1] * 1e6
+    for act_on in ("certain", "evidence"):
+        guard = NaNGuard(act_on=act_on)
+        fit(task(), data, guard, folder=tmp_path)
+        assert [(one.fault, one.remedies) for one in guard.interventions] == [("gradient_spike", ("skip",))]
+        assert list(guard.receipts) == []
 
 
 def test_the_run_is_not_touched_while_it_is_compared() -> None:
