@@ -17,6 +17,7 @@ from lightning_nanguard.trainer.private.closures import (
     logging_for,
     result_of,
     uncounted,
+    with_outputs_of,
 )
 from lightning_nanguard.trainer.private.training_mode import as_in_training
 from lightning_nanguard.trainer.repeat.attempts import Attempts
@@ -140,7 +141,8 @@ class StepRunner:
         kept = self._with_good_samples(micro, first, last, counted=counted)
         if micro.kept is not None and kept is not None:
             self._runs.call_missed_hooks(first)
-            return self._window_over(kept.result)
+            whole = self._nan_result() if first.result is None else first.result
+            return self._window_over(with_outputs_of(kept.result, whole))
         if first.error is not None and not self._parts.errors.caused_by_numbers(
             micro.run, micro.start, backward=not first.early
         ):
