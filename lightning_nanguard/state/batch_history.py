@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
+from collections.abc import Container, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.batches import largest_magnitudes, nested_tensors
+from lightning_nanguard.measure.batches import largest_magnitudes, mapped, nested_tensors
 from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
-_Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None]
+_Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None, BatchContents | None]
 
 
 @final
@@ -89,7 +91,11 @@ class BatchHistory:
         # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
-        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
+        # Each batch, its index, and the batch as its step began, which is another object if the step changed it.
+        self._healthy: deque[tuple[Any, int, Any]] = deque(maxlen=self._most)
+        self._depth = thresholds.repeated.depth
+        # The batches that :meth:`as_begun` has restored.
+        self._restored: list[Any] = []
         self._accepted = 0
         self._exchanged: tuple[Any, Any] = None, None
         self._left_out: Any = None
@@ -113,7 +119,7 @@ class BatchHistory:
                 self._sizes.append(_bytes(micros[-1][2]))
             while micros and sum(self._sizes) > limits.most_bytes:
                 self._let_go()
-        micros.append((update, index, batch, None, origin, clock))
+        micros.append((update, index, batch, None, origin, clock, None))
 
     def _let_go(self) -> None:
         self._micros.popleft()
@@ -122,7 +128,7 @@ class BatchHistory:
 
     def bytes_kept(self) -> int:
         """Bytes of the tensors that the stored batches keep in memory, each counted once."""
-        batches = [one[2] for one in self._micros] + [batch for batch, _ in self._healthy]
+        batches = [one[2] for one in self._micros] + [batch for *_, batch in self._healthy]
         tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
         return sum(map(size, tensors.values()))
 
@@ -136,11 +142,36 @@ class BatchHistory:
     def begin_step(self) -> RandomState:
         """Store the random streams before the step of the newest micro-batch, and return their positions."""
         state = self._streams.open()
-        if self._micros:
-            update, index, batch, known, *rest = self._micros[-1]
-            if known is None:  # if one step evaluates several times (LBFGS), the first evaluation counts
-                self._micros[-1] = update, index, batch, state, *rest
+        if self._micros and self._micros[-1][3] is None:
+            # If one step evaluates several times (LBFGS), the first evaluation counts.
+            update, index, batch, _, *rest = self._micros[-1]
+            self._micros[-1] = update, index, batch, state, *rest
+            self.note_contents()
         return state
+
+    def note_contents(self) -> None:
+        """The step of the newest micro-batch begins: note what its dictionaries and lists hold."""
+        update, index, batch, known, origin, clock, _ = self._micros[-1]
+        self._micros[-1] = update, index, batch, known, origin, clock, BatchContents(batch, self._depth)
+
+    @contextmanager
+    def as_begun(self) -> Iterator[None]:
+        """Inside, the micro-batches hold what they held when their steps began, whatever these removed from them.
+
+        At the end they hold again what their steps left, for the hooks of others.
+        """
+        changed = [(one[2], one[6]) for one in self._micros if one[6] is not None and one[6].changed()]
+        left = [contents.now() for _, contents in changed]
+        for batch, contents in changed:
+            contents.restore()
+            self._restored.append(batch)
+        try:
+            yield
+        finally:
+            for (_, contents), after in zip(changed, left, strict=True):
+                self._restored.pop()
+                if not contents.changed():  # else the step was made again
+                    after.restore()
 
     def end_step(self) -> None:
         """Note the end of that step."""
@@ -155,9 +186,9 @@ class BatchHistory:
             origin: Where the part came from.
         """
         self._exchanged = batch, part
-        for place, (update, index, known, state, _, clock) in enumerate(self._micros):
+        for place, (update, index, known, state, _, clock, _) in enumerate(self._micros):
             if known is batch:
-                self._micros[place] = update, index, part, state, origin, clock
+                self._micros[place] = update, index, part, state, origin, clock, BatchContents(part, self._depth)
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
@@ -174,7 +205,8 @@ class BatchHistory:
             room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
-        healthy.append((batch, index))
+        whole = mapped(batch, _same_memory) if any(one is batch for one in self._restored) else batch
+        healthy.append((batch, index, whole))
 
     def leave_out(self, batch: Any) -> None:
         """Note that a micro-batch was left out of its update, so that it does not count as healthy."""
@@ -184,7 +216,7 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Store the newest micro-batch of a healthy update, if it is still here."""
-        for known, index, batch, _, origin, _ in reversed(self._micros):
+        for known, index, batch, _, origin, *_ in reversed(self._micros):
             if known <= update and not (origin is not None and origin.nothing_left):
                 self.accept(batch, index)
                 return
@@ -192,19 +224,19 @@ class BatchHistory:
     @property
     def healthy(self) -> list[tuple[Any, int]]:
         """The newest healthy batches and their indices in the epoch, the newest last."""
-        return list(self._healthy)
+        return [(whole, index) for _, index, whole in self._healthy]
 
     def earlier(self) -> Any:
         """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
         if self._healthy:
-            return self._healthy[-1][0]
+            return self._healthy[-1][2]
         return next((one[2] for one in reversed(self._micros) if one[0] < self._micros[-1][0]), None)
 
     def healthy_before(self) -> list[Any]:
         """The newest healthy batches before the present update, the newest last."""
         # Micro-batches of an unfinished window are already among the healthy ones.
         own = {id(micro.batch) for micro in self.newest()}
-        return [batch for batch, _ in self._healthy if id(batch) not in own]
+        return [whole for batch, _, whole in self._healthy if id(batch) not in own]
 
     def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
         """Whether a tensor of ``batch`` has much larger values than in any of the stored healthy batches.
@@ -216,7 +248,7 @@ class BatchHistory:
             extreme: Whether to ask for far larger values, by the limit for ``extreme`` faults.
         """
         limits, mine = self._healthy_limits, largest_magnitudes(batch)
-        others = [one for kept, _ in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
+        others = [one for *_, kept in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
         if len(others) < limits.least_compared or not mine:
             return None
         factor = limits.extreme_factor if extreme else limits.strange_factor
@@ -231,7 +263,7 @@ class BatchHistory:
 
     def nothing_left(self) -> bool:
         """Whether every sample of the newest micro-batch is known to be bad."""
-        *_, origin, _ = self._micros[-1] if self._micros else (None, None)
+        origin = self._micros[-1][4] if self._micros else None
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
@@ -256,9 +288,13 @@ class BatchHistory:
     def _made(self, updates: Container[int]) -> list[MicroBatch]:
         return [
             MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin, clock)
-            for update, index, batch, streams, origin, clock in self._micros
+            for update, index, batch, streams, origin, clock, _ in self._micros
             if update in updates
         ]
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _bytes(batch: Any) -> int:

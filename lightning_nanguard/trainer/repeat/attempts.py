@@ -80,7 +80,8 @@ class Attempts:
             result = original(*args, **kwargs)
         except Exception as error:
             batch = self._window.micros[-1].run.batch if self._window.micros else None
-            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.is_guard)
+            with self._parts.replay.batches.as_begun():
+                numeric = may_be_numeric(error, batch) and not is_from_callback(error, self._parts.is_guard)
             # Other ranks would wait in a collective of the step that this one does not reach.
             missed = collectives_begun() - begun < self.collectives
             if missed or not (self.repeats or (numeric and self.may_repeat() and self._check.reads_in_time())):
@@ -120,7 +121,8 @@ class Attempts:
         except BadLossError as bad:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
-            numeric = self.repeats or may_be_numeric(error, micro.run.batch)
+            with self._parts.replay.batches.as_begun():
+                numeric = self.repeats or may_be_numeric(error, micro.run.batch)
             if is_from_callback(error, self._parts.is_guard) or not numeric:
                 raise
             return Outcome(error=error, early=not self._forward_over)

@@ -107,6 +107,7 @@ class NumericErrors:
             start: The state from which it began.
             backward: Whether the exception was raised in the backward pass.
         """
+        start.restore_batch()
         earlier = self._replay.batches.earlier()
         # In the first update the user's code is at fault.
         others = [finite_in(run.batch)] if earlier is not None or self._context.state.step else []

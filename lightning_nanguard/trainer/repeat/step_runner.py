@@ -95,17 +95,35 @@ class StepRunner:
             outcome = self._runs.attempt(micro, steps=self._window.completes)
             if outcome.good:
                 return self._over(outcome.result)
-            if self._runs.together and outcome.error is None:
-                return self._ranks.run(outcome)
-            if self._runs.together or not self._runs.may_repeat():
-                return given(outcome)
-            self._parts.memory.close()
-            if len(self._window.micros) > 1 and not outcome.early:
-                return self._over(self._windows.run(outcome))
-            return self._micro_again(micro, outcome)
+            with self._parts.replay.batches.as_begun():
+                return self._bad(micro, outcome)
         finally:
             if self._window.completes:
                 self._window.close()
+
+    def _bad(self, micro: WindowEntry, outcome: Outcome) -> Any:
+        if self._runs.together and outcome.error is None:
+            return self._ranks.run(outcome)
+        if self._runs.together:
+            return given(outcome)
+        may_repeat = self._runs.may_repeat()
+        self._parts.memory.close()
+        if not may_repeat:
+            return outcome.result if outcome.error is None else self._raised_once(micro, outcome)
+        if len(self._window.micros) > 1 and not outcome.early:
+            return self._over(self._windows.run(outcome))
+        return self._micro_again(micro, outcome)
+
+    def _raised_once(self, micro: WindowEntry, outcome: Outcome) -> Any:
+        """A step that cannot be made again has raised an exception: skip it if the numbers of its batch caused it."""
+        backward = not outcome.early
+        memory, errors = self._parts.memory, self._parts.errors
+        if memory.writes_weights or not errors.caused_by_numbers(micro.run, micro.start, backward=backward):
+            return given(outcome)
+        after = micro.start.clock_now()
+        micro.start.restore()
+        self._keep()
+        return self._pass_on(micro, outcome, after, counted=backward)
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
