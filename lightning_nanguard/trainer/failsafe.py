@@ -10,10 +10,14 @@ from typing import Any, TypeVar, cast
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.errors import has_to_be_raised
 from lightning_nanguard.trainer.guard_state import StatefulGuard
-from lightning_nanguard.trainer.private.packages import Trainer
 
 _logger = logging.getLogger("lightning_nanguard")
 
+_NO_TRAINER = (
+    "NaNGuard.{} was called without a Trainer. NaNGuard does not support Fabric or another loop that calls the hooks of "
+    "callbacks with its own arguments. Use a Trainer of pytorch_lightning or lightning.pytorch, or guard your own loop "
+    "with a subclass of lightning_nanguard.guard.loop.TrainingLoop."
+)
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -25,10 +29,13 @@ def leaves_run_if_it_fails(hook: _Hook) -> _Hook:
     """
 
     @wraps(hook)
-    def wrapped(guard: StatefulGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def wrapped(guard: StatefulGuard, *args: Any, **kwargs: Any) -> None:
         try:
-            hook(guard, trainer, *args, **kwargs)
+            hook(guard, *args, **kwargs)
         except Exception as error:
+            trainer = kwargs.get("trainer", args[0] if args else None)
+            if not hasattr(trainer, "fit_loop"):
+                raise TypeError(_NO_TRAINER.format(hook.__name__)) from error
             if has_to_be_raised(error, trainer.world_size):
                 raise
             leave_run(guard, hook.__name__, error)
