@@ -18,8 +18,8 @@ def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Callab
     """Call functions before and after each ``optimizer.step``, with the arguments of torch's step hooks.
 
     A wrapper around another optimizer may be a subclass of ``torch.optim.Optimizer`` that does not call its
-    constructor, whatever tables of hooks it sets. Only that constructor lets ``step`` call hooks, so the ``step`` of such
-    a wrapper is wrapped.
+    constructor, whatever tables of hooks it sets. Only that constructor lets ``step`` call hooks, so the ``step`` of
+    such a wrapper is wrapped.
 
     Args:
         optimizer: The optimizer.

@@ -14,9 +14,9 @@ from lightning_nanguard.trainer.guard_state import StatefulGuard
 _logger = logging.getLogger("lightning_nanguard")
 
 _NO_TRAINER = (
-    "NaNGuard.{} was called without a Trainer. NaNGuard does not support Fabric or another loop that calls the hooks of "
-    "callbacks with its own arguments. Use a Trainer of pytorch_lightning or lightning.pytorch, or guard your own loop "
-    "with a subclass of lightning_nanguard.guard.loop.TrainingLoop."
+    "NaNGuard.{} was called without a Trainer. It does not support Fabric, nor other loops that call the hooks of "
+    "callbacks with arguments of their own. Use a Trainer of pytorch_lightning or lightning.pytorch, or guard your own "
+    "loop with a subclass of lightning_nanguard.guard.loop.TrainingLoop."
 )
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 

@@ -143,5 +143,5 @@ def test_a_detector_that_returns_a_wrong_type_ends_the_run(settings: dict[str, A
 def test_a_loop_without_a_trainer(hook: str) -> None:
     """Fabric calls hooks with the arguments of the user's loop: the error says what is supported."""
     fabric = Fabric(accelerator="cpu", callbacks=[NaNGuard()])
-    with pytest.raises(TypeError, match=rf"{hook} was called without a Trainer\. NaNGuard does not support Fabric"):
+    with pytest.raises(TypeError, match=rf"{hook} was called without a Trainer\. It does not support Fabric"):
         fabric.call(hook, *([torch.ones(1), 0] if "batch" in hook else []))

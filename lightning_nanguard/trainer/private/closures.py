@@ -113,6 +113,21 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate())
 
 
+def accumulated(trainer: Any) -> int:
+    """The number of micro-batches of an update, by which each loss is divided."""
+    return int(trainer.accumulate_grad_batches)
+
+
+@contextmanager
+def accumulating(trainer: Any, count: int) -> Iterator[None]:
+    """Inside, an update has another number of micro-batches; a callback may have changed it since."""
+    before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, count
+    try:
+        yield
+    finally:
+        trainer.accumulate_grad_batches = before
+
+
 def result_of(trainer: Any, loss: Tensor) -> Any:
     """The result of a forward pass with the given loss."""
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
