@@ -33,7 +33,7 @@ def leaves_run_if_it_fails(hook: _Hook) -> _Hook:
         try:
             hook(guard, *args, **kwargs)
         except Exception as error:
-            trainer = kwargs.get("trainer", args[0] if args else None)
+            trainer: Any = kwargs.get("trainer", args[0] if args else None)
             if not hasattr(trainer, "fit_loop"):
                 raise TypeError(_NO_TRAINER.format(hook.__name__)) from error
             if has_to_be_raised(error, trainer.world_size):

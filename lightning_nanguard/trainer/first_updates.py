@@ -214,9 +214,8 @@ class FirstUpdates:
                 graph = calls.with_graph()
                 cut = calls.cut({seen[name] for name in with_gradient})
         evaluated = tuple(f"{one.within}." for one in modes if not one.training and one.within != one.path)
-        compared = self._waiting.keys() | self._unoptimized
-        if self._losses and not self._graph:
-            compared = self._named.keys()
+        graphless = self._losses and not self._graph
+        compared = self._named.keys() if graphless else self._waiting.keys() | self._unoptimized
         suspects = [name for name in self._named if name in compared or name.startswith(evaluated)]
         start = self._start(suspects) if suspects else {}
         untrained = self._untrained(suspects, start)

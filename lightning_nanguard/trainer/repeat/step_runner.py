@@ -9,6 +9,7 @@ from typing import Any, final
 
 import torch
 
+from lightning_nanguard.guard.certification import vouch_for_start
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
@@ -205,6 +206,7 @@ class StepRunner:
 
     def _may_go_back(self, fault: Fault) -> bool:
         ring = self._parts.guard.context.ring
+        vouch_for_start(self._parts.guard.context, self._check.number - 1)
         if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1

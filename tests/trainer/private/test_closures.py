@@ -15,8 +15,8 @@ from lightning_nanguard.trainer.private.callbacks import IsGuard
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
     accumulated,
-    accumulating,
     accumulates,
+    accumulating,
     call_after_backward,
     changes_gradients,
     end_backward,
