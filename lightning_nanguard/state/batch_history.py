@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Container, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -19,6 +19,7 @@ from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
+_UNCHANGED = nullcontext()
 _Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None, BatchContents | None]
 
 
@@ -154,13 +155,16 @@ class BatchHistory:
         update, index, batch, known, origin, clock, _ = self._micros[-1]
         self._micros[-1] = update, index, batch, known, origin, clock, BatchContents(batch, self._depth)
 
-    @contextmanager
-    def as_begun(self) -> Iterator[None]:
+    def as_begun(self) -> AbstractContextManager[None]:
         """Inside, the micro-batches hold what they held when their steps began, whatever these removed from them.
 
         At the end they hold again what their steps left, for the hooks of others.
         """
         changed = [(one[2], one[6]) for one in self._micros if one[6] is not None and one[6].changed()]
+        return self._begun_again(changed) if changed else _UNCHANGED
+
+    @contextmanager
+    def _begun_again(self, changed: list[tuple[Any, BatchContents]]) -> Iterator[None]:
         left = [contents.now() for _, contents in changed]
         for batch, contents in changed:
             contents.restore()
