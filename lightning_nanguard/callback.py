@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, final
@@ -21,21 +22,29 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
-from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.arguments import Arguments, switched
 from lightning_nanguard.trainer.build import build_fit
-from lightning_nanguard.trainer.failsafe import leave_run, leaves_run_if_it_fails
+from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails, run_micro_batch
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
 from lightning_nanguard.trainer.loggers.settings import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
 from lightning_nanguard.trainer.private.strategies import check_strategy
-from lightning_nanguard.trainer.switch import switched
 from lightning_nanguard.types import ActOn, Fault, Intervention
 
 _logger = logging.getLogger("lightning_nanguard")
+
+
+@contextmanager
+def _ending() -> Iterator[None]:
+    """Inside, log an exception of the guard, because the user must see the one that ended the run."""
+    try:
+        yield
+    except Exception as error:
+        _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
 
 @final
@@ -201,27 +210,26 @@ class NaNGuard(DisplayedGuard):
         given = self._given
         if given is None:
             return
-        resumed, self._resumed_run = self._resumed_run, None
+        resumed, self._resumed = self._resumed, {}
         order = self._before.order or self._before.watch_data(trainer, given)
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, resumed, self._settings())
+        run_id, settings = resumed.get("run"), self._settings()
+        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, run_id, settings)
         self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
-        fit.diagnostics.preflight_due = given.preflight and trainer.global_step == 0
-        if self._resumed is not None:
-            fit.guard.load_state_dict(self._resumed)
-            self._resumed = None
+        if "guard" in resumed:
+            fit.guard.load_state_dict(resumed["guard"])
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
-        fit.start(given.max_snapshot_memory, lambda callback: callback is self, partial(leave_run, self))
-        if given.last_good_every_n_steps is not None:
-            fit.keep_last_good(given.last_good_every_n_steps)
+        fit.start(lambda callback: callback is self, partial(run_micro_batch, self, trainer))
         instead = self._before.end_resuming()
         if instead is not None:
             fit.guard.note(Fault("bad_checkpoint", "state", "ckpt_path", None, instead), "resume")
 
     def _guard_other_optimizers(self, fit: Fit, trainer: Trainer, pl_module: LightningModule) -> None:
         """Go on as in a resumed run. Snapshots from before do not fit the new optimizers."""
-        fit.say_optimizers_changed()
+        rank_zero_info(
+            "NaNGuard: the optimizers were replaced. The new ones are guarded, and snapshots from before are dropped."
+        )
         fit.guard.check()
-        self._resumed, self._resumed_run = fit.guard.state_dict(), fit.folder.run_id
+        self._resumed = {"guard": fit.guard.state_dict(), "run": fit.folder.run_id}
         before = self._memory.run.get("before")
         fit.close()
         self.on_train_start(trainer, pl_module)
@@ -242,7 +250,8 @@ class NaNGuard(DisplayedGuard):
         fit.averages.watch()
         clock = trainer.global_step, fit.replay.epoch
         fit.replay.batches.add(fit.guard.updates + 1, batch_idx, batch, fit.order.origin(batch_idx), clock)
-        fit.diagnostics.see_batch(batch, batch_idx)
+        if fit.diagnostics.first_updates is not None:
+            fit.diagnostics.first_updates.see_batch(batch, batch_idx)
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
@@ -251,9 +260,12 @@ class NaNGuard(DisplayedGuard):
     @leaves_run_if_it_fails
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Keep a reference to the loss."""
-        if self._fit is not None:
-            self._fit.diagnostics.see_loss(loss)
-            self._fit.guard.see_loss(loss)
+        fit = self._fit
+        if fit is None:
+            return
+        if fit.diagnostics.first_updates is not None:
+            fit.diagnostics.first_updates.see_loss(loss)
+        fit.guard.see_loss(loss)
 
     @leaves_run_if_it_fails
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer) -> None:
@@ -261,7 +273,8 @@ class NaNGuard(DisplayedGuard):
         fit = self._fit
         index = None if fit is None else fit.optimizer_index(optimizer)
         if fit is not None and index is not None:
-            fit.diagnostics.see_step(index)
+            if fit.diagnostics.first_updates is not None:
+                fit.diagnostics.first_updates.see_step(index)
             with fit.replay.batches.as_begun():
                 fit.guard.before_step(index)
 
@@ -340,15 +353,13 @@ class NaNGuard(DisplayedGuard):
         if fit is None:
             self._before.leave_data()
             return
-        try:
+        with _ending():
             fit.context.rate.withdraw()
             fit.guard.leave()
             if not isinstance(exception, TrainingDivergedError) and not fit.guard.swapped:
                 fit.guard.check()  # checkpoints because of the exception are saved after this hook
-        except Exception as error:
-            # The user must see the exception that ended the run.
-            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
-        self._end_safely()  # Lightning calls no teardown after an exception
+        with _ending():
+            self._end()  # Lightning calls no teardown after an exception
 
     @leaves_run_if_it_fails
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -361,13 +372,8 @@ class NaNGuard(DisplayedGuard):
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Log the summary line, and release the trainer and the module."""
-        self._end_safely()
-
-    def _end_safely(self) -> None:
-        try:
+        with _ending():
             self._end()
-        except Exception as error:
-            _logger.error("NaNGuard failed while the run was ending: %s", error, exc_info=error)
 
     def _end(self) -> None:
         self._before.close()

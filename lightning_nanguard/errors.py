@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 from lightning_nanguard.types import Fault, Finding
@@ -27,6 +29,25 @@ def require(condition: bool, owner: object, argument: str, value: object, expect
     if not condition:
         name = owner if isinstance(owner, str) else type(owner).__name__
         raise SettingsError(f"{name}({argument}={value!r}): expected {expected}.")
+
+
+def optional_module(name: str, needs: str, extra: str) -> ModuleType:
+    """Import a module that only an extra of the package installs.
+
+    Args:
+        name: The module.
+        needs: What needs which package, in words for the error.
+        extra: The extra.
+
+    Raises:
+        ModuleNotFoundError: If it is not installed. The message names the extra.
+    """
+    try:
+        return import_module(name)
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{needs}, which is not installed: pip install 'lightning-nanguard[{extra}]'."
+        ) from None
 
 
 def takes_one_argument(function: Callable[..., Any]) -> bool:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
-from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError, require
+from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError, optional_module, require
 from lightning_nanguard.types import Fault, Finding
 
 
@@ -29,3 +30,12 @@ def test_a_bad_checkpoint_names_its_tensors() -> None:
     """Path, poisoned tensors and the good checkpoint that is offered are attributes."""
     error = BadCheckpointError("bad", Path("a.ckpt"), ["w"], Path("b.ckpt"))
     assert (str(error), error.path, error.tensors, error.offered) == ("bad", Path("a.ckpt"), ("w",), Path("b.ckpt"))
+
+
+def test_a_module_that_is_not_installed_is_named_with_its_extra() -> None:
+    """The error says what needs it, and how to install it."""
+    assert optional_module("json", "This needs json", "json") is json
+    with pytest.raises(
+        ModuleNotFoundError, match=r"^This needs it, which is not installed: pip install 'light.*\[it\]'"
+    ):
+        optional_module("nanguard_has_no_such_module", "This needs it", "it")

@@ -823,6 +823,7 @@ def decay_of_adamw(dice: Dice) -> Problem:
 def _collapsing(dice: Dice, change: Callable[[nn.Module, Optimizer], None], every: bool = False) -> Problem:
     at = dice.randint(150, 200)
     net = models.he(models.mlp(64, 48, 32, 10))
+    cause = "weights_moved_outside" if every else "collapsed"
 
     def disturb(step: int, module: nn.Module, optimizer: Optimizer) -> None:
         if step == at or (every and step > at):
@@ -833,7 +834,7 @@ def _collapsing(dice: Dice, change: Callable[[nn.Module, Optimizer], None], ever
     module = Net(net, entropy, lambda net: optim.Adam(net.parameters(), rate))
     options = {"gradient_clip_val": 1.0}
     steps = at + 400  # so long that the guard asks for a trial after it, and the trial ends
-    return Problem(module, dice.digits(at + 120), "collapsed", "", None, steps, disturb=disturb, options=options)
+    return Problem(module, dice.digits(at + 120), cause, "", None, steps, disturb=disturb, options=options)
 
 
 def started_anew(dice: Dice) -> Problem:
@@ -868,6 +869,39 @@ def units_die(dice: Dice) -> Problem:
                 parameter.sub_(sink)
 
     return _collapsing(dice, change, every=True)
+
+
+def units_are_dead(dice: Dice) -> Problem:
+    """One write shuts every rectifier for good."""
+    sink = dice.uniform(20, 60)
+
+    def change(module: nn.Module, optimizer: Optimizer) -> None:
+        for name, parameter in module.named_parameters():
+            if name.endswith("bias") and len(parameter) > 10:
+                parameter.sub_(sink)
+
+    return _collapsing(dice, change)
+
+
+def _lost_layer(dice: Dice, index: int) -> Problem:
+    below = dice.uniform(5, 20)
+
+    def change(module: nn.Module, optimizer: Optimizer) -> None:
+        layer = [one for one in module.modules() if isinstance(one, nn.Linear)][index]
+        layer.weight.zero_()
+        layer.bias.fill_(-below)
+
+    return _collapsing(dice, change)
+
+
+def first_layer_lost(dice: Dice) -> Problem:
+    """One write lets the first layer see nothing of its input."""
+    return _lost_layer(dice, 0)
+
+
+def second_layer_lost(dice: Dice) -> Problem:
+    """The same with the second layer."""
+    return _lost_layer(dice, 1)
 
 
 class Speech(nn.Module):
@@ -1148,7 +1182,8 @@ FAULTY: tuple[Form, ...] = tuple(
         ),
         "unstable_hyperparameter": (momentum_above_one, decay_of_sgd, decay_of_adamw),
         "ill_conditioned": (common_mean, uneven_features, copies),
-        "collapsed": (started_anew, decayed_away, units_die),
+        "collapsed": (units_are_dead, first_layer_lost, second_layer_lost),
+        "weights_moved_outside": (started_anew, decayed_away, units_die),
         "unknown_operation": (utterance_too_short, pole_of_gamma, root_of_a_negative),
         "no_valid_target": (every_label_ignored, no_target_selected, sum_of_an_empty_mask),
         "random_draw": (log_of_a_draw, noise_at_time_zero, empty_sample),

@@ -78,7 +78,7 @@ def run(problem: Problem) -> Said:
     guard = NaNGuard(preflight=problem.look == "preflight", examine_after=patience, act_on=act_on)
     fit(problem, [guard, Disturb(problem)])
     advised = [advice.finding for advice in guard.advice if advice.finding.confidence > LOW]
-    if problem.look != "fit" and not len(guard.interventions):
+    if not len(guard.interventions):
         return Said(max(advised, key=lambda one: one.confidence, default=None), "", len(advised))
     found = [one.finding for one in guard.interventions if one.finding is not None]
     first = guard.interventions[0] if len(guard.interventions) else None

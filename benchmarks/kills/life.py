@@ -24,6 +24,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.checkpoints import last_good
 from lightning_nanguard.checkpoints.inspection import inspect
+from lightning_nanguard.checkpoints.poison import KnownWeights
 from lightning_nanguard.record import jsonl
 from lightning_nanguard.record.files import LAST_GOOD, read_records
 from lightning_nanguard.state import snapshot_placement
@@ -170,7 +171,7 @@ def examine(folder: Path, shared: Shared, *, may_be_torn: bool) -> dict[str, Any
     allowed = allowances((("buffer", name), buffer) for name, buffer in module.named_buffers())
     files, torn, wrong = 0, 0, []
     for file in sorted(folder.rglob("*.ckpt")):
-        found = inspect(file, weights, allowed)
+        found = inspect(file, KnownWeights(weights, allowed))
         files += 1
         if found.damage and may_be_torn and file.name != LAST_GOOD:
             torn += 1

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from functools import update_wrapper
 from typing import Any, final
 
@@ -68,6 +68,16 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[
             setattr(owner, name, current)
 
     return undo
+
+
+@contextmanager
+def wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterator[None]:
+    """Inside, call ``wrapper`` instead of a method of one object; see :func:`wrap_method`."""
+    undo = wrap_method(owner, name, wrapper)
+    try:
+        yield
+    finally:
+        undo()
 
 
 def undo_all(undos: list[Callable[[], None]]) -> Callable[[], None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 import zipfile
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, final
@@ -13,10 +13,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
 from lightning_nanguard.record.run_history import with_earlier_parts
 from lightning_nanguard.record.run_log import RunLog
-from lightning_nanguard.state.learner import StateKey
 
 _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 
@@ -32,7 +31,7 @@ class Inspection:
         tensors: Names of its tensors that are not finite and should be.
         global_step: The ``global_step`` at which it was written; ``None`` if the file does not contain it.
         whole_run: Whether it holds more than weights, so that a run can be resumed from it.
-        run: Id of the guarded run that saved it; ``""`` if it has none, as in version 0.1.0.
+        run: Id of the guarded run that saved it; ``""`` if it has none.
     """
 
     path: Path
@@ -99,20 +98,14 @@ def damage(path: Path) -> str:
     return f"its record {record} does not match its checksum" if record is not None else ""
 
 
-def inspect(
-    path: Path,
-    weights: Mapping[str, Tensor] | None = None,
-    allowed: Mapping[StateKey, Tensor] | None = None,
-    own: Collection[str] | None = None,
-) -> Inspection:
+def inspect(path: Path, known: KnownWeights | None = None) -> Inspection:
     """Check a checkpoint file, on the CPU and without running code from it.
 
     Args:
         path: The file.
-        weights: The module's parameters and buffers; ``None`` uses the names in the file's ``state_dict``.
-        allowed: Elements of weights and buffers that are non-finite by design; ``None`` allows −inf in every tensor
-            whose name says that it is a mask.
-        own: Names of the buffers that are not checked; ``None`` for buffers whose name says that they are an extreme.
+        known: What is known of the module; ``None`` takes it from the file, by the names in its ``state_dict``: −inf is
+            allowed in a tensor whose name says that it is a mask, and one whose name says that it is an extreme is not
+            checked.
 
     Example:
         >>> from tempfile import TemporaryDirectory
@@ -135,21 +128,22 @@ def inspect(
         return Inspection(path, f"it cannot be read ({type(error).__name__}: {str(error).splitlines()[0]})")
     if not isinstance(checkpoint, Mapping) or not isinstance(checkpoint.get("state_dict"), Mapping):
         return Inspection(path, "it holds no state_dict")
-    if weights is None:
-        weights = {name: value for name, value in checkpoint["state_dict"].items() if isinstance(value, Tensor)}
-    if allowed is None:
-        allowed = {("buffer", name): value == -torch.inf for name, value in weights.items() if "mask" in name}
-    if own is None:
-        own = {name for name in weights if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
     step = checkpoint.get("global_step")
     return Inspection(
         path,
         "",
-        tuple(poisoned(checkpoint, weights, allowed, own)),
+        tuple(poisoned(checkpoint, _known_by_name(checkpoint["state_dict"]) if known is None else known)),
         step if isinstance(step, int) else None,
         "optimizer_states" in checkpoint and "loops" in checkpoint,
         run_of(checkpoint),
     )
+
+
+def _known_by_name(state: Mapping[str, Any]) -> KnownWeights:
+    tensors = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+    allowed = {("buffer", name): value == -torch.inf for name, value in tensors.items() if "mask" in name}
+    own = {name for name in tensors if not _EXTREMES.isdisjoint(re.split(r"[\W\d_]+", name.lower()))}
+    return KnownWeights(tensors, allowed, own)
 
 
 def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
@@ -175,10 +169,8 @@ def newest_good(
     *,
     logs: Iterable[RunLog] = (),
     other_than: Path | None = None,
-    weights: Mapping[str, Tensor] | None = None,
-    allowed: Mapping[StateKey, Tensor] | None = None,
     run: str | None = None,
-    own: Collection[str] | None = None,
+    known: KnownWeights | None = None,
 ) -> Inspection | None:
     """The newest checkpoint file from which a run may be resumed.
 
@@ -190,10 +182,8 @@ def newest_good(
         logs: Logs of the run, which say which fit saved a file. A file that they do not name counts as one of the
             newest fit.
         other_than: A file to leave out.
-        weights: See :func:`inspect`.
-        allowed: See :func:`inspect`.
         run: Id of the run that the file has to belong to; ``None`` for any run.
-        own: See :func:`inspect`.
+        known: See :func:`inspect`.
     """
     unwanted = other_than.resolve() if other_than is not None else None
     saved = {path: begun for log in logs for path, begun in log.fits_of_files().items()}
@@ -204,7 +194,7 @@ def newest_good(
         if run is None or of == run:
             found.append((of or "", saved.get(str(file), newest), step, file.stat().st_mtime_ns, file))
     for *_, file in sorted(found, reverse=True):  # ids of runs are in the order of time
-        inspected = inspect(file, weights, allowed, own)
+        inspected = inspect(file, known)
         if inspected.good():
             return inspected
     return None

@@ -25,19 +25,24 @@ class LastGood:
     hold the state of the same update. When the snapshot is certified, the file replaces the older one. When the
     snapshot is dropped, the file is deleted. A write error is logged once, and the guard tries again later.
 
+    A file that a killed run has written in part is removed at the start.
+
     Args:
         folder: Folder of the file.
         every: Number of updates between files.
         ring: Stores the snapshots.
         write: Writes a whole checkpoint to a path, and is called on every rank. It may return before the file is whole.
         leads: Whether this rank moves and removes files.
+        step: Number of updates before this fit.
 
     Attributes:
         path: The certified file.
         pending: The file whose snapshot is not certified yet.
     """
 
-    def __init__(self, folder: Path, every: int, ring: Ring, write: Callable[[Path], None], *, leads: bool) -> None:
+    def __init__(
+        self, folder: Path, every: int, ring: Ring, write: Callable[[Path], None], *, leads: bool, step: int
+    ) -> None:
         self.path = folder / LAST_GOOD
         self.pending = self.path.with_name(f"{LAST_GOOD}.pending")
         self._every = every
@@ -48,12 +53,8 @@ class LastGood:
         self._pending_step: int | None = None
         # On the rank that leads: whether a certified file is not whole yet, and whether writing it has failed.
         self._waiting = self._failed = False
-        self._seen = self._last = 0
-        self._warned = False
-
-    def begin(self, step: int) -> None:
-        """Start a fit at update ``step``: remove a file that a killed run has written in part."""
         self._seen = self._last = step
+        self._warned = False
         self._remove(self.pending)
 
     def due(self, step: int) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -13,38 +13,46 @@ from lightning_nanguard.measure.tensors import dense_values, local, shape_of
 from lightning_nanguard.state.learner import StateKey, unwrapped
 
 
-def poisoned(
-    checkpoint: Mapping[str, Any],
-    weights: Mapping[str, Tensor],
-    allowed: Mapping[StateKey, Tensor],
-    own: Collection[str] = (),
-) -> list[str]:
+@final
+class KnownWeights(NamedTuple):
+    """What is known of a module, to find the poisoned tensors of its checkpoints.
+
+    Attributes:
+        tensors: The module's parameters and buffers. A tensor with the name and the shape of one counts as a weight.
+        allowed: Elements of weights and buffers that are non-finite by design, from
+            :func:`lightning_nanguard.state.finite.allowances`.
+        own: Names of the buffers that are not checked, from :func:`lightning_nanguard.state.finite.own_buffers`.
+    """
+
+    tensors: Mapping[str, Tensor]
+    allowed: Mapping[StateKey, Tensor]
+    own: Collection[str] = ()
+
+
+def poisoned(checkpoint: Mapping[str, Any], known: KnownWeights) -> list[str]:
     """Names of the weights, buffers, moments and averaged copies in a checkpoint that hold NaN or Inf.
 
     Other values in it (scores of callbacks, metrics) may be infinite and are not checked.
 
     Args:
         checkpoint: A checkpoint of Lightning, or any other nesting of dictionaries and lists.
-        weights: The module's parameters and buffers. A tensor with the name and the shape of one counts as a weight.
-        allowed: Elements of weights and buffers that are non-finite by design, from
-            :func:`lightning_nanguard.state.finite.allowances`.
-        own: Names of the buffers that are not checked, from :func:`lightning_nanguard.state.finite.own_buffers`.
+        known: What is known of the module.
 
     Example:
-        >>> weights = {"w": torch.ones(2)}
+        >>> known = KnownWeights({"w": torch.ones(2)}, allowed={})
         >>> bad = {"w": torch.tensor([1.0, float("nan")])}
-        >>> poisoned({"state_dict": bad, "callbacks": {"best": torch.tensor(1e999)}}, weights, {})
+        >>> poisoned({"state_dict": bad, "callbacks": {"best": torch.tensor(1e999)}}, known)
         ['state_dict: w']
     """
-    found = [*_looked_at(checkpoint, weights, ())]
+    found = [*_looked_at(checkpoint, known.tensors, ())]
     bad = []
     for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
         weight, wrong = unwrapped(name), ~torch.isfinite(dense_values(tensor))
-        mask = allowed.get(("buffer", weight), allowed.get(("parameter", weight)))
+        mask = known.allowed.get(("buffer", weight), known.allowed.get(("parameter", weight)))
         if mask is not None and mask.shape == wrong.shape:
             wrong &= ~mask.to(wrong.device)
-        if weight not in own and bool(wrong.any()):
+        if weight not in known.own and bool(wrong.any()):
             bad.append(f"{'/'.join(where)}: {name}")
     return bad
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, final
 
@@ -18,7 +19,7 @@ from lightning_nanguard.checkpoints.inspection import (
     run_of,
     run_of_file,
 )
-from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
 from lightning_nanguard.errors import BadCheckpointError
 from lightning_nanguard.record.run_history import with_earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
@@ -76,14 +77,14 @@ class ResumeGate:
             BadCheckpointError: If it is poisoned or torn, and no other checkpoint is to be taken.
         """
         weights = [*Learner(self._module, []).weights()]
-        allowed, named = allowances(weights), {name: tensor for (_, name), tensor in weights}
+        tensors = {name: tensor for (_, name), tensor in weights}
+        known = KnownWeights(tensors, allowances(weights), own_buffers(self._module))
         missing = content is None and not path.exists()
         wrong = "there is no such file" if missing else damage(path)
-        own_names = own_buffers(self._module)
-        tensors = poisoned(content, named, allowed, own_names) if content is not None else []
-        if not wrong and not tensors:
+        bad = poisoned(content, known) if content is not None else []
+        if not wrong and not bad:
             return None  # it is good, or the error has another cause and must reach the user
-        reason = wrong or f"{_listed(tensors, self._named)} {'is' if len(tensors) == 1 else 'are'} not finite"
+        reason = wrong or f"{_listed(bad, self._named)} {'is' if len(bad) == 1 else 'are'} not finite"
         if self._observe:
             _logger.warning("NaNGuard: %s is bad: %s. With observe=True the guard only warns.", path, reason)
             return None
@@ -94,23 +95,17 @@ class ResumeGate:
         # `nanguard last-good` uses the same folders, so both find the same file.
         logs = [log for folder in nearby if (log := read_run(folder)) is not None and log.run_id == run]
         nearby += [folder for log in logs for folder in folders_of_run(log)]
-        parts = with_earlier_parts(logs)
-
-        def newest(run: str | None) -> Inspection | None:
-            return newest_good(
-                nearby, logs=parts, other_than=path, weights=named, allowed=allowed, run=run, own=own_names
-            )
-
-        other = newest(run)
+        newest = partial(newest_good, nearby, logs=with_earlier_parts(logs), other_than=path, known=known)
+        other = newest(run=run)
         if self._take and other is not None and run is not None:
             self.refused, self.taken = f"{path} is bad: {reason}", other
             return other.path
         if missing:
             return None
-        of_another = newest(None) if other is None else None
+        of_another = newest() if other is None else None
         offer = _offer(other, of_another, run)
         text = f"NaNGuard does not resume from {path}, because it is bad: {reason}. {offer}"
-        raise BadCheckpointError(text, path, tensors, other and other.path) from error
+        raise BadCheckpointError(text, path, bad, other and other.path) from error
 
 
 def _nearby(path: Path, folders: Iterable[Path]) -> list[Path]:

@@ -9,7 +9,7 @@ from typing import Any, final
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 from lightning_nanguard.checkpoints.mending import mended
-from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
 from lightning_nanguard.distributed.ranks import Ranks, first_over_ranks
 from lightning_nanguard.measure.tensors import local
 from lightning_nanguard.state.finite import FiniteCheck, own_buffers
@@ -96,7 +96,7 @@ class SaveGuard:
         if self._ranks.rank > 0 and not self._ranks.sharded:
             return checkpoint  # only rank 0 writes
         weights = {key[1]: leaf for key, leaf in self._learner.weights()}
-        bad = poisoned(checkpoint, weights, self._finite.allowed, own_buffers(self._learner.module))
+        bad = poisoned(checkpoint, KnownWeights(weights, self._finite.allowed, own_buffers(self._learner.module)))
         if self._ranks.sharded:
             # Each rank has checked only its own shards. If one rank mended its checkpoint, it would not fit the others.
             name, _ = first_over_ranks(self._ranks, bad[0] if bad else None)
@@ -117,7 +117,8 @@ class SaveGuard:
         with ExitStack() as versions:
             for _, leaf in self._learner.weights():
                 versions.enter_context(_unsafe_preserve_version_counter(local(leaf)))
-            restore(self._learner, snapshot, keep=_has_key)
+            # All but the GradScaler, because saving must not lower the loss scale.
+            restore(self._learner, snapshot, keep=lambda key: key != ("scaler",))
 
     def _good_leaves(self) -> Mapping[StateKey, Any] | None:
         live = dict(self._learner.leaves())
@@ -129,8 +130,3 @@ class SaveGuard:
             kept.insert(0, self._whole)
         kept = [one for one in kept if not one.shared()]
         return next((one.leaves for one in kept if self._finite.corrupt(one.leaves.items()) is None), None)
-
-
-def _has_key(key: StateKey) -> bool:
-    # Restore all but the GradScaler, because saving must not lower the loss scale.
-    return key != ("scaler",)

@@ -59,7 +59,7 @@ def run(chosen: argparse.Namespace) -> int:
         return _check_data(chosen)
     from lightning_nanguard.trainer.offline.check import check_config
     from lightning_nanguard.trainer.offline.config_parts import wrong_parts
-    from lightning_nanguard.trainer.private.messages import without_messages
+    from lightning_nanguard.trainer.private.first_batch import without_messages
 
     model, data = (None if name is None else load(name) for name in (chosen.model, chosen.data))
     wrong = wrong_parts(chosen.config)

@@ -13,7 +13,7 @@ from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file
 from lightning_nanguard.record.messages import describe_advice, tell, tell_again
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
-from lightning_nanguard.record.skipped import TO_DO
+from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
@@ -81,7 +81,8 @@ def headline(data: RunData) -> str:
     """
     log = data.log
     if log is None:
-        return f"Run {_without_log(data)} in {data.folder}"
+        how = "with a damaged" if (data.folder / RUN_FILE).exists() else "without its"
+        return f"Run {how} {RUN_FILE}, so that it is not known how it ended, in {data.folder}"
     began = f"Run {log.run_id} in {log.folder}"
     if data.earlier:
         began += f", resumed from step {log.fits[0].get('step')} of {data.earlier[-1].folder}"
@@ -102,15 +103,6 @@ def headline(data: RunData) -> str:
     updates, of_fit = data.of_last_fit
     fit = f"{counted(updates, 'update')}, {counted(of_fit, 'intervention')}"
     return f"{told} in the whole run; {fit} since it was resumed"
-
-
-def _without_log(data: RunData) -> str:
-    """What is known of a run without a log."""
-    if (data.folder / RUN_FILE).exists():
-        return f"with a damaged {RUN_FILE}, so that it is not known how it ended,"
-    if any(one.run for one in data.interventions) or any(one.run for one in data.advice):
-        return f"without its {RUN_FILE}, so that it is not known how it ended,"
-    return "of version 0.1.0"
 
 
 def _say_where_it_stands(data: RunData) -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import sysconfig
 from collections.abc import Sequence
 from pathlib import Path
 from traceback import extract_tb
-from typing import Protocol
+from typing import Protocol, final
 
 from lightning_nanguard import __version__
 from lightning_nanguard.cli import check, compare, explain, last_good, replay, report, samples, tail
@@ -54,6 +55,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # As with `python -m`, modules in the working directory can be imported.
     if "" not in sys.path:
         sys.path.insert(0, "")
+    logger, once = logging.getLogger("lightning_nanguard"), _Once()
+    logger.addFilter(once)
     try:
         status: int = chosen.run(chosen)
     except BrokenPipeError:  # `nanguard explain … | head`
@@ -62,7 +65,24 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except Exception as error:  # a wrong argument or file, or the user's module or data, which the command has run
         say(f"nanguard: {type(error).__name__}: {error}{_place(error)}", file=sys.stderr)
         return 2
+    finally:
+        logger.removeFilter(once)
     return status
+
+
+@final
+class _Once(logging.Filter):
+    """Logs each message once, because a command may read a file several times."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._told: set[str] = set()
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        message = record.getMessage()
+        new = message not in self._told
+        self._told.add(message)
+        return new
 
 
 def _place(error: Exception) -> str:

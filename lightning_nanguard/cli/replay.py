@@ -40,7 +40,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Print the incident, then what came of its replay; 1 where neither a bad number nor its cause came back."""
     from lightning_nanguard.diagnosis.bundle import describe, read, versions
     from lightning_nanguard.trainer.offline.replay import replay_bundle
-    from lightning_nanguard.trainer.private.messages import without_messages
+    from lightning_nanguard.trainer.private.first_batch import without_messages
     from lightning_nanguard.trainer.private.packages import is_module_class
 
     incident = read(chosen.bundle, with_batch=False)

@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.diagnosis.batch import samples, tensor_fields, true_indices
+from lightning_nanguard.diagnosis.batch import largest_by_sample, samples, tensor_fields, true_indices
 from lightning_nanguard.measure.finite import non_finite_fields
 from lightning_nanguard.thresholds.batches import HealthyBatchesThresholds
 from lightning_nanguard.thresholds.samples import SamplesThresholds
@@ -68,10 +68,10 @@ def far_samples(
         thresholds: The factor to the other samples.
         extreme: The factor to healthy batches. The guard uses the same factor for a whole batch.
     """
-    others = [{name: largest(one) for name, one in _by_sample(kept).items()} for kept in healthy]
+    others = [{name: largest_by_sample(one) for name, one in _by_sample(kept).items()} for kept in healthy]
     columns: dict[int, dict[str, tuple[int, ...]]] = {}
     for name, tensor in _by_sample(batch).items():
-        mine = largest(tensor)
+        mine = largest_by_sample(tensor)
         before = [float(one[name].max()) for one in others if name in one and len(one[name])]
         if len(before) >= thresholds.least_compared and max(before) > 0:
             limit = extreme * max(before)
@@ -91,13 +91,6 @@ def _by_sample(batch: Any) -> dict[str, Tensor]:
         for name, tensor in tensor_fields(batch)
         if (tensor.is_floating_point() or tensor.is_complex()) and tensor.dim() and len(tensor) == count
     }
-
-
-def largest(tensor: Tensor) -> Tensor:
-    """Largest magnitude of each sample, on the CPU. Numbers that are not finite count as 0."""
-    if not tensor.numel():
-        return torch.zeros(len(tensor), dtype=torch.float64)
-    return tensor.abs().reshape(len(tensor), -1).double().nan_to_num(0.0, 0.0, 0.0).amax(1).cpu()
 
 
 def _columns(bad: Tensor, thresholds: SamplesThresholds) -> tuple[int, ...]:

@@ -17,14 +17,13 @@ from lightning_nanguard.diagnosis.case import BadField, Clues, Range
 from lightning_nanguard.measure.batches import largest_magnitudes, mapped, named_tensors
 from lightning_nanguard.measure.finite import all_finite
 from lightning_nanguard.measure.tensors import dense_values, is_plain, local
-from lightning_nanguard.thresholds.diagnosis import DataThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, DataThresholds
 
 _TARGETS = ("target", "targets", "label", "labels", "y")
-_DATA = DataThresholds()
 
 
 def batch_clues(
-    batch: Any, module: nn.Module, thresholds: DataThresholds = _DATA, *, count: int | None = None
+    batch: Any, module: nn.Module, thresholds: DataThresholds = DEFAULT.data, *, count: int | None = None
 ) -> Clues:
     """Measure the values of a batch, without running the model.
 
@@ -151,6 +150,13 @@ def true_indices(mask: Tensor) -> tuple[int, ...]:
     return tuple(mask.nonzero().flatten().tolist())
 
 
+def largest_by_sample(tensor: Tensor) -> Tensor:
+    """Largest magnitude of each sample, on the CPU. Numbers that are not finite count as 0."""
+    if not tensor.numel():
+        return torch.zeros(len(tensor), dtype=torch.float64)
+    return tensor.abs().reshape(len(tensor), -1).double().nan_to_num(0.0, 0.0, 0.0).amax(1).cpu()
+
+
 def _range(name: str, tensor: Tensor, thresholds: DataThresholds) -> Range | None:
     if tensor.dtype == torch.bool or tensor.is_complex():
         return None
@@ -162,7 +168,7 @@ def _range(name: str, tensor: Tensor, thresholds: DataThresholds) -> Range | Non
     outliers: tuple[int, ...] = ()
     usual = 0.0
     if plain and values.dim() and len(values) >= thresholds.outlier_min_samples:
-        largest = values.abs().reshape(len(values), -1).nan_to_num(0.0, 0.0, 0.0).amax(1)
+        largest = largest_by_sample(values)
         usual = float(largest.median())
         outliers = true_indices(largest > thresholds.outlier_factor * usual) if usual > 0 else ()
     return Range(

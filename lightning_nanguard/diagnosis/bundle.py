@@ -11,7 +11,7 @@ import math
 import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from importlib import import_module, metadata
+from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.bundle_batch import NON_FINITE, put_together, take_apart
+from lightning_nanguard.errors import optional_module
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention, Trial
@@ -82,12 +83,7 @@ def safetensors() -> ModuleType:
     Raises:
         ModuleNotFoundError: If safetensors is not installed. The message names the extra.
     """
-    try:
-        return import_module("safetensors.torch")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "Incident bundles need safetensors, which is not installed: pip install 'lightning-nanguard[bundle]'."
-        ) from None
+    return optional_module("safetensors.torch", "Incident bundles need safetensors", "bundle")
 
 
 def write(bundle: Bundle, folder: Path) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.containers import Parts, attributes_of, parts_of, set_attributes
+from lightning_nanguard.measure.containers import Parts, attribute_parts, parts_of, set_attributes
 from lightning_nanguard.measure.tensors import local
 
 NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
@@ -80,7 +80,7 @@ class _Taker:
             return {"dict": self._pairs(parts, name)}
         self._objects[id(value)] = len(self._objects), value
         how = _how(kind)
-        return {"object": [home, how, self._pairs(attributes_of(value) if how == "attributes" else parts, name)]}
+        return {"object": [home, how, self._pairs(attribute_parts(value) if how == "attributes" else parts, name)]}
 
     def _pairs(self, parts: Parts, name: str) -> list[Any]:
         # JSON can store these keys in a list. Other keys have a structure of their own.

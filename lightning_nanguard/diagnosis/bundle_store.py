@@ -10,12 +10,10 @@ from pathlib import Path
 from typing import final
 
 from lightning_nanguard.diagnosis.bundle import Bundle, safetensors, write
-from lightning_nanguard.thresholds.diagnosis import BundleThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, BundleThresholds
 from lightning_nanguard.types import Fault, Finding
 
 _logger = logging.getLogger("lightning_nanguard")
-
-_BUNDLES = BundleThresholds()
 
 
 @final
@@ -30,7 +28,7 @@ class BundleStore:
         ModuleNotFoundError: If safetensors is not installed.
     """
 
-    def __init__(self, folder: Path, thresholds: BundleThresholds = _BUNDLES) -> None:
+    def __init__(self, folder: Path, thresholds: BundleThresholds = DEFAULT.bundles) -> None:
         safetensors()
         self.folder = folder
         self._thresholds = thresholds

@@ -5,10 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
+from lightning_nanguard.record.text import with_line
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
-
-_PLATEAU = PlateauThresholds()
 
 Look = Literal["nothing", "batch", "replay"]
 """How much may be examined: only the evidence, also the present batch, or also the batch while it is run again."""
@@ -113,7 +112,7 @@ class Origin:
     @property
     def place(self) -> str:
         """In words: ``net.2 (log, model.py:41)``."""
-        where = f"{self.operation}, {self.line}" if self.line else self.operation
+        where = with_line(self.operation, self.line)
         return f"{self.module or 'training_step'} ({'backward of ' if self.backward else ''}{where})"
 
 
@@ -165,17 +164,14 @@ class Clues:
         loss: The loss when it was run again.
         gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
         origin: The operation that gave the first non-finite value.
-        low_precision: Whether the model runs in 16 bits.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
         change: A change since the good state that no update explains; ``None`` without one.
-        moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if the two states were
-            not compared.
+        moved_alone: Whether a few elements of a weight moved and the others did not; ``None`` if this is not known.
         norm: Norm of the gradient.
         norms: Gradient norm of every weight, by name, in the order of the module.
-        gone_otherwise: Whether loss and gradient are finite with other random numbers than those of the step; ``None``
-            if this was not tried.
+        gone_otherwise: Whether loss and gradient are finite with other random numbers; ``None`` if this was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
         labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
@@ -188,7 +184,6 @@ class Clues:
     loss: float | None = None
     gradient_finite: bool | None = None
     origin: Origin | None = None
-    low_precision: bool = False
     finite_in_float32: bool | None = None
     good_loss: float | None = None
     good_finite: bool | None = None
@@ -271,6 +266,11 @@ class Objective:
     least: float | None = None
     most: float | None = None
 
+    @property
+    def place(self) -> str:
+        """In words: ``training_step (cross_entropy, model.py:41)``."""
+        return f"training_step ({with_line(self.function, self.line)})"
+
 
 @dataclass(frozen=True, slots=True)
 class GradientCheck:
@@ -334,8 +334,7 @@ class Curvature:
 
     @property
     def largest_rate(self) -> float | None:
-        """The rate above which a step along d no longer lowers the loss; ``None`` if the curvature is
-        not above 0."""
+        """The rate above which a step along d no longer lowers the loss; ``None`` without a curvature above 0."""
         return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
 
 
@@ -349,7 +348,6 @@ class Course:
         before: Median loss at their start.
         now: Median loss at their end.
         spread: Median change of the level, up or down, from one eighth of these updates to the next.
-        best: Lowest median so far.
         norm: Median gradient norm.
         opposed: Cosine of a batch's gradients before and after one update on it; ``None`` if it was not measured.
         noise: Norm of the gradient's noise divided by that of its mean; ``None`` if it was not measured.
@@ -365,7 +363,6 @@ class Course:
     before: float
     now: float
     spread: float
-    best: float
     norm: float
     opposed: float | None = None
     noise: float | None = None
@@ -375,22 +372,22 @@ class Course:
     batch_size: int | None = None
     chance: float | None = None
 
-    def moves(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def moves(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss has fallen, by more than it varies from one eighth of the updates to the next."""
         least = thresholds.moved * max(abs(self.first), 1e-12)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    def falls(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def falls(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss falls clearly, by a share of its present level, even if this is little of the first loss."""
         least = thresholds.fallen * abs(self.before)
         return self.before - self.now > max(least, thresholds.spreads * self.spread)
 
-    def rises(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def rises(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether the loss has risen above its level: the loss function or the data changed, or the run diverges."""
         least = thresholds.risen * abs(self.first)
         return self.now - self.before > max(least, thresholds.spreads * self.spread)
 
-    def high(self, thresholds: PlateauThresholds = _PLATEAU) -> bool:
+    def high(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
         """Whether most of the untrained model's loss is still there, or the loss is at chance level."""
         untrained = self.now > self.first - thresholds.learned * max(abs(self.first), 1e-12)
         return untrained or (self.chance is not None and self.now > thresholds.near_chance * self.chance)
@@ -443,6 +440,10 @@ class Case:
     curvature: Curvature | None = None
     earlier: tuple[EarlierFinding, ...] = ()
     unstable: str = ""
+
+    def times(self, cause: str, place: str) -> int:
+        """How often a cause was found at a place, this time included."""
+        return 1 + sum((one.finding.cause, one.finding.place) == (cause, place) for one in self.earlier)
 
     def earlier_here(self) -> tuple[EarlierFinding, ...]:
         """The findings of earlier faults of this kind at this place."""

@@ -18,12 +18,10 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.diagnosis.case import Curvature, Layer
 from lightning_nanguard.diagnosis.gradient_trace import autograd_nodes
-from lightning_nanguard.thresholds.diagnosis import CurvatureThresholds
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, CurvatureThresholds
 
 Vector = list[Tensor]
 """One tensor for each parameter, of its shape."""
-
-_CURVATURE = CurvatureThresholds()
 
 
 @final
@@ -49,14 +47,13 @@ class Hessian:
         self,
         step: Callable[[], Tensor | None],
         parameters: Sequence[Tensor],
-        difference: float = _CURVATURE.difference,
+        difference: float = DEFAULT.curvature.difference,
     ) -> None:
         self._step = step
         self._difference = difference
         self._all = [parameter for parameter in parameters if parameter.requires_grad]
-        self.products = 0
         try:
-            self._graph: Vector | None = self._gradient(create_graph=True)
+            self._graph: Vector | None = gradient_of(self._step(), self._all, create_graph=True)
             if any(
                 node.name() == "torch::autograd::Error"
                 for node in autograd_nodes(*(one.grad_fn for one in self._graph))
@@ -68,11 +65,10 @@ class Hessian:
             self._image: Vector | None = self._twice(self._graph, self.gradient)
         except (RuntimeError, NotImplementedError):
             self._graph = self._image = None
-            self.gradient = self._gradient()
+            self.gradient = gradient_of(self._step(), self._all)
 
     def times(self, vector: Vector) -> Vector:
         """The product Hv, in the shapes of the parameters."""
-        self.products += 1
         return self._twice(self._graph, vector) if self._graph is not None else self._differences(vector)
 
     def of_gradient(self) -> Vector:
@@ -87,13 +83,6 @@ class Hessian:
             return Curvature(slope=dot(self.gradient, self.gradient), bend=dot(self.gradient, self.of_gradient()))
         return Curvature(slope=dot(self.gradient, direction), bend=dot(direction, self.times(direction)))
 
-    def _gradient(self, *, create_graph: bool = False) -> Vector:
-        loss = self._step()
-        if loss is None or not loss.requires_grad:
-            raise ValueError("Hessian: the step gave no loss that depends on the parameters.")
-        found = torch.autograd.grad(loss.sum(), self._all, create_graph=create_graph, allow_unused=True)
-        return zero_filled(found, self._all)
-
     def _twice(self, gradient: Vector, vector: Vector) -> Vector:
         # If the loss is linear in the weights, its gradient has no graph, and H is zero.
         pairs = [(one, v) for one, v in zip(gradient, vector, strict=True) if one.requires_grad]
@@ -101,7 +90,7 @@ class Hessian:
             return [torch.zeros_like(parameter) for parameter in self._all]
         outputs, given = [one for one, _ in pairs], [v.to(one.dtype) for one, v in pairs]
         found = torch.autograd.grad(outputs, self._all, given, retain_graph=True, allow_unused=True)
-        return zero_filled(found, self._all)
+        return _zero_filled(found, self._all)
 
     def _differences(self, vector: Vector) -> Vector:
         size = norm(vector)
@@ -114,7 +103,7 @@ class Hessian:
                 with torch.no_grad():
                     for parameter, start, v in zip(self._all, before, vector, strict=True):
                         parameter.copy_(start + sign * v)
-                ends.append(self._gradient())
+                ends.append(gradient_of(self._step(), self._all))
         return [(one - other) / (2 * width) for one, other in zip(*ends, strict=True)]
 
 
@@ -122,7 +111,7 @@ def curvature_along_update(
     step: Callable[[], Tensor | None],
     optimizer: Optimizer,
     named: Mapping[str, Tensor],
-    thresholds: CurvatureThresholds = _CURVATURE,
+    thresholds: CurvatureThresholds = DEFAULT.curvature,
 ) -> tuple[Curvature, tuple[Layer, ...]] | None:
     """The curvature along an optimizer's next update, and the effect of this update on each weight matrix.
 
@@ -201,7 +190,7 @@ def _moving_mean(mean: Tensor | None, value: Tensor, keep: float) -> Tensor:
     return (1 - keep) * value if mean is None else keep * mean + (1 - keep) * value
 
 
-def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> tuple[float, Vector]:
+def steepest(hessian: Hessian, products: int = DEFAULT.curvature.power_iterations) -> tuple[float, Vector]:
     """A lower bound of the eigenvalue largest in magnitude, and its direction, by power iteration from the gradient."""
     size = norm(hessian.gradient)
     vector = unit(hessian.gradient)
@@ -216,7 +205,7 @@ def steepest(hessian: Hessian, products: int = _CURVATURE.power_iterations) -> t
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> float:
+def typical(hessian: Hessian, top: Vector, probes: int = DEFAULT.curvature.probes) -> float:
     """Mean magnitude of the curvature along random directions that are orthogonal to ``top``."""
     values = []
     for seed in range(probes):
@@ -228,7 +217,7 @@ def typical(hessian: Hessian, top: Vector, probes: int = _CURVATURE.probes) -> f
     return sum(values) / len(values)
 
 
-def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = _CURVATURE) -> tuple[float, float]:
+def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = DEFAULT.curvature) -> tuple[float, float]:
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
 
     Args:
@@ -318,6 +307,22 @@ def unit(vector: Sequence[Tensor]) -> Vector:
     return [one / size if size > 0 else one for one in vector]
 
 
-def zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
-    """Gradients, with zeros for parameters that have none."""
+def gradient_of(loss: Tensor | None, parameters: Sequence[Tensor], *, create_graph: bool = False) -> Vector:
+    """The gradient of a loss by each parameter, with zeros for parameters that it does not depend on.
+
+    Args:
+        loss: The loss with its graph.
+        parameters: The parameters.
+        create_graph: Whether the gradient can be differentiated again.
+
+    Raises:
+        ValueError: If the loss depends on no parameter.
+    """
+    if loss is None or not loss.requires_grad:
+        raise ValueError("the step gave no loss that depends on the parameters.")
+    found = torch.autograd.grad(loss.sum(), parameters, create_graph=create_graph, allow_unused=True)
+    return _zero_filled(found, parameters)
+
+
+def _zero_filled(gradients: Sequence[Tensor | None], parameters: Sequence[Tensor]) -> Vector:
     return [torch.zeros_like(p) if g is None else g for g, p in zip(gradients, parameters, strict=True)]

@@ -11,12 +11,12 @@ from typing import Any, final
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from lightning_nanguard.diagnosis.bad_samples import largest, non_finite_samples
+from lightning_nanguard.diagnosis.bad_samples import non_finite_samples
+from lightning_nanguard.diagnosis.batch import largest_by_sample
 from lightning_nanguard.measure.batches import named_tensors
 from lightning_nanguard.measure.sample_parts import hash_of
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.thresholds.samples import SamplesThresholds
-from lightning_nanguard.types import Row
 
 _DEFAULTS = SamplesThresholds()
 Shapes = tuple[tuple[str, str], ...]
@@ -101,7 +101,7 @@ class DataCheck:
         for name, tensor in fields.items():
             kept = self._largest.setdefault(name, array("d"))
             kept.extend([float("nan")] * (len(self._places) - 1 - len(kept)))
-            kept.append(float(largest(tensor[:1])[0]) if tensor.is_floating_point() else 0.0)
+            kept.append(float(largest_by_sample(tensor[:1])[0]) if tensor.is_floating_point() else 0.0)
 
     def found(self) -> list[BadSample]:
         """The samples that are unlike the others, by cause, in the order in which they were seen."""
@@ -167,8 +167,3 @@ def _difference(mine: Mapping[str, str], usual: Mapping[str, str]) -> str:
         if name in usual and mine[name] != usual[name]
     ]
     return "; ".join([*other, *lacking, *more])
-
-
-def place_of(row: Row | None, batch: int = 0, index: int = 0) -> BadSample:
-    """The place of a sample, before it is checked."""
-    return BadSample("", row, batch=batch, index=index)

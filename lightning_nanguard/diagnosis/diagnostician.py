@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
-import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues, compared
 from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
+from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
-from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay
+from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay, runs_finite
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
-from lightning_nanguard.measure.finite import non_finite_fields
+from lightning_nanguard.measure.finite import bad_unless_masked, non_finite_fields
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -99,6 +99,7 @@ class Diagnostician:
         case = Case(fault, evidence, earlier=tuple(self._earlier), unstable=unstable)
         self.looked_at = None
         with errors_logged(_failed(fault)):
+            good = self._ring.good_for(evidence) if good is None else good
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good, healthy)
             if fault.rate_may_cause and case.clues.moved_alone is None:
@@ -151,13 +152,16 @@ class Diagnostician:
         self.looked_at = micros[chosen]
         if look == "batch" or not self._replay_due(fault):
             return case
-        good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
-        # If the weights are bad, a replay shows only that.
         usable = evidence.corrupt is None and not evidence.undo
+        state: Untraced = nullcontext
+        if not usable:  # under bad weights a replay would show only that
+            if good is None:
+                return case
+            state = partial(state_of_snapshot, self._learner, good)
         if fault.scope == "batch" or number_format_exhausted(fault):
             known = bool(clues[chosen].bad_fields)
             for index in [chosen] if known else range(len(micros))[-self._thresholds.replay.max_micro_batches :]:
-                with errors_logged(_failed(fault)), nullcontext() if usable else self._at_snapshot(good):
+                with errors_logged(_failed(fault)), state():
                     replayed = self._replay(clues[index], micros[index])
                     if index == chosen or _not_finite(replayed):
                         case = replace(case, clues=replayed)
@@ -181,45 +185,32 @@ class Diagnostician:
         times = self._times_seen[fault.kind, fault.place]
         return times <= self._thresholds.replay.always or times & (times - 1) == 0
 
-    @contextmanager
-    def _at_snapshot(self, good: Snapshot | None) -> Iterator[None]:
-        if good is None:
-            raise LookupError("there is no good state to run the batch again from")
-        with state_of_snapshot(self._learner, good):
-            yield
-
     def _replay(self, clues: Clues, micro: MicroBatch) -> Clues:
         module, step = self._learner.module, partial(self._step, micro)
         scale = self._loss_scale()
         clues = replay(clues, micro.batch, module, partial(step, False), untraced=self._untraced, loss_scale=scale)
-        if self._low_precision:
-            clues = replace(clues, low_precision=True)
-            if _not_finite(clues) and not clues.bad_fields:
-                with self._untraced():
-                    found = loss_and_gradient_norm(module, partial(step, True))
-                clues = replace(clues, finite_in_float32=None if found is None else all(map(math.isfinite, found)))
+        if self._low_precision and _not_finite(clues) and not clues.bad_fields:
+            with self._untraced():
+                clues = replace(clues, finite_in_float32=runs_finite(module, partial(step, True)))
         return clues
 
     def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
         """Find out whether the fault depends on the random numbers of the step, or on buffers."""
         module = self._learner.module
-        # A mask of -inf is no fault.
-        bad = [n for n, b in module.named_buffers() if b.is_floating_point() and not bool((b < torch.inf).all())]
+        bad = tuple(name for name, buffer in module.named_buffers() if bad_unless_masked(buffer))
         if bad:
-            return replace(clues, bad_buffers=tuple(bad))
+            return replace(clues, bad_buffers=bad)
         if clues.bad_fields or micro.streams is None:
             return clues
         for draw in range(self._thresholds.replay.other_draws):
             other = replace(micro, streams=micro.streams.elsewhere(draw))
             with isolated(self._untraced):
-                found = loss_and_gradient_norm(module, partial(self._step, other, False))
-            if found is not None and all(map(math.isfinite, found)):
-                return replace(clues, gone_otherwise=True)
+                if runs_finite(module, partial(self._step, other, False)):
+                    return replace(clues, gone_otherwise=True)
         return replace(clues, gone_otherwise=False)
 
     def _compare_states(self, case: Case, good: Snapshot | None) -> Case:
         """Find out whether an implausible weight grew as a whole or in a few elements. No batch is run."""
-        good = self._ring.good(case.evidence.sound, case.evidence.loss_unit) if good is None else good
         if good is None:
             return case
         change = unexplained_change(self._learner, good, self._thresholds.state)
@@ -231,7 +222,7 @@ class Diagnostician:
         clues = replace(clues, change=change, moved_alone=change is not None)
         if change is None:
             return clues
-        with self._untraced(), self._at_snapshot(good):
+        with self._untraced(), state_of_snapshot(self._learner, good):
             found = loss_and_gradient_norm(self._learner.module, partial(self._step, micro, False))
         if found is None:
             return clues
@@ -247,8 +238,8 @@ class Diagnostician:
         if len(self._learner.optimizers) != 1:
             return case
         module, (optimizer,) = self._learner.module, self._learner.optimizers
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        with self._untraced(), self._at_snapshot(good), uncompiled():
+        named = trained_parameters(module)
+        with self._untraced(), state_of_snapshot(self._learner, good), uncompiled():
             # In full precision, because second derivatives are not usable in 16 bits.
             step = partial(self._step, micro, True)
             found = curvature_along_update(step, optimizer, named, self._thresholds.curvature)

@@ -21,15 +21,16 @@ from lightning_nanguard.diagnosis.curvature import (
     curvature_along_update,
     dot,
     extreme_eigenvalues,
+    gradient_of,
     norm,
     update_direction,
     values_kept,
-    zero_filled,
 )
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.loss_progress import LossProgress
+from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.learner import Learner
@@ -127,13 +128,13 @@ class Examination:
         if course.high(limits.plateau):
             clues = replace(clues, labels=label_relation([micro.batch for micro in micros], limits.labels))
         case = Case(evidence=evidence, clues=clues, course=course)
-        model = measure_layers_untraced(module, newest.batch, step, self._untraced, limits.layers)
+        model = measure_layers(module, newest.batch, step, self._untraced, limits.layers)
         model = None if model is None else replace(model, updates=evidence.step)
         course = replace(course, chance=None if model is None else _chance_level(model.objective))
         if len(self._learner.optimizers) != 1:
             return replace(case, model=model, course=course)
         course = replace(course, lr=evidence.lr, batch_size=samples(newest.batch))
-        named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        named = trained_parameters(module)
         with isolated(self._untraced):
             course = self._compare_gradients(micros, course, list(named.values()))
         with isolated(self._untraced):
@@ -153,7 +154,7 @@ class Examination:
         optimizer, limits = self._learner.optimizers[0], self._thresholds.examination
         elements = sum(parameter.numel() for parameter in parameters)
         most = max(limits.min_batches, limits.max_elements // max(1, elements))
-        found = [self._gradient(micro, parameters) for micro in micros[-most:]]
+        found = [gradient_of(self._step(micro, True), parameters) for micro in micros[-most:]]
         size, noise = _noise(found)
         course = replace(course, norm=size, noise=noise, batches=len(found), clear=_standard_errors(found))
         moved = update_direction(optimizer, found[-1], parameters)
@@ -164,15 +165,9 @@ class Examination:
             with torch.no_grad():
                 for parameter, d in zip(parameters, moved, strict=True):
                     parameter.sub_(rate * d)
-            after = self._gradient(micros[-1], parameters)
+            after = gradient_of(self._step(micros[-1], True), parameters)
         sizes = norm(found[-1]) * norm(after)
         return replace(course, opposed=dot(found[-1], after) / sizes if sizes > 0 else None)
-
-    def _gradient(self, micro: MicroBatch, parameters: Sequence[Tensor]) -> Vector:
-        loss = self._step(micro, True)
-        if loss is None or not loss.requires_grad:
-            raise ValueError("a batch that was run again gave no loss")
-        return zero_filled(torch.autograd.grad(loss.sum(), parameters, allow_unused=True), parameters)
 
     def _add_eigenvalues(self, curvature: Curvature, hessian: Hessian) -> Curvature:
         try:

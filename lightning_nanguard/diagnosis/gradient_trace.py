@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_nanguard.diagnosis.case import Origin
+from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.operation_trace import (
     LIBRARIES,
     RunningModules,
@@ -24,7 +25,7 @@ from lightning_nanguard.diagnosis.operation_trace import (
 
 def gradients_by_name(loss: Tensor, module: nn.Module) -> dict[str, Tensor]:
     """Every gradient by the name of its parameter. ``.grad`` does not change."""
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    named = trained_parameters(module)
     found: Sequence[Tensor | None] = torch.autograd.grad(loss, list(named.values()), allow_unused=True)
     return {name: one for name, one in zip(named, found, strict=True) if one is not None}
 

@@ -16,11 +16,10 @@ from torch.autograd.function import BackwardCFunction, Function
 from lightning_nanguard.diagnosis.case import GradientCheck
 from lightning_nanguard.diagnosis.gradient_trace import autograd_nodes
 from lightning_nanguard.diagnosis.isolation import Untraced
+from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.operation_trace import RunningModules
 from lightning_nanguard.measure.batches import mapped
-from lightning_nanguard.thresholds.diagnosis import GradientCheckThresholds
-
-_GRADIENTS = GradientCheckThresholds()
+from lightning_nanguard.thresholds.check import GRADIENTS
 
 Step = Callable[[Any], Tensor | None]
 
@@ -30,7 +29,6 @@ def check_gradients(
     batch: Any,
     step: Step,
     untraced: Untraced,
-    thresholds: GradientCheckThresholds = _GRADIENTS,
 ) -> tuple[GradientCheck, ...]:
     """Compare every parameter's gradient, and that of every custom function, with finite differences.
 
@@ -42,21 +40,18 @@ def check_gradients(
         batch: A batch; a small one is enough.
         step: Runs a batch forward and returns the loss with its graph.
         untraced: A context that undoes what a run changes.
-        thresholds: How to compare gradients.
 
     Raises:
         Exception: The model's own exception if it cannot run in float64.
     """
     with _in_float64(module):
         batch = mapped(batch, _to_float64)
-        custom = _check_functions(module, batch, step, untraced, thresholds)
-        return (*custom, *_check_parameters(module, batch, step, untraced, thresholds))
+        custom = _check_functions(module, batch, step, untraced)
+        return (*custom, *_check_parameters(module, batch, step, untraced))
 
 
-def _check_parameters(
-    module: nn.Module, batch: Any, step: Step, untraced: Untraced, thresholds: GradientCheckThresholds
-) -> Iterator[GradientCheck]:
-    named = {name: p for name, p in module.named_parameters() if p.requires_grad and p.dtype == torch.float64}
+def _check_parameters(module: nn.Module, batch: Any, step: Step, untraced: Untraced) -> Iterator[GradientCheck]:
+    named = {name: p for name, p in trained_parameters(module).items() if p.dtype == torch.float64}
     with untraced():
         loss = step(batch)
         if loss is None or loss.grad_fn is None:
@@ -69,8 +64,8 @@ def _check_parameters(
             again = step(batch)
         return float("nan") if again is None else float(again.detach())
 
-    compare = _DifferenceCheck(value, thresholds, scale)
-    for (name, p), gradient in list(zip(named.items(), made, strict=True))[: thresholds.max_parameters]:
+    compare = _DifferenceCheck(value, scale)
+    for (name, p), gradient in list(zip(named.items(), made, strict=True))[: GRADIENTS.max_parameters]:
         known = torch.zeros_like(p) if gradient is None else gradient.to_dense().detach()
         yield compare(name, p.data, known)
 
@@ -79,23 +74,22 @@ def _check_parameters(
 class _DifferenceCheck:
     """Compares gradients with finite differences of a loss, along random directions from its own generator."""
 
-    def __init__(self, loss: Callable[[], float], thresholds: GradientCheckThresholds, loss_size: float) -> None:
+    def __init__(self, loss: Callable[[], float], loss_size: float) -> None:
         self._loss = loss
-        self._thresholds = thresholds
         self._loss_size = loss_size
         self._generator = torch.Generator().manual_seed(0)
 
     def __call__(self, name: str, values: Tensor, gradient: Tensor) -> GradientCheck:
         """The comparison along the direction that agrees least, with the step size that agrees best."""
-        along = (self._best(name, values, gradient) for _ in range(self._thresholds.directions))
+        along = (self._best(name, values, gradient) for _ in range(GRADIENTS.directions))
         return max(along, key=lambda one: one.error)
 
     def _best(self, name: str, values: Tensor, gradient: Tensor) -> GradientCheck:
-        sizes = (self._thresholds.difference / 10**turn for turn in range(self._thresholds.differences))
+        sizes = (GRADIENTS.difference / 10**turn for turn in range(GRADIENTS.differences))
         checks = (self._along(name, values, gradient, size) for size in sizes)
         best = next(checks)
         for check in checks:
-            if best.error < self._thresholds.close:
+            if best.error < GRADIENTS.close:
                 break
             best = min(best, check, key=lambda one: one.error)
         return best
@@ -120,7 +114,7 @@ class _DifferenceCheck:
         apart = abs(analytic - numeric)
         largest = max(abs(analytic), abs(numeric))
         # The largest rounding error of a difference of two losses.
-        rounding = self._thresholds.rounding * self._loss_size / size
+        rounding = GRADIENTS.rounding * self._loss_size / size
         return 0.0 if apart <= rounding or largest == 0.0 else apart / largest
 
 
@@ -132,9 +126,7 @@ def _unit(tensor: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------------ custom functions
 
 
-def _check_functions(
-    module: nn.Module, batch: Any, step: Step, untraced: Untraced, thresholds: GradientCheckThresholds
-) -> Iterator[GradientCheck]:
+def _check_functions(module: nn.Module, batch: Any, step: Step, untraced: Untraced) -> Iterator[GradientCheck]:
     with untraced(), RunningModules(module) as modules:
         loss = step(batch)
         nodes = [] if loss is None or loss.grad_fn is None else autograd_nodes(loss.grad_fn)
@@ -147,7 +139,7 @@ def _check_functions(
             step(batch)
         if calls:
             place = f"{path or 'training_step'} ({_backward_line(function)})"
-            yield _check_function(function, place, calls[0], thresholds)
+            yield _check_function(function, place, calls[0])
 
 
 @contextmanager
@@ -173,9 +165,7 @@ def _recording_calls(function: type[Function]) -> Iterator[list[tuple[Any, ...]]
             del function.forward
 
 
-def _check_function(
-    function: type[Function], place: str, args: tuple[Any, ...], thresholds: GradientCheckThresholds
-) -> GradientCheck:
+def _check_function(function: type[Function], place: str, args: tuple[Any, ...]) -> GradientCheck:
     which = [index for index, a in enumerate(args) if isinstance(a, Tensor) and a.is_floating_point()]
     inputs = [args[index].double().requires_grad_() for index in which]
 
@@ -191,18 +181,16 @@ def _check_function(
         fast_mode=True,
         raise_exception=False,
         check_undefined_grad=False,
-        nondet_tol=thresholds.gradcheck_nondeterminism,
-        atol=thresholds.gradcheck_tolerance,
+        nondet_tol=GRADIENTS.gradcheck_nondeterminism,
+        atol=GRADIENTS.gradcheck_tolerance,
     )
     # Both checks are needed. The fast mode of gradcheck misses errors that are small relative to the number of
     # elements. A random direction may miss an error in a few elements.
-    worst = _worst_input(call, inputs, place, thresholds)
-    return worst if right else replace(worst, error=max(worst.error, thresholds.gradcheck_error))
+    worst = _worst_input(call, inputs, place)
+    return worst if right else replace(worst, error=max(worst.error, GRADIENTS.gradcheck_error))
 
 
-def _worst_input(
-    call: Callable[..., Any], inputs: list[Tensor], place: str, thresholds: GradientCheckThresholds
-) -> GradientCheck:
+def _worst_input(call: Callable[..., Any], inputs: list[Tensor], place: str) -> GradientCheck:
     def weighted_sum() -> Tensor:
         made = call(*inputs)
         outputs = [one for one in (made if isinstance(made, tuple) else (made,)) if isinstance(one, Tensor)]
@@ -215,7 +203,7 @@ def _worst_input(
         return torch.stack(terms).sum()
 
     made: Sequence[Tensor | None] = torch.autograd.grad(weighted_sum(), inputs, allow_unused=True)
-    compare = _DifferenceCheck(lambda: float(weighted_sum().detach()), thresholds, 1.0)
+    compare = _DifferenceCheck(lambda: float(weighted_sum().detach()), 1.0)
     found = []
     for one, gradient in zip(inputs, made, strict=True):
         known = torch.zeros_like(one) if gradient is None else gradient

@@ -16,18 +16,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.batch import target_fields, tensor_fields, true_indices
 from lightning_nanguard.diagnosis.case import Layer, Model, Objective
+from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated
 from lightning_nanguard.diagnosis.operation_trace import (
     RunningModules,
-    leaves,
     operation_name,
     storage_key,
+    tensors_in,
     user_line,
 )
-from lightning_nanguard.measure.tensors import dense_values
-from lightning_nanguard.thresholds.diagnosis import LayerThresholds
+from lightning_nanguard.measure.norms import double_norm
+from lightning_nanguard.record.text import with_line
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, LayerThresholds
 
-_LAYERS = LayerThresholds()
 # Operations that multiply by a weight.
 _PRODUCTS = frozenset(
     ["mm", "addmm", "bmm", "baddbmm", "matmul", "linear", "convolution", "embedding", "embedding_bag"]
@@ -41,36 +42,24 @@ _SAME_VALUES = frozenset(
 _BOUNDED = {"sigmoid": (0.0, 1.0), "tanh": (-1.0, 1.0), "hardsigmoid": (0.0, 1.0)}
 _FROM_CLASSES = frozenset({"nll_loss_forward", "nll_loss2d_forward", "nll_loss", "nll_loss2d"})
 _BINARY = frozenset({"binary_cross_entropy", "binary_cross_entropy_with_logits"})
-
-
-def measure_layers_untraced(
-    module: nn.Module,
-    batch: Any,
-    step: Callable[[], Tensor | None],
-    untraced: Untraced,
-    thresholds: LayerThresholds = _LAYERS,
-) -> Model | None:
-    """The result of :func:`measure_layers` for a batch. Everything that the pass changes is undone."""
-    fields = dict(tensor_fields(batch))
-    targets = [fields[name] for name in target_fields(batch, fields)]
-    with isolated(untraced):
-        return measure_layers(module, step, targets, thresholds)
+# What a loss must not be made of, because the loss itself applies a softmax or sigmoid.
+_APPLIED_TWICE = {**dict.fromkeys(_FROM_CLASSES, "log_softmax"), "binary_cross_entropy_with_logits": "probabilities"}
 
 
 def measure_layers(
     module: nn.Module,
+    batch: Any,
     step: Callable[[], Tensor | None],
-    targets: Sequence[Tensor] = (),
-    thresholds: LayerThresholds = _LAYERS,
+    untraced: Untraced,
+    thresholds: LayerThresholds = DEFAULT.layers,
 ) -> Model | None:
-    """Measure every layer while a batch runs forward and backward.
-
-    ``.grad`` does not change. The caller has to restore what the pass changes: random streams, buffers and metrics.
+    """Measure every layer while a batch runs forward and backward. Everything that the pass changes is undone.
 
     Args:
         module: The trained module.
-        step: Runs a batch forward and returns the loss with its graph.
-        targets: The tensors of the batch that hold targets.
+        batch: The batch, which holds the targets.
+        step: Runs the batch forward and returns the loss with its graph.
+        untraced: A context that undoes what a run changes.
         thresholds: Limits of the measurement.
 
     Returns:
@@ -81,39 +70,42 @@ def measure_layers(
             instead.
 
     Example:
-        >>> net = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid())
-        >>> seen = measure_layers(net, lambda: net(torch.ones(8, 2)).mean())
+        >>> from contextlib import nullcontext
+        >>> net, inputs = nn.Sequential(nn.Linear(2, 3), nn.Sigmoid()), torch.ones(8, 2)
+        >>> seen = measure_layers(net, inputs, lambda: net(inputs).mean(), nullcontext)
         >>> [(layer.path, layer.kind) for layer in seen.layers]
         [('0', 'Linear'), ('1', 'Sigmoid')]
     """
+    fields = dict(tensor_fields(batch))
+    targets = [fields[name] for name in target_fields(batch, fields)]
     named = {name: p for name, p in module.named_parameters() if not isinstance(p, nn.UninitializedParameter)}
-    with RunningModules(module) as modules:
-        trace = _LayerTrace(module, modules, named, targets, thresholds)
-        try:
-            with trace:
-                loss = step()
-        except (IndexError, RuntimeError):
-            if not any(one.outside for one in trace.objectives):
-                raise
-            return Model(objective=next(one for one in trace.objectives if one.outside))
-    if loss is None:
-        return None
-    gradients = _gradient_norms(loss, {name: p for name, p in named.items() if p.requires_grad})
-    return Model(
-        layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
-        objective=_most_suspect(trace.objectives),
-        loss=float(loss.detach().double().mean()),
-    )
+    with isolated(untraced):
+        with RunningModules(module) as modules:
+            trace = _LayerTrace(module, modules, named, targets, thresholds)
+            try:
+                with trace:
+                    loss = step()
+            except (IndexError, RuntimeError):
+                if not any(one.outside for one in trace.objectives):
+                    raise
+                return Model(objective=next(one for one in trace.objectives if one.outside))
+        if loss is None:
+            return None
+        gradients = _gradient_norms(loss, module)
+        return Model(
+            layers=tuple(one.layer(named, gradients) for one in trace.layers.values()),
+            objective=_most_suspect(trace.objectives),
+            loss=float(loss.detach().double().mean()),
+        )
 
 
-def _gradient_norms(loss: Tensor, parameters: Mapping[str, Tensor]) -> dict[str, float]:
-    if loss.grad_fn is None or loss.numel() != 1 or not parameters:
+def _gradient_norms(loss: Tensor, module: nn.Module) -> dict[str, float]:
+    if loss.grad_fn is None or loss.numel() != 1:
         return {}
     try:
-        made: Sequence[Tensor | None] = torch.autograd.grad(loss, list(parameters.values()), allow_unused=True)
+        return {name: double_norm(one) for name, one in gradients_by_name(loss, module).items()}
     except RuntimeError:
-        return {}  # some graphs (re-entrant checkpointing) do not support autograd.grad
-    return {name: _norm(one) for name, one in zip(parameters, made, strict=True) if one is not None}
+        return {}  # no parameter is trained, or the graph (re-entrant checkpointing) does not support autograd.grad
 
 
 def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
@@ -124,11 +116,6 @@ def _most_suspect(objectives: Sequence[Objective]) -> Objective | None:
         return one.probabilities, one.classes is not None, above
 
     return max(objectives, key=suspicion, default=None)
-
-
-def _norm(tensor: Tensor) -> float:
-    wide = torch.complex128 if tensor.is_complex() else torch.float64
-    return float(torch.linalg.vector_norm(dense_values(tensor.detach()), dtype=wide))
 
 
 @dataclass(slots=True)
@@ -149,14 +136,14 @@ class _Measured:
     samples: int = 0
 
     def add_output(self, output: Tensor) -> None:
-        self.made[0] += _norm(output) ** 2
+        self.made[0] += double_norm(output) ** 2
         self.made[1] += output.numel()
         if output.numel() and not output.is_complex():
             self.lowest = min(self.lowest, float(output.min()))
             self.highest = max(self.highest, float(output.max()))
 
     def add_input(self, tensor: Tensor) -> None:
-        self.given[0] += _norm(tensor) ** 2
+        self.given[0] += double_norm(tensor) ** 2
         self.given[1] += tensor.numel()
 
     def add_bounded(self, output: Tensor, lowest: float, highest: float) -> None:
@@ -185,7 +172,7 @@ class _Measured:
             saturated=None if self.at_ends is None or not self.made[1] else self.at_ends / self.made[1],
             dead=min(dead) if dead and self.samples >= self.thresholds.min_samples else None,
             gradient=math.hypot(*norms) if norms else None,
-            weight=math.hypot(*(_norm(parameters[name]) for name in self.weights)) if self.weights else None,
+            weight=math.hypot(*(double_norm(parameters[name]) for name in self.weights)) if self.weights else None,
         )
 
 
@@ -228,14 +215,14 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = operation_name(func)
-        inputs = [leaf for leaf in leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        inputs = tensors_in((args, kwargs))
         places = [storage_key(one) for one in inputs]
         given = {argument.name: value for argument, value in zip(func._schema.arguments, args, strict=False)} | kwargs
         if name in _FROM_CLASSES:
             self._check_classes(inputs)
         squared = self._squared(name, inputs, given)
         result = func(*args, **kwargs)
-        outputs = [leaf for leaf in leaves(result) if isinstance(leaf, Tensor)]
+        outputs = tensors_in(result)
         if name in _FROM_CLASSES or name in _BINARY:
             self._cross_entropy(name, inputs, given, outputs[0])
         elif squared is not None:
@@ -265,22 +252,28 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if name in ("softmax", "sigmoid"):
             return _Value("probabilities", self._place(name))
         if name == "log_softmax":
-            known = self._values.get(places[0])
-            return _Value("log_softmax", known.place if known is not None and known.what == "probabilities" else "")
+            known = self._meaning(places[0], "probabilities")
+            return _Value("log_softmax", "" if known is None else known.place)
         if not learned:
             return _Value("target") if any(self._is_target(place) for place in places) else None
         if name == "sub" and len(inputs) == 2:
-            target = next((t for t, place in zip(inputs, places, strict=True) if self._is_target(place)), None)
+            target = self._target_among(inputs)
             return None if target is None else _Value("difference", classes=_classes(target, self._thresholds))
         return None
 
-    def _is_target(self, place: int) -> bool:
+    def _meaning(self, place: int, what: str | None) -> _Value | None:
+        """What is known of the values at a place, if they have this meaning."""
         known = self._values.get(place)
-        return known is not None and known.what == "target" and place not in self._learned
+        return known if known is not None and known.what == what else None
+
+    def _is_target(self, place: int) -> bool:
+        return self._meaning(place, "target") is not None and place not in self._learned
+
+    def _target_among(self, inputs: list[Tensor]) -> Tensor | None:
+        return next((one for one in inputs[:2] if self._is_target(storage_key(one))), None)
 
     def _place(self, name: str) -> str:
-        line = user_line()
-        return f"{self._modules.current() or 'training_step'} ({name}{', ' if line else ''}{line})"
+        return f"{self._modules.current() or 'training_step'} ({with_line(name, user_line())})"
 
     # ------------------------------------------------------------------------------------------ layers
 
@@ -288,7 +281,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, name: str, inputs: list[Tensor], places: list[int], output: Tensor, given: Mapping[str, Any]
     ) -> None:
         if name in _PRODUCTS:
-            weight = next((self._weights[p] for t, p in zip(inputs, places, strict=True) if self._is_matrix(t, p)), "")
+            matrices = (p for t, p in zip(inputs, places, strict=True) if p in self._weights and t.dim() > 1)
+            weight = next((self._weights[place] for place in matrices), "")
             layer = self._measured_weight(weight) if weight else None
             if layer is None:
                 return
@@ -311,9 +305,6 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         else:
             layer.add_bounded(output, *_BOUNDED[name])
 
-    def _is_matrix(self, tensor: Tensor, place: int) -> bool:
-        return place in self._weights and tensor.dim() > 1
-
     def _measured_weight(self, weight: str) -> _Measured | None:
         owner = weight.rpartition(".")[0].replace("_orig_mod.", "")
         module = self._owners.get(owner)
@@ -325,8 +316,7 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         module = self._owners.get(running)
         if type(module).__module__.startswith("torch.nn.modules.activation"):
             return self._entry((running, name, after), running, type(module).__name__)
-        line = user_line()
-        return self._entry((running, name, after), running or "training_step", f"{name}{', ' if line else ''}{line}")
+        return self._entry((running, name, after), running or "training_step", with_line(name, user_line()))
 
     def _entry(self, found: tuple[str, str, str], path: str, kind: str) -> _Measured | None:
         if found not in self.layers and len(self.layers) >= self._thresholds.max_layers:
@@ -356,13 +346,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def _cross_entropy(self, name: str, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor) -> None:
         scores, binary = inputs[0], name in _BINARY
         classes = 2 if binary else scores.shape[min(1, scores.dim() - 1)]
-        known = self._values.get(storage_key(scores))
-        if known is None or name == "binary_cross_entropy":
-            place = ""  # this loss expects probabilities
-        elif binary:
-            place = known.place if known.what == "probabilities" else ""
-        else:
-            place = known.place if known.what == "log_softmax" else ""
+        twice = self._meaning(storage_key(scores), _APPLIED_TWICE.get(name))
+        softmax = "" if twice is None else twice.place
         # The chance level is known only for an unweighted mean.
         plain = value.dim() == 0 and len(inputs) == 2 and given.get("reduction", 1) == 1
         least, most = (float(inputs[1].min()), float(inputs[1].max())) if binary and inputs[1].numel() else (None, None)
@@ -373,8 +358,8 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 function="binary_cross_entropy" if binary else "cross_entropy",
                 line=user_line(),
                 classes=classes,
-                probabilities=bool(place),
-                softmax=place,
+                probabilities=bool(softmax),
+                softmax=softmax,
                 value=float(value) if plain else None,
                 chance=math.log(classes) if classes > 1 else None,
             )
@@ -382,18 +367,17 @@ class _LayerTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def _squared(self, name: str, inputs: list[Tensor], given: Mapping[str, Any]) -> _Value | None:
         if name == "mse_loss":
-            target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None)
+            target = self._target_among(inputs)
             return _Value("difference", classes=None if target is None else _classes(target, self._thresholds))
         squares = name == "square" or (name == "pow" and given.get("exponent") == 2)
         if name == "mul":
             squares = len(inputs) == 2 and storage_key(inputs[0]) == storage_key(inputs[1])
-        known = self._values.get(storage_key(inputs[0])) if squares and inputs else None
-        return known if known is not None and known.what == "difference" else None
+        return self._meaning(storage_key(inputs[0]), "difference") if squares and inputs else None
 
     def _squared_error(
         self, name: str, difference: _Value, inputs: list[Tensor], given: Mapping[str, Any], value: Tensor
     ) -> None:
-        target = next((t for t in inputs[:2] if self._is_target(storage_key(t))), None) if name == "mse_loss" else None
+        target = self._target_among(inputs) if name == "mse_loss" else None
         plain = target is not None and value.dim() == 0 and given.get("reduction", 1) == 1
         # A few targets may all be near 0 by chance.
         known = target is not None and plain and target.numel() >= self._thresholds.min_samples

@@ -8,10 +8,7 @@ from typing import final
 
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.case import Course
-from lightning_nanguard.thresholds.diagnosis import ExaminationThresholds, PlateauThresholds
-
-_EXAMINATION = ExaminationThresholds()
-_PLATEAU = PlateauThresholds()
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, ExaminationThresholds, PlateauThresholds
 
 
 @final
@@ -27,28 +24,26 @@ class LossProgress:
     def __init__(
         self,
         patience: int,
-        thresholds: ExaminationThresholds = _EXAMINATION,
-        plateau: PlateauThresholds = _PLATEAU,
+        thresholds: ExaminationThresholds = DEFAULT.examination,
+        plateau: PlateauThresholds = DEFAULT.plateau,
     ) -> None:
         self._patience = patience
         self._thresholds = thresholds
         self._plateau = plateau
         self._every = -(-patience // thresholds.levels)
         self._levels: deque[float] = deque(maxlen=thresholds.levels + 1)
-        self._best: float | None = None
         self._first: float | None = None
         self._next = thresholds.first_losses
         self._quiet_until = 0
         self._pause = patience
 
     @classmethod
-    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = _EXAMINATION) -> LossProgress:
+    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = DEFAULT.examination) -> LossProgress:
         """The progress of the newest losses only, if no levels were taken during the run."""
         losses = history.losses()
         size = max(1, len(losses) // (thresholds.levels + 1))
         made = cls(len(losses) or 1, thresholds)
         made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
-        made._best = min(made._levels, default=None)
         made._first = history.first
         return made
 
@@ -65,11 +60,10 @@ class LossProgress:
             self._levels.append(level)
             # The first level is a median, because one loss of a small batch is too noisy.
             self._first = level if self._first is None else self._first
-            self._best = level if self._best is None else min(level, self._best)
 
     def course(self, updates: int, history: ReadingHistory) -> Course | None:
         """The course of the loss so far; ``None`` before the first reading."""
-        if not self._levels or self._first is None or self._best is None:
+        if not self._levels or self._first is None:
             return None
         levels = [*self._levels]
         third = max(1, len(levels) // 3)
@@ -80,7 +74,6 @@ class LossProgress:
             before=median(levels[:third]),
             now=median(levels[-third:]),
             spread=median(steps) if steps else 0.0,
-            best=self._best,
             norm=history.usual_norm() or 0.0,
         )
 

@@ -17,6 +17,12 @@ def state_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in ready.items() if tensor.layout == torch.strided}
 
 
+def trained_parameters(module: nn.Module) -> dict[str, Tensor]:
+    """Every parameter that requires a gradient, and has numbers."""
+    named = module.named_parameters()
+    return {name: p for name, p in named if p.requires_grad and not isinstance(p, nn.UninitializedParameter)}
+
+
 def put_into(module: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Load a state into a module that was built with the same arguments.
 

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from functools import cache, partial
 from types import FrameType
-from typing import Any, final
+from typing import Any, NamedTuple, final
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from torch.utils.hooks import RemovableHandle
 
 from lightning_nanguard.diagnosis.batch import true_indices
 from lightning_nanguard.diagnosis.case import Origin
-from lightning_nanguard.measure.finite import all_finite, has_nan
+from lightning_nanguard.measure.finite import all_finite, bad_unless_masked, has_nan
 from lightning_nanguard.measure.tensors import dense_values
 from lightning_nanguard.thresholds.fixed import RECENT_OPERATIONS
 
@@ -91,6 +91,24 @@ def _sequence() -> int:
     return int(torch.autograd._get_sequence_nr())  # type: ignore[attr-defined]
 
 
+class _Call(NamedTuple):
+    """One operation that was run, with its arguments.
+
+    Attributes:
+        func: The operation.
+        args: Its arguments.
+        kwargs: Its keyword arguments.
+        before: Its tensors that held NaN or Inf before.
+        labels: The labels of its tensors.
+    """
+
+    func: Any
+    args: Any
+    kwargs: Any
+    before: list[Tensor]
+    labels: frozenset[str]
+
+
 @final
 class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Traces for every operation the inputs of its result, and the origin of non-finite values.
@@ -125,7 +143,8 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._purposes: dict[int, tuple[Origin, bool]] = {}
         self._made_by: dict[int, str] = {}
         self._recent: deque[set[int]] = deque(maxlen=RECENT_OPERATIONS)
-        self._last: tuple[Any, Any, list[Tensor], str] | None = None
+        # The newest operation, its results, and its module.
+        self._last: tuple[_Call, list[Tensor], str] | None = None
 
     def origin_of(self, tensor: Tensor) -> Origin | None:
         """The origin of a tensor's non-finite values; ``None`` if it has none, or their origin is not known."""
@@ -137,8 +156,8 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         unsolved = isinstance(error, torch.linalg.LinAlgError)  # type: ignore[attr-defined]
         if found is not None or self._last is None or not unsolved:
             return found
-        func, args, made, module = self._last
-        origin = replace(self._describe(func, args, {}, made[0], _NONE), module=module, line=line_of(error))
+        call, made, module = self._last
+        origin = replace(self._describe(call, made[0]), module=module, line=line_of(error))
         # Solvers return an error code for each matrix.
         codes = [one for one in made if not one.is_floating_point() and one.dim() and len(one) == self._size]
         failed = codes[-1].reshape(self._size, -1).any(1) if codes else None
@@ -160,7 +179,7 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         # A result that shares memory with an input and was not written is a view, and already known.
         made = [one for one in tensors_in(result) if mutated or storage_key(one) not in sources]
         if made:
-            self._last = func, args, made, self._modules.current()
+            self._last = _Call(func, args, {}, [], _NONE), made, self._modules.current()
         known = [found for source in sources if (found := self._labels.get(source))]
         labels = known[0].union(*known[1:]) if known else _NONE
         for one in made:
@@ -172,48 +191,42 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
                 self._purposes.pop(key, None)
         bad = non_finite(made)
         if bad:
-            self._trace(func, args, kwargs, inputs, bad, non_finite(inputs) if before is None else before, labels)
+            before = non_finite(inputs) if before is None else before
+            self._trace(_Call(func, args, kwargs, before, labels), bad, with_others=len(inputs) > 1)
         return result
 
-    def _trace(
-        self, func: Any, args: Any, kwargs: Any, inputs: list[Tensor], bad: list[Tensor], before: list[Tensor],
-        labels: frozenset[str],
-    ) -> None:  # fmt: skip
+    def _trace(self, call: _Call, bad: list[Tensor], *, with_others: bool) -> None:
+        before = call.before
         keys = [storage_key(one) for one in bad]
         given = [storage_key(one) for one in before]
         origin = next((self._origins[key] for key in given if key in self._origins), None)
         purpose = next((self._purposes[key] for key in given if key in self._purposes), None)
-        if origin is None and self._is_origin(func, args, kwargs, bad, before):
-            origin = self._describe(func, args, kwargs, bad[0], labels)
+        if origin is None and self._is_origin(call, bad):
+            origin = self._describe(call, bad[0])
             if purpose is not None and purpose[0].given:
                 origin = purpose[0]  # the origin of this NaN is the Inf from outside
         if origin is not None:
             self._origins.update((key, origin) for key in keys)
             return
-        with_others, reduced = len(inputs) > 1, bool(before) and before[0].dim() > bad[0].dim()
-        put_in = _puts_in(args, kwargs) or any(map(self._comes_bad, before))
+        reduced = bool(before) and before[0].dim() > bad[0].dim()
+        put_in = _puts_in(call) or any(map(self._comes_bad, before))
         if purpose is None and self._purposeful and put_in:
-            purpose = self._put_in(func, args, kwargs, bad[0], labels), bool(before) and with_others
+            purpose = replace(self._describe(call, bad[0]), put_in=True), bool(before) and with_others
         elif purpose is not None and not purpose[1] and (with_others or reduced):
-            purpose = self._put_in(func, args, kwargs, bad[0], labels), True
+            purpose = replace(self._describe(call, bad[0]), put_in=True), True
         if purpose is not None:
             self._purposes.update((key, purpose) for key in keys)
 
-    def _put_in(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
-        return replace(self._describe(func, args, kwargs, bad, labels), put_in=True)
-
-    def _is_origin(self, func: Any, args: Any, kwargs: Any, bad: list[Tensor], before: list[Tensor]) -> bool:
-        if operation_name(func) in _UNINITIALISED:
+    def _is_origin(self, call: _Call, bad: list[Tensor]) -> bool:
+        if operation_name(call.func) in _UNINITIALISED or _puts_in(call):
             return False
-        if _puts_in(args, kwargs):
-            return False
-        if not before:
+        if not call.before:
             return True
         # A −inf that was inserted on purpose can still give NaN, for example in the softmax of a fully masked row.
-        return not _mutates(func) and any(map(has_nan, bad)) and not any(map(has_nan, before))
+        return not _mutates(call.func) and any(map(has_nan, bad)) and not any(map(has_nan, call.before))
 
-    def _describe(self, func: Any, args: Any, kwargs: Any, bad: Tensor, labels: frozenset[str]) -> Origin:
-        name = operation_name(func)
+    def _describe(self, call: _Call, bad: Tensor) -> Origin:
+        name, args, labels = operation_name(call.func), call.args, call.labels
         index = _index_of_operand(name, args)
         operand = args[index] if len(args) > index else None
         if index and isinstance(operand, Tensor):
@@ -234,21 +247,19 @@ class OperationTrace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             from_mask="mask" in labels,
             empty=empty,
             infinite=any(map(_has_infinity, tensors_in(args))),
-            given=self._bad_arguments(func, args, kwargs),
+            given=self._bad_arguments(call),
             made_by=self._made_by.get(storage_key(operand), "") if isinstance(operand, Tensor) else "",
         )
 
-    def _bad_arguments(self, func: Any, args: Any, kwargs: Any) -> str:
+    def _bad_arguments(self, call: _Call) -> str:
         """Arguments with NaN or +Inf that no operation of this pass has computed. A mask of −inf does not count."""
-        names = [one.name for one in func._schema.arguments]
-        named = [*zip(names, args, strict=False), *kwargs.items()]
+        names = [one.name for one in call.func._schema.arguments]
+        named = [*zip(names, call.args, strict=False), *call.kwargs.items()]
         bad = (name for name, one in named if isinstance(one, Tensor) and self._comes_bad(one))
         return ", ".join(bad)
 
     def _comes_bad(self, tensor: Tensor) -> bool:
-        if storage_key(tensor) in self._made_by or not tensor.is_floating_point():
-            return False
-        return not bool((dense_values(tensor.detach()) < math.inf).all())
+        return storage_key(tensor) not in self._made_by and bad_unless_masked(tensor)
 
 
 def _index_of_operand(name: str, args: Any) -> int:
@@ -267,9 +278,10 @@ def _has_infinity(tensor: Tensor) -> bool:
     return tensor.is_floating_point() and bool(torch.isinf(dense_values(tensor.detach())).any())
 
 
-def _puts_in(args: Any, kwargs: Any) -> bool:
+def _puts_in(call: _Call) -> bool:
     """Whether an operation has a non-finite number as argument, as in ``masked_fill(mask, -inf)``."""
-    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in leaves((args, kwargs)))
+    given = leaves((call.args, call.kwargs))
+    return any(isinstance(leaf, float) and not math.isfinite(leaf) for leaf in given)
 
 
 def tensors_in(value: Any) -> list[Tensor]:

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, RandomSampler, SequentialSampler, TensorDataset
 
 from lightning_nanguard.diagnosis.batch import batch_clues, tensor_fields
-from lightning_nanguard.diagnosis.case import Case, Clues
+from lightning_nanguard.diagnosis.case import BadField, Case, Clues
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged
 from lightning_nanguard.diagnosis.label_relation import label_relation
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.phrases import outlier_finding
@@ -80,7 +80,7 @@ class Preflight:
         if not run or any(isinstance(p, nn.UninitializedParameter) for p in self._module.parameters()):
             return Case(clues=clues)  # the run has to initialise lazy parameters itself
         step = partial(self._step, batch)
-        model = measure_layers_untraced(self._module, batch, step, self._untraced, self._thresholds.layers)
+        model = measure_layers(self._module, batch, step, self._untraced, self._thresholds.layers)
         if model is None or model.objective is None or not model.objective.outside:
             clues = replay(clues, batch, self._module, step, untraced=self._untraced)
         return Case(clues=clues, model=model)
@@ -94,8 +94,8 @@ class Preflight:
             batch, numbers = sampled
             clues = batch_clues(batch, nn.Identity(), limits.data)
             related = label_relation([batch], limits.labels)
-        found = self._bad_rows(clues, numbers, first)
-        found += self._rules.findings(Case(clues=Clues(labels=related)))
+        bad = _bad_rows(clues, numbers, first)
+        found = list(self._rules.findings(Case(clues=Clues(bad_fields=bad, labels=related))))
         far = clues.inputs
         if far is not None and far.outliers and far.largest > limits.preflight.outlier_factor * far.usual:
             far = replace(far, outliers=tuple(numbers[i] for i in far.outliers))
@@ -110,17 +110,17 @@ class Preflight:
             for one in found
         ]
 
-    def _bad_rows(self, clues: Clues, numbers: Sequence[int], first: Clues) -> list[Finding]:
-        """Findings about rows of the data set that hold NaN or Inf."""
-        # Some models use NaN for missing values.
-        tolerated = first.loss is not None and math.isfinite(first.loss)
-        harmless = {one.field for one in first.bad_fields} if tolerated else set()
-        bad = tuple(
-            replace(one, samples=tuple(numbers[i] for i in one.samples))
-            for one in clues.bad_fields
-            if one.field not in harmless
-        )
-        return list(self._rules.findings(Case(clues=Clues(bad_fields=bad)))) if bad else []
+
+def _bad_rows(clues: Clues, numbers: Sequence[int], first: Clues) -> tuple[BadField, ...]:
+    """The fields of the data set that hold NaN or Inf, with their rows."""
+    # Some models use NaN for missing values.
+    tolerated = first.loss is not None and math.isfinite(first.loss)
+    harmless = {one.field for one in first.bad_fields} if tolerated else set()
+    return tuple(
+        replace(one, samples=tuple(numbers[i] for i in one.samples))
+        for one in clues.bad_fields
+        if one.field not in harmless
+    )
 
 
 def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight) -> tuple[Any, Sequence[int]] | None:

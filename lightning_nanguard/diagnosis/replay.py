@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lightning_nanguard.diagnosis.batch import samples, target_fields, tensor_fields
@@ -16,7 +15,7 @@ from lightning_nanguard.diagnosis.case import Clues, Origin
 from lightning_nanguard.diagnosis.gradient_trace import gradients_by_name, origin_of_bad_gradient
 from lightning_nanguard.diagnosis.isolation import Untraced, isolated, without_anomaly_checks
 from lightning_nanguard.diagnosis.operation_trace import OperationTrace, RunningModules, storage_key
-from lightning_nanguard.measure.tensors import dense_values
+from lightning_nanguard.measure.norms import double_norm
 from lightning_nanguard.state.device import OutOfMemory
 
 Step = Callable[[], Tensor | None]
@@ -60,7 +59,7 @@ def replay(
             gradients = gradients_by_name(loss * scale, module) if differentiable else {}
         except RuntimeError:
             return clues  # some graphs (re-entrant checkpointing) do not support autograd.grad
-        norms = {name: _norm(gradient) / scale for name, gradient in gradients.items()}
+        norms = {name: double_norm(gradient) / scale for name, gradient in gradients.items()}
         del loss
     if not math.isfinite(value):
         return _closer(clues, batch, module, step, untraced)
@@ -104,6 +103,12 @@ def _origin_of_bad_loss(batch: Any, module: nn.Module, step: Step, *, purposeful
         return None if loss is None else trace.origin_of(loss)
 
 
+def runs_finite(module: nn.Module, step: Step) -> bool | None:
+    """Whether loss and gradient are finite in one more run; ``None`` if there is no loss."""
+    found = loss_and_gradient_norm(module, step)
+    return None if found is None else all(map(math.isfinite, found))
+
+
 def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
     """Loss and gradient norm of one more run; ``None`` if there is no loss. The caller undoes what the run changes."""
     with without_anomaly_checks():
@@ -113,10 +118,4 @@ def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float]
         value = float(loss.detach())
         if not math.isfinite(value):
             return value, math.nan
-        parameters = [p for p in module.parameters() if p.requires_grad]
-        gradients: Sequence[Tensor | None] = torch.autograd.grad(loss, parameters, allow_unused=True)
-        return value, math.sqrt(sum(_norm(gradient) ** 2 for gradient in gradients if gradient is not None))
-
-
-def _norm(gradient: Tensor) -> float:
-    return float(torch.linalg.vector_norm(dense_values(gradient), dtype=torch.float64))
+        return value, math.sqrt(sum(double_norm(one) ** 2 for one in gradients_by_name(loss, module).values()))

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Any, final
 
 from lightning_nanguard.diagnosis.case import Case
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rules import RULES
 from lightning_nanguard.errors import takes_one_argument
 from lightning_nanguard.record.text import name_of
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
@@ -38,13 +38,21 @@ class RuleSet:
         self._logged: set[int] = set()
 
     def findings(self, case: Case) -> tuple[Finding, ...]:
-        """All findings, those with the highest confidence first."""
-        own = [finding for index in range(len(self._own)) if (finding := self._ask(index, case)) is not None]
-        found = (*own, *findings(case, self._thresholds))
-        return tuple(sorted(found, key=lambda finding: -finding.confidence)) if own else found
+        """All findings, those with the highest confidence first; ties in the order of the rules."""
+        own = (self._ask(index, case) for index in range(len(self._own)))
+        built_in = (rule(case, self._thresholds) for rule in RULES)
+        found = [finding for finding in (*own, *built_in) if finding is not None]
+        return tuple(sorted(found, key=lambda finding: -finding.confidence))
 
     def diagnose(self, case: Case) -> Finding | None:
-        """The finding with the highest confidence; ``None`` if no rule has one."""
+        """The finding with the highest confidence; ``None`` if no rule has one.
+
+        Example:
+            >>> from lightning_nanguard.types import Evidence, Fault
+            >>> case = Case(Fault("non_finite_loss", "batch", "loss"), Evidence(step=3, batch_finite=False))
+            >>> RuleSet().diagnose(case).cause
+            'non_finite_input'
+        """
         return next(iter(self.findings(case)), None)
 
     def _ask(self, index: int, case: Case) -> Finding | None:

@@ -9,12 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.case import Change
-from lightning_nanguard.state.learner import Learner, StateKey, describe
+from lightning_nanguard.state.learner import Learner, describe
 from lightning_nanguard.state.restore import part_of_snapshot
 from lightning_nanguard.state.snapshot import Snapshot, capture_whole
-from lightning_nanguard.thresholds.diagnosis import StateChangeThresholds
-
-_STATE = StateChangeThresholds()
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, StateChangeThresholds
 
 
 @contextmanager
@@ -25,16 +23,13 @@ def state_of_snapshot(learner: Learner, snapshot: Snapshot) -> Iterator[None]:
         learner: The learner.
         snapshot: Its weights, buffers and moments are used. The snapshot is not changed.
     """
-    with part_of_snapshot(learner, snapshot, capture_whole(learner), _is_state):
+    used = ("parameter", "buffer", "optimizer")
+    with part_of_snapshot(learner, snapshot, capture_whole(learner), lambda key: key[0] in used):
         yield
 
 
-def _is_state(path: StateKey) -> bool:
-    return path[0] in ("parameter", "buffer", "optimizer")
-
-
 def unexplained_change(
-    learner: Learner, snapshot: Snapshot, thresholds: StateChangeThresholds = _STATE
+    learner: Learner, snapshot: Snapshot, thresholds: StateChangeThresholds = DEFAULT.state
 ) -> Change | None:
     """The trained weight in which a few elements changed far more than the rest since a snapshot.
 

@@ -7,7 +7,7 @@ import math
 import socket
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from typing import Any, final
 
 import torch
@@ -24,20 +24,6 @@ from lightning_nanguard.thresholds import DistributedThresholds
 
 _HOST = torch.device("cpu")  # whatever device the user has made the default
 _DEFAULTS = DistributedThresholds()
-
-
-@final
-class _PostedReports:
-    __slots__ = ("_read", "_reports")
-
-    def __init__(self, read: Callable[[], Sequence[bytes]]) -> None:
-        self._read = read
-        self._reports: tuple[Report, ...] = ()
-
-    def reports(self) -> Sequence[Report]:
-        if not self._reports:
-            self._reports = tuple(map(Report.unpack, self._read()))
-        return self._reports
 
 
 @final
@@ -90,7 +76,13 @@ class Group:
         """Send a report to all ranks, without waiting."""
         data = report.pack()
         if self._channel is not None:
-            return _PostedReports(partial(self._channel.read, self._channel.post(data)))
+            read: Callable[[], list[bytes]] = partial(self._channel.read, self._channel.post(data))
+        else:
+            read = self._post_to_group(data)
+        return cache(lambda: tuple(map(Report.unpack, read())))
+
+    def _post_to_group(self, data: bytes) -> Callable[[], list[bytes]]:
+        """Send a report by an all-reduce among all ranks; return a function that waits for the reports of all ranks."""
         # Each rank fills only its own row, so the sum is exact for any bits.
         rows = torch.zeros(self.world, len(data) // 8, dtype=torch.int64, device=_HOST)
         rows[self.rank] = torch.frombuffer(bytearray(data), dtype=torch.int64)
@@ -106,7 +98,7 @@ class Group:
             work.wait()
             return [row.tobytes() for row in rows.numpy()]
 
-        return _PostedReports(read)
+        return read
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks. After :meth:`leave`, only the value of this rank."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, final
 
@@ -12,16 +12,14 @@ from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding
 
-
-class PendingReports(Protocol):
-    """The reports of all ranks about one update. Some may not have arrived yet."""
-
-    def reports(self) -> Sequence[Report]:
-        """The reports in the order of ranks. Waits for ranks that have not posted theirs."""
+PendingReports = Callable[[], Sequence[Report]]
+"""Gives the reports of all ranks about one update, in order. Waits for ranks that have not posted theirs."""
 
 
 class Ranks(Protocol):
     """All processes of a run, as seen from one of them.
+
+    What is not overridden is as with a single process.
 
     Attributes:
         rank: Number of this process.
@@ -31,74 +29,51 @@ class Ranks(Protocol):
         sharers: Number of ranks on this node, which share its host memory.
     """
 
-    rank: int
-    world: int
-    sharded: bool
-    snapshot_parts: int
-    sharers: int
+    rank: int = 0
+    world: int = 1
+    sharded: bool = False
+    snapshot_parts: int = 1
+    sharers: int = 1
 
     def post(self, report: Report) -> PendingReports:
         """Send a report to all ranks, without waiting. Every rank must post the same number of reports."""
+        raise RuntimeError("a run of one process has no other rank to report to")
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all ranks in order: numbers, strings, ``None`` and lists of them. All ranks must call it."""
+        return [value]
 
     def split_snapshot(self, snapshot: Snapshot) -> Snapshot:
         """A copy, with this rank's part only, of a snapshot that is equal on all ranks."""
+        return snapshot
 
     def join_snapshot(self, snapshot: Snapshot) -> Snapshot:
         """The inverse of :meth:`split_snapshot`. All ranks must call it."""
+        return snapshot
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """Replace tensors by their mean over ranks, in place. All ranks must call it."""
+        return
 
     def leave(self) -> None:
         """Stop waiting for other ranks, because this one has raised an exception."""
+        return
 
     def close(self) -> None:
         """Release sockets and groups that were opened for the run."""
+        return
 
 
 @final
-class SingleProcess:
-    """The ``Ranks`` of a run with a single process.
+class SingleProcess(Ranks):
+    """The ranks of a run with a single process.
 
     Args:
         sharded: Whether the strategy keeps parameters in the same way as with several ranks.
     """
 
-    rank = 0
-    world = 1
-    snapshot_parts = 1
-    sharers = 1
-
     def __init__(self, *, sharded: bool = False) -> None:
         self.sharded = sharded
-
-    def post(self, report: Report) -> PendingReports:
-        """Raise an error: there is no other rank."""
-        raise RuntimeError("a run of one process has no other rank to report to")
-
-    def gather(self, value: Any) -> list[Any]:
-        """The value of this process."""
-        return [value]
-
-    def split_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot itself."""
-        return snapshot
-
-    def join_snapshot(self, snapshot: Snapshot) -> Snapshot:
-        """The snapshot itself."""
-        return snapshot
-
-    def average(self, tensors: Sequence[Tensor]) -> None:
-        """Do nothing."""
-
-    def leave(self) -> None:
-        """Do nothing."""
-
-    def close(self) -> None:
-        """Do nothing."""
 
 
 def mean_over_ranks(ranks: Ranks, value: float | None) -> float | None:

@@ -23,14 +23,8 @@ from lightning_nanguard.thresholds import DistributedThresholds
 _DEFAULTS = DistributedThresholds()
 
 
-@final
-class SocketMessage:
-    """One message of each rank, in the order of ranks. Those of other ranks are empty until they are read."""
-
-    __slots__ = ("parts",)
-
-    def __init__(self, world: int) -> None:
-        self.parts = [b""] * world
+SocketMessage = list[bytes]
+"""One message of each rank, in the order of ranks. Those of other ranks are empty until they are read."""
 
 
 @final
@@ -54,8 +48,8 @@ class SocketChannel:
 
     def post(self, data: bytes) -> SocketMessage:
         """Send a message to all ranks, without waiting."""
-        message = SocketMessage(len(self._sockets) + 1)
-        message.parts[self._rank] = data
+        message = [b""] * (len(self._sockets) + 1)
+        message[self._rank] = data
         for other, connection in self._sockets.items():
             unread = self._unread[other]
             unread.append(message)
@@ -67,22 +61,21 @@ class SocketChannel:
                 self._read_next(other, len(data))
         return message
 
-    def read(self, message: SocketMessage) -> list[bytes]:
+    def read(self, message: SocketMessage) -> SocketMessage:
         """The messages of all ranks in order. Waits for those that have not been posted yet.
 
         Raises:
             RuntimeError: If a rank is gone, or has sent nothing for ``thresholds.patience``.
         """
-        parts = message.parts
         for other in self._sockets:
-            while not parts[other]:
-                self._read_next(other, len(parts[self._rank]))
-        return parts
+            while not message[other]:
+                self._read_next(other, len(message[self._rank]))
+        return message
 
     def _read_next(self, other: int, size: int) -> None:
         # A socket delivers messages in the order in which they were sent.
         data = _receive(self._sockets[other], other, size, self._thresholds)
-        self._unread[other].popleft().parts[other] = data
+        self._unread[other].popleft()[other] = data
 
     def close(self) -> None:
         """Stop sending. Other ranks can still read the messages sent before."""

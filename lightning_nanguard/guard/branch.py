@@ -62,7 +62,8 @@ class Branches:
             return "the run has several optimizers"
         if not context.replay.trainable():
             return "the batches of this run cannot be run again"
-        if run and context.replay.draws_from_weights():
+        trace = context.replay.step_trace() if run else None
+        if trace is not None and trace.draws:
             return (
                 "the loss depends on samples that the model draws itself, so it does not show which weights are better"
             )

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import final
+from dataclasses import dataclass
+from typing import Any, final
 
 from torch import Tensor
 
@@ -12,8 +13,24 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.snapshot import Snapshot
 
-NOT_ALIKE = "code outside of the optimizer's step changes weights or gradients, which a copy of the model lacks"
+NOT_ALIKE = (
+    "a copy of the model does not make the updates of the run: code outside of the optimizer's step changes weights or "
+    "gradients, or the step depends on what the copy lacks"
+)
 """Why no branch is compared with the run."""
+
+
+@dataclass(frozen=True, slots=True)
+class OutsideMove:
+    """How far code outside of the optimizer's step moved the weights in one update.
+
+    Attributes:
+        ratio: That distance, divided by the distance of the optimizer's step.
+        parameters: Names of the parameters that it moved, the farthest first.
+    """
+
+    ratio: float
+    parameters: tuple[str, ...]
 
 
 @final
@@ -22,7 +39,8 @@ class Control:
 
     Code outside of the optimizer's step may change weights or gradients: a callback that clips weights, a projection
     in ``optimizer_step``, noise on gradients. A branch is trained without it, so its losses say nothing about the run.
-    Then the control is not where the run is after the update, and the guard compares no branches with this run.
+    The same is true if the step depends on something else that is not part of the learner. Then the control is not
+    where the run is after the update, and the guard compares no branches with this run.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -30,6 +48,7 @@ class Control:
 
     Attributes:
         failed: Whether the control has once not been where the run was.
+        outside: What moved the run away from the control, once that has failed.
     """
 
     def __init__(self, context: GuardContext, branches: Branches) -> None:
@@ -42,11 +61,12 @@ class Control:
         self._target: Snapshot | None = None
         self._seen = self._left = 0
         self.failed = False
+        self.outside: OutsideMove | None = None
 
     def begin(self) -> None:
         """Make the control anew with the next update."""
         self.release()
-        self._left = self._limits.controlled
+        self._left = self._limits.picked_after
 
     def release(self) -> None:
         """Free the memory of its copies."""
@@ -77,6 +97,9 @@ class Control:
         if branches.train(branch) is None:
             return False
         self.failed = not all(context.ranks.gather(self._is_alike(branch.state, start)))
+        if self.failed:
+            ratio, *parameters = max(context.ranks.gather(self._outside(branch.state, start)))
+            self.outside = OutsideMove(ratio, tuple(parameters))
         # Each update begins where the run is, because rounding grows at a rate that is far too high.
         return not self.failed and self._start_here()
 
@@ -92,10 +115,30 @@ class Control:
         target = self._target
         if target is None:
             return True  # not known
-        return _distance(made, target) <= self._limits.alike * _distance(target, start)
+        return self._distance(made, target) <= self._limits.alike * self._distance(target, start)
 
+    def _outside(self, made: Snapshot, start: Snapshot) -> list[Any]:
+        """The fields of :class:`OutsideMove` in a list, which ranks can exchange."""
+        stepped = self._distance(made, start)
+        if self._target is None or stepped == 0:
+            return [0.0]
+        moved = sorted(
+            ((far, name) for name, far in self._distances(made, self._target).items() if far > 0), reverse=True
+        )
+        return [math.hypot(*(far for far, _ in moved)) / stepped, *(name for _, name in moved)]
 
-def _distance(one: Snapshot, other: Snapshot) -> float:
-    pairs = [(leaf, other.leaves.get(key)) for key, leaf in one.leaves.items() if key[0] == "parameter"]
-    # One list, so that the device is read once.
-    return math.hypot(*norms([a - b for a, b in pairs if isinstance(a, Tensor) and isinstance(b, Tensor)]))
+    def _distance(self, one: Snapshot, other: Snapshot) -> float:
+        return math.hypot(*self._distances(one, other).values())
+
+    def _distances(self, one: Snapshot, other: Snapshot) -> dict[str, float]:
+        """How far apart two states are in each parameter that the step uses. An averaged copy does not count."""
+        trace = self._context.replay.step_trace()
+        unused = frozenset() if trace is None else trace.unused
+        apart = {
+            key[1]: leaf - then
+            for key, leaf in one.leaves.items()
+            if key[0] == "parameter" and key[1] not in unused and isinstance(leaf, Tensor)
+            if isinstance(then := other.leaves.get(key), Tensor)
+        }
+        # One list, so that the device is read once.
+        return dict(zip(apart, norms(list(apart.values())), strict=True))

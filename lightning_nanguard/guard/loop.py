@@ -24,6 +24,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
 from lightning_nanguard.diagnosis.case import Look
+from lightning_nanguard.diagnosis.step_tracer import StepTrace
 from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
 
 Clock = tuple[int, int, int]
@@ -84,9 +85,9 @@ class BatchReplay(Protocol):
         """Loss of a recent batch under the present weights."""
         return None
 
-    def draws_from_weights(self) -> bool:
-        """Whether the step draws samples from the model itself, so that losses under other weights say nothing."""
-        return False
+    def step_trace(self) -> StepTrace | None:
+        """What was found when a step was traced; ``None`` if no batch can be run again. The first call runs one."""
+        return None
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For each of some recent batches, a function that gives its loss under the weights of the call.
@@ -106,6 +107,10 @@ class BatchReplay(Protocol):
     def loss_at_hand(self) -> float | None:
         """Loss of the present update under the present state, with its random numbers. Inside ``rehearsing``."""
         return None
+
+    def sizes_vary(self, updates: int) -> bool:
+        """Whether the batches of the newest updates differ in their number of samples, or are not stored."""
+        return True
 
     def bytes_kept(self) -> int:
         """Bytes of the batches that are stored to be run again."""

@@ -87,7 +87,7 @@ def _anatomy(kind: type) -> _Anatomy | None:
     if issubclass(kind, (list, tuple, set, frozenset, deque)):
         return _Anatomy(lambda value: list(enumerate(value)), _make_sequence)
     if kind.__dictoffset__ or _slots(kind):
-        return _Anatomy(attributes_of, _make_object)
+        return _Anatomy(attribute_parts, _make_object)
     _say_whole(kind)
     return None
 
@@ -128,7 +128,7 @@ def _make_sequence(value: Any, parts: list[Any]) -> Any:
         return next(base for base in (list, tuple, set, frozenset) if isinstance(value, base))(parts)
 
 
-def attributes_of(value: Any) -> Parts:
+def attribute_parts(value: Any) -> Parts:
     """The attributes of an object by name, including those in slots."""
     found: Parts = list(getattr(value, "__dict__", {}).items())
     for name, slot in _slots(type(value)).items():
@@ -141,12 +141,12 @@ def attributes_of(value: Any) -> Parts:
 
 def _make_object(value: Any, parts: list[Any]) -> Any:
     made = copy.copy(value)
-    set_attributes(made, [(name, part) for (name, _), part in zip(attributes_of(value), parts, strict=True)])
+    set_attributes(made, [(name, part) for (name, _), part in zip(attribute_parts(value), parts, strict=True)])
     return made
 
 
 def set_attributes(value: Any, parts: Parts) -> None:
-    """Set the result of :func:`attributes_of`, without the class's ``__setattr__``: a frozen dataclass forbids it."""
+    """Set the result of :func:`attribute_parts`, without the class's ``__setattr__``: a frozen dataclass forbids it."""
     for name, part in parts:
         object.__setattr__(value, name, part)
 

@@ -25,6 +25,11 @@ def has_nan(tensor: Tensor) -> bool:
     return bool(torch.isnan(dense_values(tensor.detach())).any())
 
 
+def bad_unless_masked(tensor: Tensor) -> bool:
+    """Whether a floating-point tensor holds NaN or +Inf; −Inf stands for a mask. Reads from the device."""
+    return tensor.is_floating_point() and not bool((dense_values(tensor) < math.inf).all())
+
+
 def non_finite_indices(tensors: Sequence[Tensor]) -> list[int]:
     """Indices of the tensors with an element that is not finite. Reads once from each device, more if there are any.
 

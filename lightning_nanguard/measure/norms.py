@@ -159,3 +159,8 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def _norm(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype or WIDER.get(values.dtype))
     return norm
+
+
+def double_norm(tensor: Tensor) -> float:
+    """2-norm of any tensor, in double precision. Reads from the device."""
+    return float(torch.linalg.vector_norm(dense_values(tensor), dtype=torch.float64))

@@ -12,7 +12,7 @@ from typing import Any, TextIO, final
 from lightning_nanguard.record.files import read_file
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
-from lightning_nanguard.types import SCHEMA_VERSION, Row, from_plain, plain
+from lightning_nanguard.types import Record, Row, from_plain
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """Name of the file in a run's folder of records."""
@@ -20,7 +20,7 @@ BAD_SAMPLES_FILE = "bad_samples.jsonl"
 
 @final
 @dataclass(frozen=True, slots=True)
-class BadSample:
+class BadSample(Record):
     """One bad sample of a batch.
 
     Attributes:
@@ -58,15 +58,6 @@ class BadSample:
         if self.row is not None:
             return self.row
         return hash_key(self.hash or f"not known (epoch {self.epoch}, batch {self.batch}, {self.index}, {self.rank})")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that JSON accepts.
-
-        Example:
-            >>> BadSample("not finite", 100, columns={"0": (2,)}).to_dict()["columns"]
-            {'0': [2]}
-        """
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> BadSample:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from typing import final
 
 from lightning_nanguard.errors import require
@@ -30,24 +31,20 @@ class Console(Sink):
     """
 
     def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
-        self._thresholds = thresholds
         self._show_first = thresholds.shown_per_kind
         require(self._show_first >= 1, thresholds, "shown_per_kind", self._show_first, "at least 1")
-        # The count of each kind, and the count at which the next one is shown.
-        self._kinds: dict[Kind, tuple[int, int]] = {}
+        self._seen: Counter[Kind] = Counter()
 
     def write(self, intervention: Intervention) -> None:
         """Show the intervention, or count it."""
-        seen, next_shown = self._kinds.get(intervention.kind, (0, 1))
-        seen += 1
+        self._seen[intervention.kind] += 1
+        seen = self._seen[intervention.kind]
+        doublings, rest = divmod(seen, self._show_first)
         if seen == 1 or intervention.ends_run:
-            _logger.warning("NaNGuard: %s", tell(intervention, self._thresholds))
-        elif seen >= next_shown:
-            _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention, self._thresholds), f"{seen:,}")
-        if seen >= next_shown:
-            next_shown = seen + 1 if seen < self._show_first else 2 * seen
-        self._kinds[intervention.kind] = seen, next_shown
+            _logger.warning("NaNGuard: %s", tell(intervention))
+        elif seen <= self._show_first or (rest == 0 and doublings & (doublings - 1) == 0):
+            _logger.warning("NaNGuard: %s (%s so far)", tell_again(intervention), f"{seen:,}")
 
     def close(self) -> None:
         """Forget which kinds were shown, so that the next fit shows them in full again."""
-        self._kinds.clear()
+        self._seen.clear()

@@ -7,7 +7,6 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterable, Sequence
-from math import isfinite
 from pathlib import Path
 from typing import NamedTuple, final
 
@@ -206,6 +205,20 @@ def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
     return again
 
 
+def final_points(points: Sequence[CurvePoint]) -> list[CurvePoint]:
+    """The points of the final run: all except those whose steps a resumed run has trained again.
+
+    Args:
+        points: Points of one optimizer, in the order they were written.
+
+    Example:
+        >>> points = [CurvePoint(step, 1, 0, 1.0, 1.0, None, None, None, None) for step in (1, 2, 3, 2, 3, 4)]
+        >>> [point.step for point in final_points(points)]
+        [1, 2, 3, 4]
+    """
+    return [point for point, again in zip(points, trained_again(points), strict=True) if not again]
+
+
 def _joined(points: Sequence[CurvePoint], stride: int, *, keep_rest: bool) -> tuple[list[CurvePoint], list[CurvePoint]]:
     """Points that stand for up to ``stride`` updates each, and the points that wait to be joined."""
     if stride == 1:
@@ -240,7 +253,9 @@ def _join(points: Sequence[CurvePoint]) -> CurvePoint:
 
 
 def _mean(values: Sequence[float | None], weights: Sequence[int]) -> float | None:
-    finite = [(value, w) for value, w in zip(values, weights, strict=True) if value is not None and isfinite(value)]
+    finite = [
+        (value, w) for value, w in zip(values, weights, strict=True) if value is not None and math.isfinite(value)
+    ]
     if not finite:
         return next((value for value in values if value is not None), None)
     total = sum(weight for _, weight in finite)

@@ -55,6 +55,11 @@ def readable(lines: bytes, parse: Callable[[Any], _Parsed]) -> list[_Parsed]:
     return found
 
 
+def float_or_none(value: float | str | None) -> float | None:
+    """A number of a record, in which numbers that are not finite are words; ``None`` stays."""
+    return None if value is None else float(value)
+
+
 def append(file: FileIO, lines: bytes, *, lasting: bool = False) -> None:
     """Add lines to a file. If this fails, the file does not change.
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from lightning_nanguard.record.messages import tell
 from lightning_nanguard.record.text import printable
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Intervention
 
 
@@ -21,7 +21,7 @@ def escaped(text: object) -> str:
     return html.escape(printable(str(text)))
 
 
-def parts_of(intervention: Intervention) -> list[tuple[str, str]]:
+def lines_of(intervention: Intervention) -> list[tuple[str, str]]:
     """The console's lines about an intervention, each with its kind: ``seen``, ``why``, ``done``, ``to do``."""
     seen, *lines = tell(intervention).split("\n")
     return [("seen", seen), *((line.strip().partition(": ")[0], line.partition(": ")[2]) for line in lines)]
@@ -39,21 +39,18 @@ def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def interventions_table(
-    interventions: Sequence[Intervention], total: int, thresholds: RecordsThresholds = RECORDS
-) -> str:
+def interventions_table(interventions: Sequence[Intervention], total: int) -> str:
     """A table of the newest interventions, with their messages.
 
     Args:
         interventions: The interventions in memory.
         total: Number of all interventions.
-        thresholds: How many interventions are shown.
     """
     if not total:
         return "<p>No interventions.</p>"
-    shown = interventions[-thresholds.interventions_in_table :]
+    shown = interventions[-REPORT.interventions_in_table :]
     older = total - len(shown)
     names = ("seen", "why", "sample", "done", "to do")
-    told = [dict(parts_of(one)) for one in shown]
-    rows = [[parts.get(name) or parts.get(f"{name}s", "") for name in names] for parts in told]
+    described = [dict(lines_of(one)) for one in shown]
+    rows = [[parts.get(name) or parts.get(f"{name}s", "") for name in names] for parts in described]
     return table(names, rows) + (f"<p>and {older:,} before these</p>" if older else "")

@@ -10,21 +10,15 @@ import os
 import time
 from collections import deque
 from pathlib import Path
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.files import append, how_to_write, put_aside, sync
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.types import Record
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-class Record(Protocol):
-    """An object that can be written as one line."""
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts."""
 
 
 @final

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.files import append, read_whole, readable
+from lightning_nanguard.record.files import append, float_or_none, read_whole, readable
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Kind, plain
 
@@ -95,13 +95,9 @@ def read_layer_norms(path: Path) -> list[LayerNorms]:
 
 
 def _parsed(entry: Mapping[str, Any]) -> LayerNorms:
-    layers = {str(name): tuple(map(_number, norms)) for name, norms in entry["layers"].items()}
+    layers = {str(name): tuple(map(float_or_none, norms)) for name, norms in entry["layers"].items()}
     updates = tuple(map(int, entry["updates"]))
     return LayerNorms(str(entry["run"]), int(entry["global_step"]), str(entry["fault"]), updates, layers)
-
-
-def _number(value: float | str | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def _change(norms: Sequence[float | None]) -> float:

@@ -8,41 +8,15 @@ from __future__ import annotations
 
 import re
 
-from lightning_nanguard.record.sample_words import origin_in_words, samples_in_words
 from lightning_nanguard.record.text import counted, in_words, listed_numbers, printable
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention
 
 
-def describe(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
-    """Say in one line when and where a fault was found, what was done, and why it happened.
-
-    Args:
-        intervention: The intervention.
-        thresholds: How many samples one message lists.
-
-    Example:
-        >>> describe(Intervention(412, 3, 12, "exploding_loss", "loss", ("restore", "scale"), 0.1, 0.05, 400))
-        'step 412 (epoch 3, batch 12): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05'
-    """
-    place = f" in {intervention.place}" if intervention.place else ""
-    if intervention.message:
-        why = f" ({intervention.message.rstrip('. ')})"
-    elif intervention.value is not None:
-        why = f" ({intervention.value:.4g})"
-    else:
-        why = ""
-    done, cause = _done(intervention), _cause(intervention, thresholds)
-    ranks = _ranks(intervention, thresholds)
-    return printable(f"{when(intervention)}: {intervention.fault}{place}{ranks}{why}; {done}{cause}")
-
-
-def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
+def tell(intervention: Intervention) -> str:
     """Say in a few lines what happened, why, what was done, and what to do.
 
     Args:
         intervention: The intervention.
-        thresholds: How many samples one message lists.
 
     Example:
         >>> finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active. Lower the learning rate.")
@@ -57,16 +31,16 @@ def tell(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) ->
     what = intervention.message.rstrip(". ")
     if not what and intervention.value is not None:
         what = f"{intervention.value:.4g}"
-    ranks = _ranks(intervention, thresholds)
+    ranks = _ranks(intervention)
     lines = [f"{when(intervention)}: {kind}{place}{ranks}{f': {what}' if what else ''}"]
     finding, advice = intervention.finding, ""
     if finding is not None:
         reason, advice = _reason_and_advice(finding.suggestion)
         named = not finding.samples or "sample" in reason
-        samples = "" if named else f" ({listed_numbers('sample', finding.samples, thresholds)})"
+        samples = "" if named else f" ({listed_numbers('sample', finding.samples)})"
         where = _where(finding)
         lines.append(f"why: {in_words(finding.cause)}{where}{samples}{f': {reason}' if reason else ''}")
-        origin = origin_in_words(finding, thresholds)
+        origin = origin_in_words(finding)
         lines += [f"sample{'s' * (len(finding.samples) > 1)}: {origin}"] if origin else []
     elif intervention.cause:
         lines.append(f"why: {in_words(intervention.cause)}")
@@ -86,27 +60,26 @@ def _rate_to_start_with(intervention: Intervention) -> str:
     return f" This run goes on at {after:.4g}: begin the next one at about this rate."
 
 
-def tell_again(intervention: Intervention, thresholds: RecordsThresholds = RECORDS) -> str:
+def tell_again(intervention: Intervention) -> str:
     """Say in one short line that a fault has come again.
 
     Args:
         intervention: The intervention.
-        thresholds: How many samples one message lists.
 
     Example:
         >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
         'step 7 (epoch 0, batch 7): non-finite loss again; skipped the batch'
     """
-    words = "" if intervention.finding is None else samples_in_words(intervention.finding, thresholds)
+    words = "" if intervention.finding is None else samples_in_words(intervention.finding)
     samples = f" ({words})" if words else ""
-    ranks = "" if "on rank" in words else _ranks(intervention, thresholds)
+    ranks = "" if "on rank" in words else _ranks(intervention)
     again = f"{in_words(intervention.fault)}{ranks} again"
     return printable(f"{when(intervention)}: {again}{samples}; {_done(intervention)}")
 
 
-def _ranks(intervention: Intervention, thresholds: RecordsThresholds) -> str:
+def _ranks(intervention: Intervention) -> str:
     """The ranks that saw the fault; empty if all did."""
-    return f" on {listed_numbers('rank', intervention.ranks, thresholds)}" if intervention.ranks else ""
+    return f" on {listed_numbers('rank', intervention.ranks)}" if intervention.ranks else ""
 
 
 def when(intervention: Intervention) -> str:
@@ -169,38 +142,29 @@ def _done(intervention: Intervention) -> str:
     return text if applied else f"would have {text}"
 
 
-def _cause(intervention: Intervention, thresholds: RecordsThresholds) -> str:
-    finding = intervention.finding
-    if finding is None:
-        return f"; cause: {intervention.cause}" if intervention.cause else ""
-    return f"; cause: {describe_finding(finding, thresholds=thresholds)}"
-
-
-def describe_finding(finding: Finding, *, confidence: bool = False, thresholds: RecordsThresholds = RECORDS) -> str:
+def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
     """Say in one line what causes a fault, where, and what to do about it.
 
     Args:
         finding: The cause.
         confidence: Whether to add how sure it is.
-        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_finding(Finding("dead_relu", 0.9, place="net.1 (ReLU)", suggestion="Lower the learning rate."))
         'dead_relu in net.1 (ReLU): Lower the learning rate.'
     """
     place = f" in {finding.place}" if finding.place else ""
-    samples = f" ({words})" if (words := samples_in_words(finding, thresholds)) else ""
+    samples = f" ({words})" if (words := samples_in_words(finding)) else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     text = printable(f"{finding.cause}{place}{samples}{suggestion}")
     return f"{text} (confidence {finding.confidence:.2g})" if confidence else text
 
 
-def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> str:
+def describe_advice(advice: Advice) -> str:
     """Say in one line what was noticed, and when.
 
     Args:
         advice: The advice.
-        thresholds: How many samples the message lists.
 
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
@@ -208,7 +172,7 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
     """
     finding = advice.finding
     occasion = "" if advice.occasion == SUSPICION else f" ({advice.occasion})"
-    words = "" if "sample" in finding.suggestion else samples_in_words(finding, thresholds)
+    words = "" if "sample" in finding.suggestion else samples_in_words(finding)
     samples = f" ({words})" if words else ""
     suggestion = f": {finding.suggestion}" if finding.suggestion else ""
     what = f"{in_words(finding.cause)}{_where(finding)}{samples}{suggestion}"
@@ -218,3 +182,45 @@ def describe_advice(advice: Advice, thresholds: RecordsThresholds = RECORDS) -> 
 def _where(finding: Finding) -> str:
     """The place of a finding; empty if it is only the loss or the gradient."""
     return f" in {finding.place}" if finding.place and finding.place not in ("loss", "gradient") else ""
+
+
+def origin_in_words(finding: Finding) -> str:
+    """The rows of a finding's samples, how often they were found, and on which rank; empty if not known.
+
+    Args:
+        finding: The finding.
+
+    Example:
+        >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
+        'row 100 of the data set, seen 3 times, on rank 1'
+    """
+    known = finding.evidence
+    if finding.rows:
+        words = [f"{listed_numbers('row', finding.rows)} of the data set"]
+    elif "hash" in known and "position" in known:
+        words = [f"batch {_number(known['position'])} of the epoch"]
+        words += [f"hash {known['hash']}"] if known["hash"] else []
+    else:
+        words = []
+    if "times_met" in known:
+        often = "up to " if len(finding.rows or finding.samples) > 1 else ""
+        words.append(f"seen {often}{_number(known['times_met'])} times")
+    if "rank" in known:
+        words.append(f"on rank {_number(known['rank'])}")
+    return ", ".join(words)
+
+
+def samples_in_words(finding: Finding) -> str:
+    """The samples of a finding: their rows if these are known, else their places in the batch.
+
+    Args:
+        finding: The finding.
+    """
+    places = listed_numbers("sample", finding.samples) if finding.samples else ""
+    if finding.rows:
+        return origin_in_words(finding)
+    return ", ".join(part for part in (places, origin_in_words(finding)) if part)
+
+
+def _number(value: float | str) -> str:
+    return f"{value:,.0f}" if isinstance(value, float) and value - value == 0.0 else str(value)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, final, get_args
 
+from lightning_nanguard.record.files import float_or_none
 from lightning_nanguard.record.text import counted, printable
-from lightning_nanguard.types import SCHEMA_VERSION, Intervention, Verdict, from_plain, plain
+from lightning_nanguard.types import Intervention, Record, Verdict, from_plain
 
 RECEIPTS_FILE = "receipts.jsonl"
 """Name of the file in a run's folder of records."""
@@ -22,7 +23,7 @@ _WORDS: dict[Verdict, str] = {
 
 @final
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(Record):
     """Says whether one intervention in a run with finite numbers helped.
 
     Attributes:
@@ -63,10 +64,6 @@ class Receipt:
         """The intervention and its result, in one line."""
         return f"result of the intervention of step {self.intervention_step}: {self.in_words()}"
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that JSON accepts."""
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Receipt:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
@@ -74,14 +71,10 @@ class Receipt:
         Raises:
             ValueError: If ``data`` is not a receipt.
         """
-        receipt = from_plain(cls, data, "receipt", loss=_loss, loss_without=_loss)
+        receipt = from_plain(cls, data, "receipt", loss=float_or_none, loss_without=float_or_none)
         if receipt.verdict not in get_args(Verdict):
             raise ValueError(f"not a receipt: its verdict is {receipt.verdict!r}")
         return receipt
-
-
-def _loss(value: float | str | None) -> float | None:
-    return None if value is None else float(value)
 
 
 def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:

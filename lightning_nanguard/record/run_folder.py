@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.files import ADVICE_FILE, LAST_GOOD, RECORDS_FILE
-from lightning_nanguard.record.run_history import seen_from
+from lightning_nanguard.record.run_history import relative_path, seen_from
 from lightning_nanguard.record.run_log import append_event, new_run_id, read_run
 
 try:
@@ -60,9 +60,8 @@ class RunFolder:
         """Log the first time that the run saves a checkpoint at a path."""
         if path not in self._saved:
             self._saved.add(path)
-            with contextlib.suppress(ValueError):  # another drive
-                # A relative path, so that folder and checkpoint can be moved together.
-                self.log("save", path=os.path.relpath(os.path.realpath(path), os.path.realpath(self.path)), step=step)
+            if (relative := relative_path(path, self.path)) is not None:
+                self.log("save", path=relative, step=step)
 
     def close(self) -> None:
         """The run is over for this process."""

@@ -21,14 +21,17 @@ def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
         folder: The folder of the run.
         begin: The entry, with an absolute path.
     """
-    said = dict(begin)
-    path = said.pop(CHECKPOINT, None)
-    if path is not None:
-        try:
-            said[CHECKPOINT] = os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
-        except ValueError:  # another drive
-            return said
-    return said
+    said = {name: value for name, value in begin.items() if name != CHECKPOINT}
+    path = None if begin.get(CHECKPOINT) is None else relative_path(begin[CHECKPOINT], folder)
+    return said if path is None else {**said, CHECKPOINT: path}
+
+
+def relative_path(path: str, folder: Path) -> str | None:
+    """A path seen from a folder, so that both can be moved together; ``None`` on another drive."""
+    try:
+        return os.path.relpath(os.path.realpath(path), os.path.realpath(folder))
+    except ValueError:
+        return None
 
 
 def earlier_parts(log: RunLog) -> list[RunLog]:

@@ -54,7 +54,8 @@ class RunLog:
 
     def saved_by(self, path: Path) -> tuple[float, str] | None:
         """When a checkpoint was saved at a path, in seconds since 1970, and by which run; ``None`` if none was."""
-        return next((save for name, save in self.saved.items() if _same(self.folder / name, path)), None)
+        real = os.path.realpath(path)
+        return next((save for name, save in self.saved.items() if os.path.realpath(self.folder / name) == real), None)
 
     def fits_of_files(self) -> dict[str, float]:
         """For each checkpoint that the run saved, by its real path: when the fit began that saved it last."""
@@ -109,10 +110,6 @@ def read_run(folder: Path) -> RunLog | None:
             case {"event": "end"}:
                 ended = entry
     return RunLog(folder, run_id, tuple(fits), ended, saved) if run_id else None
-
-
-def _same(one: Path, other: Path) -> bool:
-    return os.path.realpath(one) == os.path.realpath(other)
 
 
 def find_runs(where: Path) -> list[RunLog]:

@@ -1,4 +1,4 @@
-"""The one line at the end of a fit."""
+"""The one line at the end of a fit, and what to do if most of its updates were skipped."""
 
 from __future__ import annotations
 
@@ -6,9 +6,16 @@ import os
 import shlex
 from collections.abc import Mapping, Sequence
 
-from lightning_nanguard.record.skipped import TO_DO, mostly_skipped
 from lightning_nanguard.record.text import counted, in_words, printable
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import ActOn
+
+TO_DO = (
+    "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If an operation makes "
+    "NaN of good data, correct it. If good batches with finite numbers were skipped, give their detector a larger "
+    "limit, as in GradientSpike(ratio=…)"
+)
+"""What to do if most updates were skipped."""
 
 _ACTIONS = {
     "skip": ("batch skipped", "batches skipped"),
@@ -91,6 +98,26 @@ def summary(
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
     return printable(f"{watched}, {counted(total, noun, nouns)} ({met}){acted}{rate}{advised}{all_in_all}{where}")
+
+
+def mostly_skipped(skipped: int, updates: int) -> str:
+    """Say how many updates were skipped, if most of them were; else ``""``.
+
+    Args:
+        skipped: Number of skipped updates.
+        updates: Number of all updates.
+
+    Example:
+        >>> mostly_skipped(191, 192)
+        '191 of 192 updates were skipped: almost nothing was learned'
+        >>> mostly_skipped(3, 192)
+        ''
+    """
+    if updates < REPORT.least_updates_of_share or skipped < REPORT.share_skipped_most * updates:
+        return ""
+    nearly_all = skipped >= REPORT.share_skipped_nearly_all * updates
+    learned = "almost nothing was learned" if nearly_all else "the run learned from less than half of its batches"
+    return f"{min(skipped, updates):,} of {counted(updates, 'update')} were skipped: {learned}"
 
 
 def _whole(whole: tuple[int, int] | None) -> str:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 
 STEPS = (
     "Step N is the state after update N (Lightning's global_step): the first update is step 1. Epochs, batches, "
@@ -62,24 +62,30 @@ def in_words(identifier: str) -> str:
     return identifier.replace("_", " ").replace("non finite", "non-finite")
 
 
+def with_line(name: str, line: str) -> str:
+    """A name with its line in the user's code, such as ``log, model.py:41``; the name alone without a known line."""
+    return f"{name}, {line}" if line else name
+
+
 def counted(number: int, noun: str, nouns: str | None = None) -> str:
     """A number with its noun, such as ``"1 record"`` or ``"1,200 records"``."""
     return f"{number:,} {noun if number == 1 else nouns or noun + 's'}"
 
 
-def steps_in_words(steps: Sequence[int]) -> str:
-    """Steps with their noun.
+def joined(words: Sequence[str], most: int) -> str:
+    """Words in a row. If there are too many, the rest is counted.
 
     Example:
-        >>> steps_in_words([150]), steps_in_words([150, 300])
-        ('step 150', 'steps 150, 300')
+        >>> joined(["body", "neck"], 4), joined(["body", "neck", "head"], 2)
+        ('body and neck', 'body, neck and 1 more')
     """
-    return listed_numbers("step", steps)
+    if len(words) > most:
+        return f"{', '.join(words[:most])} and {len(words) - most:,} more"
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
 
 
-def listed_numbers(noun: str, numbers: Sequence[int | str], thresholds: RecordsThresholds = RECORDS) -> str:
+def listed_numbers(noun: str, numbers: Sequence[int | str]) -> str:
     """Numbers with their noun, such as ``"lines 2, 5, 7"``. If there are too many, the rest is counted."""
-    most = thresholds.numbers_per_message
-    more = len(numbers) - most
-    shown = ", ".join(str(number) for number in islice(numbers, most))
+    more = len(numbers) - NUMBERS_PER_MESSAGE
+    shown = ", ".join(str(number) for number in islice(numbers, NUMBERS_PER_MESSAGE))
     return f"{noun}{'s' if len(numbers) > 1 else ''} {shown}{f' and {more:,} more' if more > 0 else ''}"

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any, Literal, final, get_args
 
 from lightning_nanguard.record.text import counted, in_words, printable
-from lightning_nanguard.types import SCHEMA_VERSION, from_plain, plain
+from lightning_nanguard.types import Record, from_plain
 
 TRIALS_FILE = "trials.jsonl"
 """Name of the file in a run's folder of records."""
@@ -19,7 +19,7 @@ Outcome = Literal["confirmed", "not confirmed", "no result"]
 
 @final
 @dataclass(frozen=True, slots=True)
-class HeldTrial:
+class HeldTrial(Record):
     """The result of one trial. A trial that does not confirm its suspicion changes nothing.
 
     Attributes:
@@ -59,10 +59,6 @@ class HeldTrial:
         if self.outcome == "no result":
             return f"it ended without a result, because {self.reason}; nothing was changed"
         return "no restart at a lower learning rate was clearly ahead; nothing was changed"
-
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that JSON accepts."""
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> HeldTrial:

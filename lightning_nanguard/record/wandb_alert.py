@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from importlib import import_module
 from types import ModuleType
 from typing import Any, final
 
+from lightning_nanguard.errors import optional_module
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.record.messages import tell
 from lightning_nanguard.record.text import in_words
@@ -46,9 +46,4 @@ class WandbAlert(Sink):
 
 
 def _wandb() -> ModuleType:
-    try:
-        return import_module("wandb")
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "WandbAlert needs wandb, which is not installed: pip install 'lightning-nanguard[wandb]'."
-        ) from None
+    return optional_module("wandb", "WandbAlert needs wandb", "wandb")

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import median
 from typing import Any
 
-from lightning_nanguard.record.curve import CurvePoint, thinned, trained_again
+from lightning_nanguard.record.curve import CurvePoint, final_points, thinned
 from lightning_nanguard.record.html import table
 from lightning_nanguard.record.text import in_words, printable
 from lightning_nanguard.report.data import RunData
@@ -19,14 +19,15 @@ from lightning_nanguard.report.figure import (
     STYLE,
     add_curve,
     add_line,
+    label_axes,
     legend,
     matplotlib,
-    scale,
     spread,
+    stacked_axes,
     to_svg,
 )
 from lightning_nanguard.report.page import document, heading, verdict
-from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.thresholds.report import REPORT
 
 Row = tuple[str, list[str]]
 """What is compared, and its value in each run."""
@@ -51,12 +52,11 @@ def names_of(folders: Sequence[Path]) -> list[str]:
     return [os.path.relpath(path, common) for path in paths]
 
 
-def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> list[Row]:
+def compare(runs: Sequence[RunData]) -> list[Row]:
     """The rows of a comparison: outcome, loss, rates, interventions, and the settings that differ.
 
     Args:
         runs: The runs.
-        thresholds: Over how many points of a curve the median loss is taken.
     """
     curves = [[one for one in run.curve if one.optimizer == 0] for run in runs]
     kept = [[one for one in run.kept if one.optimizer == 0] for run in runs]
@@ -64,12 +64,12 @@ def compare(runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> l
     rows: list[Row] = [
         ("outcome", [verdict(run)[0].partition(":")[0] for run in runs]),
         ("steps", [f"{step:,}" if curve else _NONE for step, curve in zip(last, curves, strict=True)]),
-        ("loss at the end", [_loss(curve, step, thresholds) for curve, step in zip(kept, last, strict=True)]),
+        ("loss at the end", [_loss(curve, step) for curve, step in zip(kept, last, strict=True)]),
     ]
     known = {step for step, curve in zip(last, curves, strict=True) if curve}
     if len(known) > 1:
         common = min(known)
-        rows.append((f"loss at step {common:,}", [_loss(curve, common, thresholds) for curve in kept]))
+        rows.append((f"loss at step {common:,}", [_loss(curve, common) for curve in kept]))
     rates = [[one.lr for one in curve if one.lr is not None] for curve in curves]
     rows += [
         ("learning rate at the start", [f"{known[0]:.4g}" if known else _NONE for known in rates]),
@@ -93,13 +93,12 @@ def _interventions(run: RunData) -> str:
     return f"{len(run.interventions):,}{lost}"
 
 
-def comparison_page(names: Sequence[str], runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> str:
+def comparison_page(names: Sequence[str], runs: Sequence[RunData]) -> str:
     """A page with the rows as a table, and the curves of all runs in one figure.
 
     Args:
         names: Names of the runs.
         runs: The runs.
-        thresholds: How much is drawn.
 
     Returns:
         HTML without external files.
@@ -107,47 +106,40 @@ def comparison_page(names: Sequence[str], runs: Sequence[RunData], thresholds: R
     Raises:
         ModuleNotFoundError: If matplotlib is not installed.
     """
-    rows = [(label, *values) for label, values in compare(runs, thresholds)]
+    rows = [(label, *values) for label, values in compare(runs)]
     title = f"{len(runs)} runs compared"
-    figure = to_svg(draw_comparison(names, runs, thresholds), "The curves of the runs")
+    figure = to_svg(draw_comparison(names, runs), "The curves of the runs")
     parts = [heading(title, None), f'<div class="wide">{table(("", *names), rows)}</div>', "<h2>Curves</h2>"]
     parts.append('<p class="quiet">A triangle at the top is an intervention, in the colour of its run.</p>')
     return document(title, [*parts, f'<div class="wide">{figure}</div>'])
 
 
-def draw_comparison(names: Sequence[str], runs: Sequence[RunData], thresholds: ReportThresholds = REPORT) -> Any:
+def draw_comparison(names: Sequence[str], runs: Sequence[RunData]) -> Any:
     """Draw loss, gradient norm and learning rate of several runs over the steps, with one colour for each run.
 
     Args:
         names: Names of the runs.
         runs: The runs.
-        thresholds: How much is drawn.
 
     Returns:
         A ``matplotlib.figure.Figure``.
     """
     with matplotlib().rc_context(STYLE):
-        figure = matplotlib("matplotlib.figure").Figure()
-        figure.set_size_inches(8.0, 7.2)
-        figure.set_layout_engine("constrained")
-        losses, norms, rates = figure.subplots(3, 1, sharex=True, height_ratios=[3, 3, 2])
+        losses, norms, rates = stacked_axes([3, 3, 2])
         colours = cycle(COLOURS[name] for name in ("first", "second", "back", "bad", "ink"))
         for name, run, colour in zip(names, runs, colours, strict=False):
-            rows = thinned([one for one in run.curve if one.optimizer == 0], thresholds.points_per_curve)
-            add_curve(losses, rows, "loss", colour, _short(printable(name), thresholds.characters_of_legend))
+            rows = thinned([one for one in run.curve if one.optimizer == 0], REPORT.points_per_curve)
+            add_curve(losses, rows, "loss", colour, _short(printable(name), REPORT.characters_of_legend))
             add_curve(norms, rows, "grad_norm", colour, None)
-            kept = [one for one, again in zip(rows, trained_again(rows), strict=True) if not again]
+            kept = final_points(rows)
             add_line(rates, kept, [one.lr for one in kept], color=colour)
-            steps = [one.global_step for one in spread(run.interventions, thresholds.marks)]
+            steps = [one.global_step for one in spread(run.interventions, REPORT.marks)]
             if steps:
                 style = {"linestyle": "none", "marker": "v", "markersize": 5, "color": colour, "clip_on": False}
                 losses.plot(steps, [1.0] * len(steps), transform=losses.get_xaxis_transform(), **style)
-        for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
-            axes.set_ylabel(label)
-            scale(axes, thresholds)
-        legend(losses, thresholds)
-        rates.set_xlabel("step")
-    return figure
+        label_axes(losses, norms, rates)
+        legend(losses)
+    return losses.figure
 
 
 def _short(name: str, most: int) -> str:
@@ -155,9 +147,9 @@ def _short(name: str, most: int) -> str:
     return name if len(name) <= most else f"…{name[1 - most :]}"
 
 
-def _loss(curve: Sequence[CurvePoint], step: int, thresholds: ReportThresholds) -> str:
+def _loss(curve: Sequence[CurvePoint], step: int) -> str:
     """Median loss of the last points up to a step; ``nan`` or ``inf`` if the last one is not finite."""
-    known = [one.loss for one in curve if one.loss is not None and one.step <= step][-thresholds.rows_around :]
+    known = [one.loss for one in curve if one.loss is not None and one.step <= step][-REPORT.rows_around :]
     finite = [loss for loss in known if math.isfinite(loss)]
     return f"{median(finite) if finite and math.isfinite(known[-1]) else known[-1]:.4g}" if known else _NONE
 

@@ -4,28 +4,23 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from statistics import median
-from typing import TypeVar, final
+from typing import Any, TypeVar, final
 
-from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, read_curve, trained_again
-from lightning_nanguard.record.files import (
-    ADVICE_FILE,
-    RECORDS_FILE,
-    read_file,
-    read_records,
-)
+from lightning_nanguard.record.curve import CURVE_FILE, CurvePoint, final_points, read_curve
+from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file, read_records
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
 from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
-from lightning_nanguard.record.skipped import mostly_skipped
+from lightning_nanguard.record.summary import mostly_skipped
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
-from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Advice, Intervention
 
 _Item = TypeVar("_Item")
@@ -64,6 +59,11 @@ class RunData:
     trials: Sequence[HeldTrial] = ()
 
     @property
+    def end(self) -> Mapping[str, Any]:
+        """How the newest fit ended, as in its log; empty if it goes on, was killed, or has no log."""
+        return {} if self.log is None or self.log.ended is None else self.log.ended
+
+    @property
     def stopped(self) -> bool:
         """Whether the guard ended the run."""
         return bool(self.interventions) and self.interventions[-1].ends_run
@@ -81,11 +81,10 @@ class RunData:
     @property
     def updates(self) -> int:
         """Number of updates of the whole run. Steps that were trained again after a resume count once."""
-        known = None if self.log is None or self.log.ended is None else self.log.ended.get("updates")
+        known = self.end.get("updates")
         if isinstance(known, int):
             return known
-        points = [one for one in self.curve if one.optimizer == 0]
-        return sum(one.updates for one, again in zip(points, trained_again(points), strict=True) if not again)
+        return sum(one.updates for one in final_points([one for one in self.curve if one.optimizer == 0]))
 
     @property
     def resumed_at(self) -> list[int]:
@@ -96,15 +95,13 @@ class RunData:
     @property
     def of_last_fit(self) -> tuple[int, int] | None:
         """Number of updates and interventions since the last resume; ``None`` without a resume, or if not known."""
-        ended = None if self.log is None else self.log.ended
-        if not self.resumed_at or ended is None or not isinstance(ended.get("updates_of_fit"), int):
-            return None
-        return ended["updates_of_fit"], self.logged_of_last_fit
+        updates = self.end.get("updates_of_fit")
+        return (updates, self.logged_of_last_fit) if self.resumed_at and isinstance(updates, int) else None
 
     @property
     def logged_of_last_fit(self) -> int:
         """Number of interventions of the newest fit by the log of the run, which may have more than the records."""
-        faults = None if self.log is None or self.log.ended is None else self.log.ended.get("faults")
+        faults = self.end.get("faults")
         counts = faults.values() if isinstance(faults, dict) else ()
         return sum(count for count in counts if isinstance(count, int))
 
@@ -135,19 +132,18 @@ class RunData:
         """The effective learning rate of the newest update of the first optimizer."""
         return next((point.lr for point in reversed(self.curve) if point.optimizer == 0 and point.lr is not None), None)
 
-    def losses_at_ends(self, thresholds: ReportThresholds = REPORT) -> tuple[float | None, float | None]:
+    def losses_at_ends(self) -> tuple[float | None, float | None]:
         """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
         The losses of updates that the guard skipped or undid do not count.
 
         Args:
-            thresholds: How many rows of the curves are used.
         """
         known = [one.loss for one in self.kept if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
         if not finite:
             return None, None
-        rows = thresholds.rows_around
+        rows = REPORT.rows_around
         return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
 
     def norms_at(self, intervention: Intervention) -> LayerNorms | None:
@@ -159,16 +155,13 @@ class RunData:
         key = (intervention.run, intervention.global_step, intervention.fault)
         return next((one for one in self.layer_norms if (one.run, one.global_step, one.fault) == key), None)
 
-    def losses_around(
-        self, intervention: Intervention, thresholds: ReportThresholds = REPORT
-    ) -> tuple[float | None, float | None]:
+    def losses_around(self, intervention: Intervention) -> tuple[float | None, float | None]:
         """Median loss before and after an intervention; ``None`` if there is no finite loss.
 
         Args:
             intervention: The intervention.
-            thresholds: How many rows of the curves are used.
         """
-        step, rows = intervention.global_step, thresholds.rows_around
+        step, rows = intervention.global_step, REPORT.rows_around
         known = [(one.step, one.loss) for one in self.kept if one.loss is not None and math.isfinite(one.loss)]
         before = [loss for at, loss in known if at <= step][-rows:]
         after = [loss for at, loss in known if at > step + 1][:rows]

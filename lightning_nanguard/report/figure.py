@@ -6,13 +6,13 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from importlib import import_module
 from types import ModuleType
 from typing import Any
 
-from lightning_nanguard.record.curve import CurvePoint, thinned, trained_again
+from lightning_nanguard.errors import optional_module
+from lightning_nanguard.record.curve import CurvePoint, final_points, thinned, trained_again
 from lightning_nanguard.report.data import RunData
-from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Intervention
 
 # Readable on light and dark backgrounds. In the page each is replaced by the CSS variable of its name.
@@ -56,15 +56,10 @@ def matplotlib(name: str = "matplotlib") -> ModuleType:
     Raises:
         ModuleNotFoundError: If matplotlib is not installed. The message names the extra.
     """
-    try:
-        return import_module(name)
-    except ModuleNotFoundError:
-        raise ModuleNotFoundError(
-            "Reports and plots need matplotlib, which is not installed: pip install 'lightning-nanguard[report]'."
-        ) from None
+    return optional_module(name, "Reports and plots need matplotlib", "report")
 
 
-def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPORT) -> Any:
+def draw(data: RunData, figure: Any = None) -> Any:
     """Draw loss, gradient norm with the clipping value, and learning rate of a run over the steps.
 
     Each intervention is a mark above the curves and a line through them. Each rollback is an arc to the step to which
@@ -73,24 +68,19 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
     Args:
         data: The run.
         figure: A ``matplotlib.figure.Figure`` to draw on; ``None`` for a new one.
-        thresholds: How much is drawn.
 
     Returns:
         The figure.
     """
     library = matplotlib()
     with library.rc_context(STYLE):
-        if figure is None:
-            figure = matplotlib("matplotlib.figure").Figure()
-        figure.set_size_inches(8.0, 7.2)
-        figure.set_layout_engine("constrained")
-        marks, losses, norms, rates = figure.subplots(4, 1, sharex=True, height_ratios=[1, 3, 3, 2])
+        marks, losses, norms, rates = stacked_axes([1, 3, 3, 2], figure)
         points = {
-            index: thinned([one for one in data.curve if one.optimizer == index], thresholds.points_per_curve)
+            index: thinned([one for one in data.curve if one.optimizer == index], REPORT.points_per_curve)
             for index in sorted({one.optimizer for one in data.curve})
         }
         for number, (index, all_rows) in enumerate(points.items()):
-            rows = _current(all_rows)
+            rows = final_points(all_rows)
             colour = COLOURS["first" if number == 0 else "second"]
             name = f"optimizer {index}" if len(points) > 1 else None
             add_curve(losses, all_rows, "loss", colour, name)
@@ -98,24 +88,43 @@ def draw(data: RunData, figure: Any = None, thresholds: ReportThresholds = REPOR
             add_line(rates, rows, [one.lr for one in rows], color=colour, label=name)
         clipped = [row.clip_val for rows in points.values() for row in rows]
         if any(value is not None for value in clipped):
-            rows = _current(next(iter(points.values())))
+            rows = final_points(next(iter(points.values())))
             add_line(
                 norms, rows, [one.clip_val for one in rows], color=COLOURS["back"], linestyle="--", label="clipped at"
             )
-        for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
-            axes.set_ylabel(label)
-            scale(axes, thresholds)
+        label_axes(losses, norms, rates)
+        for axes in (losses, norms, rates):
             for number, step in enumerate(data.resumed_at):
                 said = "resumed" if axes is losses and number == 0 else None
                 axes.axvline(step, color=COLOURS["ink"], linewidth=0.9, linestyle=":", label=said)
-            legend(axes, thresholds)
-        shown = list(spread(data.interventions, thresholds.marks))
+            legend(axes)
+        shown = list(spread(data.interventions, REPORT.marks))
         _mark(marks, shown, library)
         for axes in (losses, norms, rates):
             for one in shown:
                 axes.axvline(one.global_step, color=_colour(one), linewidth=0.8, alpha=0.45)
-        rates.set_xlabel("step")
-    return figure
+    return rates.figure
+
+
+def stacked_axes(heights: Sequence[int], figure: Any = None) -> Any:
+    """Axes below each other with a common axis of steps.
+
+    Args:
+        heights: Their relative heights.
+        figure: A ``matplotlib.figure.Figure``; ``None`` for a new one.
+    """
+    figure = matplotlib("matplotlib.figure").Figure() if figure is None else figure
+    figure.set_size_inches(8.0, 7.2)
+    figure.set_layout_engine("constrained")
+    return figure.subplots(len(heights), 1, sharex=True, height_ratios=heights)
+
+
+def label_axes(losses: Any, norms: Any, rates: Any) -> None:
+    """Name the axes of the curves, and choose their scales."""
+    for axes, label in ((losses, "loss"), (norms, "gradient norm"), (rates, "learning rate")):
+        axes.set_ylabel(label)
+        scale(axes)
+    rates.set_xlabel("step")
 
 
 def to_svg(figure: Any, title: str = "The curves of the run and its interventions") -> str:
@@ -176,7 +185,7 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
         values = [getattr(one, field) if old else None for one, old in zip(rows, again, strict=True)]
         label = None if AGAIN in axes.get_legend_handles_labels()[1] else AGAIN
         add_line(axes, rows, values, color=colour, alpha=0.35, linewidth=0.8, label=label)
-        rows = _current(rows)
+        rows = final_points(rows)
     largest = [getattr(one, f"{field}_max") for one in rows]
     if any(one.updates > 1 for one in rows):
         add_line(axes, rows, largest, color=colour, alpha=0.3, linewidth=0.7)
@@ -186,11 +195,6 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
         label = None if "not finite" in axes.get_legend_handles_labels()[1] else "not finite"
         style = {"linestyle": "none", "marker": "x", "color": COLOURS["bad"], "clip_on": False}
         axes.plot(bad, [1.0] * len(bad), transform=axes.get_xaxis_transform(), label=label, **style)
-
-
-def _current(rows: Sequence[CurvePoint]) -> list[CurvePoint]:
-    """The points, except those whose steps a resumed run has trained again."""
-    return [one for one, again in zip(rows, trained_again(rows), strict=True) if not again]
 
 
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
@@ -217,34 +221,32 @@ def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | Non
         axes.plot(xs, ys, **{"linewidth": 1.2, **alone, **style})
 
 
-def legend(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
+def legend(axes: Any) -> None:
     """Put the legend above the axes at the left, where it hides no curve and is visible on a phone.
 
     Args:
         axes: The axes, with their curves.
-        thresholds: Width of the legend.
     """
     labels = axes.get_legend_handles_labels()[1]
     if labels:
-        columns = max(1, min(len(labels), thresholds.characters_of_legend // max(map(len, labels))))
+        columns = max(1, min(len(labels), REPORT.characters_of_legend // max(map(len, labels))))
         axes.legend(loc="lower left", bbox_to_anchor=(0.0, 1.02), borderaxespad=0.0, ncols=columns)
 
 
-def scale(axes: Any, thresholds: ReportThresholds = REPORT) -> None:
+def scale(axes: Any) -> None:
     """Choose the scale and the upper end of a vertical axis. Values far above the others are cut off.
 
     Args:
         axes: The axes, with their curves.
-        thresholds: The ratio from which a scale is logarithmic, and the end of the axis.
     """
     lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
     values = sorted(y for line in lines for y in line.get_ydata() if math.isfinite(y))
     if not values:
         return
-    least, usual = values[0], values[int(thresholds.share_in_sight * (len(values) - 1))]
-    end = max(usual * thresholds.axis_end_over_usual, 0.0)
+    least, usual = values[0], values[int(REPORT.share_in_sight * (len(values) - 1))]
+    end = max(usual * REPORT.axis_end_over_usual, 0.0)
     cut = 0 < end < values[-1]
-    if least > 0 and min(values[-1], end) > thresholds.logarithmic_from * least:
+    if least > 0 and min(values[-1], end) > REPORT.logarithmic_from * least:
         axes.set_yscale("log")
         # Plain numbers, because matplotlib's own labels are formulas, and formulas are turned off for names of layers.
         axes.yaxis.set_major_formatter(lambda value, _: f"{value:.4g}")
@@ -268,10 +270,5 @@ def _mark(axes: Any, interventions: Sequence[Intervention], library: ModuleType)
             path = library.path.Path([(step, 0.0), ((step + back) / 2, 2.0), (back, 0.0)], [1, 3, 3])
             style = {"arrowstyle": "-|>", "mutation_scale": 8, "linewidth": 1.2, "fill": False}
             axes.add_patch(patches.FancyArrowPatch(path=path, color=_colour(one), **style))
-    axes.set_title(_legend(interventions), fontsize=10, loc="left")
-
-
-def _legend(interventions: Sequence[Intervention]) -> str:
-    if not interventions:
-        return "no interventions"
-    return "▲ intervention, ■ rollback, with an arc to the step it went back to"
+    marks = "▲ intervention, ■ rollback, with an arc to the step it went back to"
+    axes.set_title(marks if interventions else "no interventions", fontsize=10, loc="left")

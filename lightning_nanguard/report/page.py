@@ -8,17 +8,17 @@ from collections.abc import Sequence
 from datetime import datetime, timezone
 from itertools import chain
 
-from lightning_nanguard.record.html import escaped, parts_of, table
+from lightning_nanguard.record.html import escaped, lines_of, table
 from lightning_nanguard.record.layer_norms import LayerNorms
 from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import receipt_of
-from lightning_nanguard.record.skipped import TO_DO
-from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers, steps_in_words
+from lightning_nanguard.record.summary import TO_DO
+from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.report.recorded import loss_around
-from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import SUSPICION, Intervention, Kind
 
 _STYLE = """
@@ -48,12 +48,11 @@ table { border-collapse: collapse; font-size: .85rem; white-space: nowrap } th, 
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 
 
-def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
+def page(data: RunData) -> str:
     """Make the page of a run.
 
     Args:
         data: The run.
-        thresholds: How much is shown.
 
     Returns:
         HTML without external files.
@@ -63,16 +62,14 @@ def page(data: RunData, thresholds: ReportThresholds = REPORT) -> str:
     """
     name = data.folder.name if data.log is None else data.log.run_id
     parts = [
-        _headline(data, thresholds),
+        _headline(data),
         "<h2>Curves</h2>",
-        f'<div class="wide">{to_svg(draw(data, thresholds=thresholds))}</div>'
-        if data.curve or data.interventions
-        else "",
+        f'<div class="wide">{to_svg(draw(data))}</div>' if data.curve or data.interventions else "",
         "" if data.curve else '<p class="quiet">No curves were recorded in this folder.</p>',
         f'<p class="quiet">{escaped(STEPS)}</p>',
-        *_interventions(data, thresholds),
+        *_interventions(data),
         *_trials(data),
-        *_advice(data, thresholds),
+        *_advice(data),
     ]
     return document(name, parts)
 
@@ -101,13 +98,12 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
         data: The run.
     """
     count = counted(len(data.interventions), "intervention")
-    ended = data.log is None or data.log.ended is not None
     losses = [one.loss for one in data.kept if one.loss is not None]
     if data.stopped:
         return f"Lost: the guard stopped the run after {count}, with the last good weights in place.", False
     if data.interventions and not any(one.applied for one in data.interventions):
         return f"Only observed: the guard would have made {count}.", True
-    if not ended and not data.alive:
+    if data.log is not None and not data.end and not data.alive:
         return f"Killed: the run did not reach its end; {count} before that.", False
     if data.mostly_skipped:
         return f"Mostly skipped: {data.mostly_skipped}.", False
@@ -141,7 +137,7 @@ def heading(sentence: str, good: bool | None) -> str:
     return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
 
 
-def _headline(data: RunData, thresholds: ReportThresholds) -> str:
+def _headline(data: RunData) -> str:
     remedies, rate = data.remedies, data.rate_now
     counts = [
         counted(len(data.interventions), "intervention"),
@@ -152,12 +148,11 @@ def _headline(data: RunData, thresholds: ReportThresholds) -> str:
     if data.curve:
         counts.append(counted(max(one.step for one in data.curve), "step"))
     numbers = [(number, label) for number, _, label in (words.partition(" ") for words in counts)]
-    first, last = data.losses_at_ends(thresholds)
+    first, last = data.losses_at_ends()
     if first is not None and last is not None:
         numbers.append((f"{first:.4g} → {last:.4g}", "loss, first to last"))
-    ended = data.log is not None and data.log.ended is not None
-    numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if ended else 'now'}"))
-    multiplier = None if data.log is None or data.log.ended is None else data.log.ended.get("lr_multiplier")
+    numbers.append(("–" if rate is None else f"{rate:.4g}", f"learning rate {'at the end' if data.end else 'now'}"))
+    multiplier = data.end.get("lr_multiplier")
     if isinstance(multiplier, (int, float)) and multiplier != 1:
         numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
     items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
@@ -169,7 +164,8 @@ def _resumed(data: RunData) -> str:
     """A note for a resumed run: which fits the numbers count."""
     if not data.resumed_at:
         return ""
-    words = f"All numbers on this page are of the whole run, which was resumed at {steps_in_words(data.resumed_at)}."
+    steps = listed_numbers("step", data.resumed_at)
+    words = f"All numbers on this page are of the whole run, which was resumed at {steps}."
     if data.of_last_fit is not None:
         updates, interventions = data.of_last_fit
         fit = f"{counted(updates, 'update')}, {counted(interventions, 'intervention')}"
@@ -192,7 +188,7 @@ def _which(data: RunData) -> str:
     return f'<p class="quiet">{escaped("; ".join(words))}</p>'
 
 
-def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
+def _interventions(data: RunData) -> list[str]:
     if not data.interventions:
         return []
     kinds: dict[Kind, list[int]] = {}
@@ -200,7 +196,7 @@ def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
         kinds.setdefault(one.kind, []).append(number)
     # First the first intervention of each kind, then the others in order.
     wanted = chain((numbers[0] for numbers in kinds.values()), range(len(data.interventions)))
-    shown = sorted(list(dict.fromkeys(wanted))[: thresholds.interventions_in_full])
+    shown = sorted(list(dict.fromkeys(wanted))[: REPORT.interventions_in_full])
     parts = ["<h2>Interventions</h2>"]
     if len(shown) < len(data.interventions):
         counts = Counter({in_words(fault): 0 for fault, _, _ in kinds})
@@ -211,12 +207,12 @@ def _interventions(data: RunData, thresholds: ReportThresholds) -> list[str]:
             f'<p class="quiet">{told}</p><div class="wide">{table(("fault", "times"), counts.most_common())}</div>'
         )
     first = {numbers[0] for numbers in kinds.values()}
-    return parts + [_intervention(data.interventions[number], data, number in first, thresholds) for number in shown]
+    return parts + [_intervention(data.interventions[number], data, number in first) for number in shown]
 
 
-def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: ReportThresholds) -> str:
-    lines = parts_of(one)
-    cost = _receipt(one, data, thresholds)
+def _intervention(one: Intervention, data: RunData, is_open: bool) -> str:
+    lines = lines_of(one)
+    cost = _receipt(one, data)
     if cost:
         lines.append(("cost", cost))
     if one.finding is not None and one.finding.samples:
@@ -230,26 +226,26 @@ def _intervention(one: Intervention, data: RunData, is_open: bool, thresholds: R
     described = "".join(f"<dt>{escaped(name)}</dt><dd>{escaped(text)}</dd>" for name, text in rest)
     return (
         f"<details{' open' if is_open else ''}><summary>{escaped(seen)}</summary><dl>{described}</dl>"
-        f"{_layers(data.norms_at(one), thresholds)}</details>"
+        f"{_layers(data.norms_at(one))}</details>"
     )
 
 
-def _receipt(one: Intervention, data: RunData, thresholds: ReportThresholds) -> str:
+def _receipt(one: Intervention, data: RunData) -> str:
     """The lost updates and the result of an intervention."""
     words = []
     if "skip" in one.remedies:
         words.append("1 batch skipped")
     if one.updates_lost:
         words.append(f"{counted(one.updates_lost, 'update')} undone")
-    words += loss_around(one, data, thresholds)
+    words += loss_around(one, data)
     receipt = receipt_of(one, data.receipts)
     return "; ".join([*words, receipt.in_words()] if receipt is not None else words)
 
 
-def _layers(found: LayerNorms | None, thresholds: ReportThresholds) -> str:
+def _layers(found: LayerNorms | None) -> str:
     if found is None or not found.layers:
         return ""
-    layers = list(found.layers.items())[: thresholds.layers]
+    layers = list(found.layers.items())[: REPORT.layers]
     rows = [[name, *("–" if norm is None else f"{norm:.3g}" for norm in values)] for name, values in layers]
     more = len(found.layers) - len(layers)
     rest = f'<p class="quiet">and {counted(more, "layer")} more</p>' if more else ""
@@ -266,11 +262,11 @@ def _trials(data: RunData) -> list[str]:
     return [f'<h2>Trials</h2><p class="quiet">{what}</p><ul>{items}</ul>']
 
 
-def _advice(data: RunData, thresholds: ReportThresholds) -> list[str]:
+def _advice(data: RunData) -> list[str]:
     if not data.advice:
         return []
-    items = "".join(f"<li>{escaped(describe_advice(one))}</li>" for one in data.advice[: thresholds.advice])
-    more = len(data.advice) - thresholds.advice
+    items = "".join(f"<li>{escaped(describe_advice(one))}</li>" for one in data.advice[: REPORT.advice])
+    more = len(data.advice) - REPORT.advice
     rest = f'<p class="quiet">and {more:,} more in advice.jsonl</p>' if more > 0 else ""
     return [f"<h2>Advice</h2><ul>{items}</ul>{rest}"]
 

@@ -3,40 +3,38 @@
 from __future__ import annotations
 
 from lightning_nanguard.report.data import RunData
-from lightning_nanguard.thresholds.report import REPORT, ReportThresholds
+from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Intervention
 
 
-def loss_around(intervention: Intervention, data: RunData, thresholds: ReportThresholds = REPORT) -> list[str]:
+def loss_around(intervention: Intervention, data: RunData) -> list[str]:
     """The loss before and after an intervention in words; empty if one of them is not known.
 
     Args:
         intervention: The intervention.
         data: Its run.
-        thresholds: How many rows of the curves are used.
     """
-    before, after = data.losses_around(intervention, thresholds)
+    before, after = data.losses_around(intervention)
     if before is None or after is None:
         return []
-    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {thresholds.rows_around} points)"]
+    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {REPORT.rows_around} points)"]
 
 
-def recorded_around(intervention: Intervention, data: RunData, thresholds: ReportThresholds = REPORT) -> list[str]:
+def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
     """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each.
 
     Args:
         intervention: The intervention.
         data: Its run.
-        thresholds: How many layers are named.
     """
-    lines = loss_around(intervention, data, thresholds)
+    lines = loss_around(intervention, data)
     norms = data.norms_at(intervention)
     if norms is not None and len(norms.updates) > 1:
         known = {name: [one for one in values if one is not None] for name, values in norms.layers.items()}
         told = [f"{name} {one[0]:.3g} → {one[-1]:.3g}" for name, one in known.items() if len(one) > 1]
         if told:
-            more = len(told) - thresholds.layers_in_text
+            more = len(told) - REPORT.layers_in_text
             rest = f", and {more:,} more" if more > 0 else ""
-            shown = ", ".join(told[: thresholds.layers_in_text])
+            shown = ", ".join(told[: REPORT.layers_in_text])
             lines.append(f"gradient norms in the last {len(norms.updates)} updates: {shown}{rest}")
     return lines

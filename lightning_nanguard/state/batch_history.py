@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.batches import largest_magnitudes, mapped, nested_tensors
 from lightning_nanguard.measure.tensors import size
+from lightning_nanguard.state.attribute_memory import Attributes
 from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
@@ -20,13 +21,12 @@ from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
 _UNCHANGED = nullcontext()
-_Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None, BatchContents | None]
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class MicroBatch:
-    """One micro-batch.
+    """One micro-batch. Only :class:`BatchHistory` changes it, when its step begins.
 
     Attributes:
         update: Number of the update it belongs to.
@@ -36,15 +36,17 @@ class MicroBatch:
         streams: Positions of all random streams before it; ``None`` if they are not known.
         origin: Where the batch came from; ``None`` if that is not known.
         clock: ``global_step`` before its update, and its epoch; ``None`` if they are not known.
+        contents: What its dictionaries and lists held when its step began; ``None`` before.
     """
 
     update: int
     index: int
     batch: Any
-    random: tuple[Tensor, ...]
+    random: tuple[Tensor, ...] = ()
     streams: RandomState | None = None
     origin: BatchOrigin | None = None
     clock: tuple[int, int] | None = None
+    contents: BatchContents | None = None
 
     @property
     def drawn(self) -> int | None:
@@ -82,13 +84,13 @@ class BatchHistory:
         updates_small: int = 0,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
-        self._streams = RandomStreams(device, thresholds.random)
+        self._streams = RandomStreams(device, thresholds.repeated)
         self._limits = thresholds.micro_batches
         self._healthy_limits = thresholds.healthy
+        self._measured_every = thresholds.repeated.measured_every
         self._updates = updates
         self._updates_small = max(updates_small, updates)
-        # The fields of MicroBatch objects. These are made only on request, because this runs in every step.
-        self._micros: deque[_Stored] = deque()
+        self._micros: deque[MicroBatch] = deque()
         # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
@@ -98,6 +100,8 @@ class BatchHistory:
         # The batches that :meth:`as_begun` has restored.
         self._restored: list[Any] = []
         self._accepted = 0
+        # The newest micro-batch, and the module's attributes before its step.
+        self._begun: tuple[Any, Attributes | None] = None, None
         self._exchanged: tuple[Any, Any] = None, None
         self._left_out: Any = None
 
@@ -113,14 +117,14 @@ class BatchHistory:
         micros, updates, limits = self._micros, self._updates, self._limits
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
-        while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
+        while micros and (micros[0].update <= update - updates or len(micros) >= updates * limits.per_update):
             self._let_go()
         if micros:
             if len(self._sizes) < len(micros):  # a single micro-batch is not measured
-                self._sizes.append(_bytes(micros[-1][2]))
+                self._sizes.append(_bytes(micros[-1].batch))
             while micros and sum(self._sizes) > limits.most_bytes:
                 self._let_go()
-        micros.append((update, index, batch, None, origin, clock, None))
+        micros.append(MicroBatch(update, index, batch, origin=origin, clock=clock))
 
     def _let_go(self) -> None:
         self._micros.popleft()
@@ -129,7 +133,7 @@ class BatchHistory:
 
     def bytes_kept(self) -> int:
         """Bytes of the tensors that the stored batches keep in memory, each counted once."""
-        batches = [one[2] for one in self._micros] + [batch for *_, batch in self._healthy]
+        batches = [one.batch for one in self._micros] + [batch for *_, batch in self._healthy]
         tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
         return sum(map(size, tensors.values()))
 
@@ -143,24 +147,22 @@ class BatchHistory:
     def begin_step(self) -> RandomState:
         """Store the random streams before the step of the newest micro-batch, and return their positions."""
         state = self._streams.open()
-        if self._micros and self._micros[-1][3] is None:
+        if self._micros and self._micros[-1].streams is None:
             # If one step evaluates several times (LBFGS), the first evaluation counts.
-            update, index, batch, _, *rest = self._micros[-1]
-            self._micros[-1] = update, index, batch, state, *rest
+            self._micros[-1].streams, self._micros[-1].random = state, state.torch
             self.note_contents()
         return state
 
     def note_contents(self) -> None:
         """The step of the newest micro-batch begins: note what its dictionaries and lists hold."""
-        update, index, batch, known, origin, clock, _ = self._micros[-1]
-        self._micros[-1] = update, index, batch, known, origin, clock, BatchContents(batch, self._depth)
+        self._micros[-1].contents = BatchContents(self._micros[-1].batch, self._depth)
 
     def as_begun(self) -> AbstractContextManager[None]:
         """Inside, the micro-batches hold what they held when their steps began, whatever these removed from them.
 
         At the end they hold again what their steps left, for the hooks of others.
         """
-        changed = [(one[2], one[6]) for one in self._micros if one[6] is not None and one[6].changed()]
+        changed = [(one.batch, one.contents) for one in self._micros if one.contents and one.contents.changed()]
         return self._begun_again(changed) if changed else _UNCHANGED
 
     @contextmanager
@@ -177,6 +179,11 @@ class BatchHistory:
                 if not contents.changed():  # else the step was made again
                     after.restore()
 
+    def begin_from(self, attributes: Attributes) -> None:
+        """Store the module's attributes before the step of the newest micro-batch, such as a hidden state."""
+        if self._micros:
+            self._begun = self._micros[-1].batch, attributes
+
     def end_step(self) -> None:
         """Note the end of that step."""
         self._streams.close()
@@ -190,9 +197,10 @@ class BatchHistory:
             origin: Where the part came from.
         """
         self._exchanged = batch, part
-        for place, (update, index, known, state, _, clock, _) in enumerate(self._micros):
-            if known is batch:
-                self._micros[place] = update, index, part, state, origin, clock, BatchContents(part, self._depth)
+        for place, one in enumerate(self._micros):
+            if one.batch is batch:
+                contents = BatchContents(part, self._depth)
+                self._micros[place] = replace(one, batch=part, origin=origin, contents=contents)
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
@@ -205,7 +213,7 @@ class BatchHistory:
             batch, self._exchanged = part, (None, None)
         if healthy and healthy[-1][0] is batch:
             return
-        if self._accepted % limits.measured_every == 0:
+        if self._accepted % self._measured_every == 0:
             room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
@@ -220,9 +228,9 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Store the newest micro-batch of a healthy update, if it is still here."""
-        for known, index, batch, _, origin, *_ in reversed(self._micros):
-            if known <= update and not (origin is not None and origin.nothing_left):
-                self.accept(batch, index)
+        for one in reversed(self._micros):
+            if one.update <= update and not (one.origin is not None and one.origin.nothing_left):
+                self.accept(one.batch, one.index)
                 return
 
     @property
@@ -230,11 +238,26 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return [(whole, index) for _, index, whole in self._healthy]
 
+    def to_try_on(self, batch: Any, batch_idx: int) -> list[tuple[Any, int]]:
+        """The newest healthy batches and their indices; if there is only one, the present batch, too.
+
+        Args:
+            batch: The present batch.
+            batch_idx: Its index in the epoch.
+        """
+        healthy = self.healthy
+        return healthy if len(healthy) > 1 else [*healthy, (batch, batch_idx)]
+
+    def sizes_vary(self, count: int) -> bool:
+        """Whether the newest healthy batches differ in their number of samples, or fewer than ``count`` are stored."""
+        newest = self.healthy[-count:]
+        return len(newest) < count or len({_samples(batch) for batch, _ in newest}) > 1
+
     def earlier(self) -> Any:
         """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
         if self._healthy:
             return self._healthy[-1][2]
-        return next((one[2] for one in reversed(self._micros) if one[0] < self._micros[-1][0]), None)
+        return next((one.batch for one in reversed(self._micros) if one.update < self._micros[-1].update), None)
 
     def healthy_before(self) -> list[Any]:
         """The newest healthy batches before the present update, the newest last."""
@@ -262,39 +285,37 @@ class BatchHistory:
 
     def of(self, update: int) -> list[MicroBatch]:
         """The micro-batches of an update, the newest last. A batch with several updates belongs to each of them."""
-        known = max((one[0] for one in self._micros if one[0] <= update), default=None)
-        return self._made(() if known is None else (known,))
+        known = max((one.update for one in self._micros if one.update <= update), default=None)
+        return [one for one in self._micros if one.update == known]
 
     def nothing_left(self) -> bool:
         """Whether every sample of the newest micro-batch is known to be bad."""
-        origin = self._micros[-1][4] if self._micros else None
+        origin = self._micros[-1].origin if self._micros else None
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
         """The micro-batches of all updates after ``update``."""
-        return self._made({one[0] for one in self._micros if one[0] > update})
+        return [one for one in self._micros if one.update > update]
 
     def newest(self, updates: int = 1) -> list[MicroBatch]:
         """The micro-batches of the last updates."""
-        return self._made(sorted({one[0] for one in self._micros})[-updates:])
+        known = sorted({one.update for one in self._micros})[-updates:]
+        return [one for one in self._micros if one.update in known]
 
     def clear(self) -> None:
         """Drop the micro-batches of a finished update, if those of no earlier update are needed."""
         if self._updates == 1:
             self._micros.clear()
             self._sizes.clear()
+            self._begun = None, None
 
     def rewind(self, micro: MicroBatch) -> None:
-        """Restore the random streams as they were before a micro-batch."""
+        """Restore the random streams as they were before a micro-batch, and for the newest one the attributes."""
         if micro.streams is not None:
             micro.streams.restore()
-
-    def _made(self, updates: Container[int]) -> list[MicroBatch]:
-        return [
-            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin, clock)
-            for update, index, batch, streams, origin, clock, _ in self._micros
-            if update in updates
-        ]
+        batch, attributes = self._begun
+        if attributes is not None and micro.batch is batch:
+            attributes.restore()
 
 
 def _same_memory(tensor: Tensor) -> Tensor:

@@ -31,10 +31,6 @@ class BatchOrigin:
     collated: bool = False
     nothing_left: bool = False
 
-    def rows(self) -> tuple[Row, ...] | None:
-        """The rows of the data set, one for each sample; ``None`` if they are not known."""
-        return None if self.keys is None else tuple(map(row_of, self.keys))
-
 
 def row_of(key: Any) -> Row:
     """The row for a sampler's key: the key itself if it is an integer, else the key in words.

@@ -64,13 +64,16 @@ class StepStart:
         attributes: The module's plain attributes.
         batch: The batch. Steps may remove entries from its dictionaries and lists.
         depth: Levels of its nested containers that are stored.
+
+    Attributes:
+        attributes: The module's plain attributes.
     """
 
-    __slots__ = ("_attributes", "_contents", "_depth", "_random")
+    __slots__ = ("_contents", "_depth", "_random", "attributes")
 
     def __init__(self, random: RandomState, attributes: Attributes, batch: Any, depth: int) -> None:
         self._random = random
-        self._attributes = attributes
+        self.attributes = attributes
         self._depth = depth
         self._contents = BatchContents(batch, depth)
 
@@ -82,7 +85,7 @@ class StepStart:
                 from step to step, and a bad step may have changed them.
         """
         self.restore_batch()
-        (self._attributes.restore if carried else self._attributes.restore_plain)()
+        (self.attributes.restore if carried else self.attributes.restore_plain)()
         self._random.restore()
 
     def restore_batch(self) -> None:
@@ -98,16 +101,7 @@ class StepStart:
 
         Numbers, strings and flags count steps, and belong to the clock.
         """
-        self._attributes.restore(plain=False)
-
-    @property
-    def attributes(self) -> Attributes:
-        """The module's plain attributes."""
-        return self._attributes
-
-    def not_in(self, other: StepStart) -> list[Any]:
-        """The values that attributes keep in memory for this step, and not for another one."""
-        return self._attributes.not_in(other._attributes)
+        self.attributes.restore(plain=False)
 
     def emptied(self) -> StepStart:
         """A copy without the batch and the attributes, whose tensors may be large."""
@@ -115,7 +109,7 @@ class StepStart:
 
     def clock_now(self) -> StepClock:
         """The present state of random streams and counters, which belong to the clock."""
-        return StepClock(self._random.now(), self._attributes.plain_now())
+        return StepClock(self._random.now(), self.attributes.plain_now())
 
 
 @final

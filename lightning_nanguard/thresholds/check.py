@@ -1,4 +1,4 @@
-"""How ``nanguard check`` tests whether a model can learn."""
+"""How ``nanguard check`` tests whether a model can learn, and whether its gradients are right. A guard uses neither."""
 
 from __future__ import annotations
 
@@ -30,3 +30,35 @@ class CheckThresholds:
 
 CHECK = CheckThresholds()
 """The values the command uses."""
+
+
+@dataclass(frozen=True)
+class GradientCheckThresholds:
+    """How gradients are compared with finite differences.
+
+    Attributes:
+        max_parameters: Parameters that are checked; each takes two forward passes for each direction.
+        directions: Random directions that are compared; a wrong gradient may be right along one of them.
+        difference: Size of the first finite difference, in double precision.
+        differences: Number of sizes that are tried, each a tenth of the one before. A kink between the two points gives
+            a wrong difference, and a smaller size avoids it.
+        close: Relative difference below which no further size is tried.
+        rounding: Relative difference of two losses that rounding alone may cause.
+        gradcheck_tolerance: Absolute tolerance of ``torch.autograd.gradcheck``.
+        gradcheck_nondeterminism: Difference between two backward passes that it tolerates.
+        gradcheck_error: Relative difference that is reported for a custom function that ``gradcheck`` refuses.
+    """
+
+    max_parameters: int = 200
+    directions: int = 2
+    difference: float = 1e-5
+    differences: int = 3
+    close: float = 0.01
+    rounding: float = 1e-13
+    gradcheck_tolerance: float = 1e-4
+    gradcheck_nondeterminism: float = 1e-9
+    gradcheck_error: float = 0.1
+
+
+GRADIENTS = GradientCheckThresholds()
+"""The values the command uses for gradients."""

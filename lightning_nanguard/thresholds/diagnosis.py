@@ -119,8 +119,6 @@ class LearnerThresholds:
         grown_told: Growth above which the finding names it.
         ruined: Growth above which the model is ruined, so that the operation that overflowed in the end is not the
             cause.
-        bad_loss_units: Loss units above the untrained model's loss. If the loss of a batch under good weights is
-            higher, the batch is bad under good weights, too.
         untrained_units: Loss units above the untrained model's loss. If the loss is higher, the model is ruined.
         spike_factor: Factor on the usual gradient norm. If the batch gives at least this norm when it is run again, it
             is the cause of a spike.
@@ -138,7 +136,6 @@ class LearnerThresholds:
     grown: float = 4.0
     grown_told: float = 2.0
     ruined: float = 12.0
-    bad_loss_units: float = 10.0
     untrained_units: float = 0.1
     spike_factor: float = 10.0
     clip_factor: float = 2.0
@@ -266,7 +263,6 @@ class ExaminationThresholds:
         level_losses: Newest losses whose median is a level.
         min_batches: Batches whose gradients are compared, however much memory this takes.
         max_elements: Largest number of elements in all gradients that are compared, if there are more batches.
-        max_updates: Newest updates whose batches are run again, if they are kept.
     """
 
     levels: int = 8
@@ -274,7 +270,6 @@ class ExaminationThresholds:
     level_losses: int = 32
     min_batches: int = 8
     max_elements: int = 2**23
-    max_updates: int = 256
 
 
 @dataclass(frozen=True)
@@ -301,34 +296,6 @@ class CurvatureThresholds:
     tolerance: float = 1e-2
     restarts: int = 5
     dense_size: int = 24
-
-
-@dataclass(frozen=True)
-class GradientCheckThresholds:
-    """How gradients are compared with finite differences.
-
-    Attributes:
-        max_parameters: Parameters that are checked; each takes two forward passes for each direction.
-        directions: Random directions that are compared; a wrong gradient may be right along one of them.
-        difference: Size of the first finite difference, in double precision.
-        differences: Number of sizes that are tried, each a tenth of the one before. A kink between the two points gives
-            a wrong difference, and a smaller size avoids it.
-        close: Relative difference below which no further size is tried.
-        rounding: Relative difference of two losses that rounding alone may cause.
-        gradcheck_tolerance: Absolute tolerance of ``torch.autograd.gradcheck``.
-        gradcheck_nondeterminism: Difference between two backward passes that it tolerates.
-        gradcheck_error: Relative difference that is reported for a custom function that ``gradcheck`` refuses.
-    """
-
-    max_parameters: int = 200
-    directions: int = 2
-    difference: float = 1e-5
-    differences: int = 3
-    close: float = 0.01
-    rounding: float = 1e-13
-    gradcheck_tolerance: float = 1e-4
-    gradcheck_nondeterminism: float = 1e-9
-    gradcheck_error: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -360,7 +327,6 @@ class DiagnosisThresholds:
         preflight: How much of the data is examined before the first step.
         examination: When a run is examined, and over how many batches.
         curvature: How curvature is computed.
-        gradients: How gradients are compared with finite differences.
         bundles: How many incidents of one run are kept.
         mistakes: When the first updates show a mistake without NaN.
         labels: How the guard tests whether labels depend on their inputs.
@@ -378,7 +344,6 @@ class DiagnosisThresholds:
     preflight: PreflightThresholds = field(default_factory=PreflightThresholds)
     examination: ExaminationThresholds = field(default_factory=ExaminationThresholds)
     curvature: CurvatureThresholds = field(default_factory=CurvatureThresholds)
-    gradients: GradientCheckThresholds = field(default_factory=GradientCheckThresholds)
     bundles: BundleThresholds = field(default_factory=BundleThresholds)
     mistakes: MistakeThresholds = field(default_factory=MistakeThresholds)
     labels: LabelThresholds = field(default_factory=LabelThresholds)

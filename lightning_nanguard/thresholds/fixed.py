@@ -1,4 +1,4 @@
-"""Numbers that no user sets: limits of number formats, of memory and of recursion."""
+"""Numbers that no user sets: limits of number formats, of memory, of recursion and of messages."""
 
 from __future__ import annotations
 
@@ -31,3 +31,6 @@ RECENT_OPERATIONS = 32
 
 EXCEPTION_TEXT = 200
 """Characters of an exception's text that are recorded."""
+
+NUMBERS_PER_MESSAGE = 8
+"""Line numbers, samples or names that one message lists. It gives the number of all others."""

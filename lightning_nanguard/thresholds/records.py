@@ -30,14 +30,8 @@ class RecordsThresholds:
         readings_waiting_for_curve: Readings that may wait to be written, if updates take less than a millisecond.
         incidents_with_layer_norms: Incidents of one fit for which the norms of the layers are written.
         layers_per_incident: Layers whose norms are written, those with the largest change. Some models have thousands.
-        interventions_in_table: Interventions in the table of a notebook, the newest ones.
         hyperparameters_per_run: Hyperparameters of the module and the data module that are written to the log of a run.
         characters_per_hyperparameter: Largest number of characters of such a hyperparameter. Longer ones are left out.
-        least_updates_of_share: Updates before which no share of skipped updates is reported, because a share of a few
-            says little.
-        share_skipped_most: Share of skipped updates at which the summary begins with it.
-        share_skipped_nearly_all: Share of skipped updates at which the summary says that almost nothing was learned.
-        numbers_per_message: Line numbers or sample indices that one message lists. It gives the number of all others.
     """
 
     interventions_in_memory: int = 1000
@@ -52,13 +46,8 @@ class RecordsThresholds:
     readings_waiting_for_curve: int = 4096
     incidents_with_layer_norms: int = 20
     layers_per_incident: int = 64
-    interventions_in_table: int = 20
     hyperparameters_per_run: int = 100
     characters_per_hyperparameter: int = 200
-    least_updates_of_share: int = 20
-    share_skipped_most: float = 0.5
-    share_skipped_nearly_all: float = 0.9
-    numbers_per_message: int = 8
 
 
 RECORDS = RecordsThresholds()

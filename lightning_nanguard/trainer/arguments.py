@@ -1,9 +1,10 @@
-"""The arguments of NaNGuard, checked."""
+"""The arguments of NaNGuard, checked, and the environment variable that switches every guard of a process."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, final
 
@@ -16,9 +17,11 @@ from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.trainer.private.packages import rank_zero_info
 from lightning_nanguard.types import ActOn
 
 _NAME = "NaNGuard"
+_VARIABLE = "NANGUARD"  # of the environment: ``off`` for no guard, ``observe`` for guards that only observe
 _CHOICES = {
     "act_on": ("certain", "evidence"),
     "snapshot_device": ("auto", "same", "cpu"),
@@ -86,6 +89,25 @@ class Arguments:
         require(valid, _NAME, "last_good_every_n_steps", steps, "an integer of at least 1, or None")
         valid = after is None or (_is_count(after) and after >= 16)
         require(valid, _NAME, "examine_after", after, "None or an integer of at least 16")
+
+
+def switched(arguments: Arguments) -> Arguments | None:
+    """A guard's arguments after the environment variable was applied; ``None`` if the guard is off.
+
+    Args:
+        arguments: The user's arguments.
+
+    Raises:
+        ValueError: If the environment variable has another value.
+    """
+    value = os.environ.get(_VARIABLE, "").strip().lower() or "on"
+    choices = ("on", "observe", "off")
+    if value not in choices:
+        raise ValueError(f"{_VARIABLE}={value} in the environment: expected one of {', '.join(choices)}.")
+    if value == "on":
+        return arguments
+    rank_zero_info(f"NaNGuard {'is off' if value == 'off' else 'only observes'}: {_VARIABLE}={value} is set.")
+    return replace(arguments, observe=True) if value == "observe" else None
 
 
 def _is_count(value: object) -> bool:

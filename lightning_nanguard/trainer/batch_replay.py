@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
-from lightning_nanguard.diagnosis.own_draws import OwnDraws
-from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
+from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer
+from lightning_nanguard.distributed.collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
@@ -41,10 +41,6 @@ from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-class _RehearsalError(Exception):
-    """A rehearsed update could not be made."""
 
 
 @final
@@ -89,15 +85,16 @@ class TrainerBatchReplay:
         # Its epoch. The trainer's own counter is one ahead once the last epoch is over.
         self.epoch = 0
         kept = thresholds.micro_batches
-        updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
+        # After a late fault the updates since it are needed, too.
+        updates = kept.updates_examined if examined else delay + 2 if delay else 1
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
-        self._draws: bool | None = None
+        self._trace: StepTrace | None = None
 
     def make_undo(self, *, thorough: bool = False) -> BatchUndo:
         """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
         others = [partial(remember_running_means, self._trainer)]
-        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.undo)
+        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.repeated)
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
@@ -149,6 +146,10 @@ class TrainerBatchReplay:
         """Whether the values of the present batch are far outside the range of the batches before, or far larger."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
 
+    def sizes_vary(self, updates: int) -> bool:
+        """Whether the batches of the newest updates differ in their number of samples, or are not kept."""
+        return self.batches.sizes_vary(updates)
+
     def bytes_kept(self) -> int:
         """Bytes of the batches that are kept for replays."""
         return self.batches.bytes_kept()
@@ -168,20 +169,20 @@ class TrainerBatchReplay:
         run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
         return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
-    def draws_from_weights(self) -> bool:
-        """Whether ``training_step`` draws samples from the model itself. The first call runs the present batch."""
-        if self._draws is None and self._repeatable():
-            trace = OwnDraws(
-                p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]
-            )
+    def step_trace(self) -> StepTrace | None:
+        """What was found when the first batch asked for was traced; ``None`` if no batch can be run again."""
+        if self._trace is None and self._repeatable():
+            weights = [p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]]
+            tracer = StepTracer(weights, self._module.named_parameters())
 
             def run() -> float | None:
-                with uncompiled(), trace:
+                with uncompiled(), tracer:
                     return run_training_step(self._trainer, self.batch, self.batch_idx)
 
-            self._attempt(partial(self._rehearsed, run), self.batch)
-            self._draws = any(self._ranks.gather(trace.found))
-        return bool(self._draws)
+            whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
+            draws = any(self._ranks.gather(tracer.draws))
+            self._trace = StepTrace(draws, tracer.unused if whole else frozenset())
+        return self._trace
 
     def gradient_finite(self) -> bool | None:
         """Whether the present batch has a finite gradient under the present weights. It removes the gradients."""
@@ -203,12 +204,12 @@ class TrainerBatchReplay:
         """Number of batches for a rehearsal; 0 if no rehearsal is possible."""
         if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
-        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        counts: list[int] = self._ranks.gather(len(self.batches.to_try_on(self.batch, self.batch_idx)))
         return min(counts)
 
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a batch; return the loss before the update."""
-        batch, batch_idx = self._at_hand()[index]
+        batch, batch_idx = self.batches.to_try_on(self.batch, self.batch_idx)[index]
         optimizer = self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
@@ -265,7 +266,7 @@ class TrainerBatchReplay:
         def closure() -> float:
             value = gradients()
             if value is None:
-                raise _RehearsalError
+                raise RuntimeError("the loss is not known")
             self._clipper.clip(self._learner.gradients(0))
             clip_as_configured(self._trainer, optimizer)
             seen.append(value)
@@ -274,8 +275,6 @@ class TrainerBatchReplay:
         try:
             with torch.enable_grad():
                 optimizer.step(closure)  # as in Lightning: some optimizers call it several times
-        except _RehearsalError:
-            return None
         except Exception as error:
             _logger.debug("NaNGuard: an update could not be made again: %r", error)
             return None
@@ -283,18 +282,11 @@ class TrainerBatchReplay:
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the present weights."""
-        return self._loss(*self._at_hand()[index])
+        return self._loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
-
-    def _at_hand(self) -> list[tuple[Any, int]]:
-        healthy = self.batches.healthy
-        if len(healthy) > 1:
-            return healthy
-        # There are too few healthy batches, so the present one is used, although it may be bad.
-        return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
         run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)

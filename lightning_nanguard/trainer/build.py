@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Mapping
-from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,17 +14,14 @@ from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.monitors import Monitors
-from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.measure.norm_history import NormHistory
-from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
-from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.state.learner import Learner
@@ -70,29 +64,16 @@ def build_fit(
         run_id: Id of the run that is resumed; ``None`` for a new one.
         settings: Settings of the guard, for the log of the run.
     """
-    info, folder = open_run(trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings))
+    info, folder = open_run(
+        trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings, arguments.thresholds.records)
+    )
     curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
     context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
     numbers = LoggerNumbers(trainer, module, memory, context)
     sinks = fit_sinks(trainer, info, memory, arguments.sinks, context, numbers)
     advice = fit_advice(info, arguments.thresholds.records)
-    file = JsonLines(info.dirpath / BAD_SAMPLES_FILE, arguments.thresholds.records, warns=False)
-    samples = SampleFinder(trainer, module, context, replay, order, file if info.rank == 0 else None, info.run_id)
-    keeps = arguments.bundle_dir is not None and trainer.is_global_zero
-    diagnostics = Diagnostics(
-        trainer,
-        module,
-        context,
-        replay,
-        advice=advice,
-        examine_after=arguments.examine_after,
-        bundles=BundleStore(Path(os.path.abspath(arguments.bundle_dir)), arguments.thresholds.diagnosis.bundles)
-        if keeps and arguments.bundle_dir is not None
-        else None,
-        samples=samples,
-        rules=arguments.rules,
-        thresholds=replace(arguments.thresholds.diagnosis, blame=arguments.thresholds.decision.blame),
-    )
+    finder = SampleFinder(trainer, module, context, replay, order, info)
+    diagnostics = Diagnostics(trainer, module, context, replay, arguments, advice=advice, finder=finder)
     guard = build_guard(
         context,
         TrainerLoop(trainer, module, replay, diagnostics, sinks, info.run_id),
@@ -107,12 +88,10 @@ def build_fit(
         },
     )
     keeps_good = next((one.keep_good_samples for one in arguments.remedies if isinstance(one, SkipStep)), None)
-    keeper = (
-        None
-        if keeps_good is False
-        else SampleKeeper(module, replay, samples, guard, arguments.thresholds.samples, always=bool(keeps_good))
+    keeper = None if keeps_good is False else SampleKeeper(module, replay, finder, guard, always=bool(keeps_good))
+    return Fit(
+        trainer, arguments, guard, replay, diagnostics, sinks, numbers, advice, folder, averages, order, finder, keeper
     )
-    return Fit(trainer, guard, replay, diagnostics, sinks, numbers, advice, folder, averages, order, samples, keeper)
 
 
 def _context(

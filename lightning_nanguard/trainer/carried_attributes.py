@@ -7,11 +7,10 @@ from typing import final
 
 from torch import nn
 
-from lightning_nanguard.guard.batch_undos import BatchUndos
+from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.state.attribute_memory import AttributeMemory
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.random_state import is_checked
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 
 @final
@@ -20,14 +19,14 @@ class CarriedAttributes:
 
     Args:
         module: The trained module.
-        undos: Restore them if the batch is skipped.
-        thresholds: Which steps are checked, and which attributes are copied.
+        guard: Restores them if the batch is skipped.
     """
 
-    def __init__(self, module: nn.Module, undos: BatchUndos, thresholds: RepeatedStepsThresholds) -> None:
+    def __init__(self, module: nn.Module, guard: Guard) -> None:
+        thresholds = guard.context.thresholds.batches.repeated
         self._memory = AttributeMemory(module, thresholds)
         self._numbers = AttributeNumbers(thresholds)
-        self._undos = undos
+        self._undos = guard.steps.undos
         self._every = thresholds.checked_every
         self._opened = 0
 

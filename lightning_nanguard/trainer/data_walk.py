@@ -8,7 +8,7 @@ from typing import Any, final
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDataset, RandomSampler, SequentialSampler
 
 from lightning_nanguard.diagnosis.batch import samples
-from lightning_nanguard.diagnosis.data_check import Collated, Unreadable, place_of
+from lightning_nanguard.diagnosis.data_check import Collated, Unreadable
 from lightning_nanguard.measure.sample_parts import is_separable, part_of
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.state.batch_origin import row_of
@@ -35,12 +35,9 @@ def sources(made: Any) -> dict[str, Any]:
         return dict(_flat(found))
     if not (isinstance(made, (Dataset, Mapping)) or hasattr(made, "__iter__")):
         raise TypeError(f"{made!r} is not a data module, loader or data set.")
-    loaders = isinstance(made, (Mapping, list, tuple)) and all(isinstance(one, DataLoader) for one in _values(made))
+    held = made.values() if isinstance(made, Mapping) else made
+    loaders = isinstance(made, (Mapping, list, tuple)) and all(isinstance(one, DataLoader) for one in held)
     return dict(_flat({"data": made})) if loaders else {"data": made}
-
-
-def _values(made: Any) -> list[Any]:
-    return list(made.values() if isinstance(made, Mapping) else made)
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -113,10 +110,10 @@ class DataWalk:
         """Each sample with its place."""
         if self._rows is not None:
             for items in self._reader(_Readable(self._data), self._rows):
-                yield from ((place_of(row_of(key)), sample) for key, sample in items)
+                yield from ((BadSample("", row_of(key)), sample) for key, sample in items)
         elif self._streams and (self._loader is None or self._loader.batch_size is not None):
             for number, items in enumerate(self._reader(self._data, None)):
-                yield from ((place_of(None, number, index), sample) for index, sample in enumerate(items))
+                yield from ((BadSample("", batch=number, index=index), sample) for index, sample in enumerate(items))
         else:
             yield from self._of_batches()
 
@@ -133,7 +130,7 @@ class DataWalk:
         for number, batch in enumerate(source):
             count = samples(batch) or 0
             if not is_separable(batch, count):
-                yield place_of(None, number), batch
+                yield BadSample("", batch=number), batch
                 continue
             for index in range(count):
-                yield place_of(None, number, index), Collated(part_of(batch, [index]))
+                yield BadSample("", batch=number, index=index), Collated(part_of(batch, [index]))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, final
-
-from torch import Tensor
 
 from lightning_nanguard.diagnosis.bundle import Bundle
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
@@ -17,21 +18,21 @@ from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.mistakes import mistakes
 from lightning_nanguard.diagnosis.module_state import state_of
 from lightning_nanguard.diagnosis.preflight import Preflight
-from lightning_nanguard.diagnosis.rule_set import Rule, RuleSet
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.errors import require
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.record.fit_log import FitLog
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
-from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
+from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.first_updates import FirstUpdates
-from lightning_nanguard.trainer.private.loaders import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
+from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
-from lightning_nanguard.trainer.skip_share import SkipShare
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding, Intervention
 
 
@@ -44,12 +45,14 @@ class Diagnostics:
         module: Its module.
         context: The objects that the parts of the guard share.
         replay: Runs batches again.
+        arguments: The arguments of the guard.
         advice: Keeps advice.
-        examine_after: Number of updates after which a loss that has not moved is examined; ``None`` for never.
-        bundles: Writes incidents to disk; ``None`` writes none.
-        rules: The user's own diagnosis rules.
-        thresholds: When a number is evidence for a cause, and how much a diagnosis may cost.
-        samples: Names the bad samples of a batch.
+        finder: Names the bad samples of a batch.
+
+    Attributes:
+        first_updates: Observes the first updates; ``None`` after them, and if nothing can be observed.
+        preflight_due: Whether the preflight is still due.
+        asked: Whether the user asked for an examination.
     """
 
     def __init__(
@@ -58,13 +61,10 @@ class Diagnostics:
         module: LightningModule,
         context: GuardContext,
         replay: TrainerBatchReplay,
+        arguments: Arguments,
         *,
         advice: FitLog[Advice],
-        examine_after: int | None,
-        bundles: BundleStore | None,
-        samples: SampleFinder,
-        rules: Sequence[Rule],
-        thresholds: DiagnosisThresholds,
+        finder: SampleFinder,
     ) -> None:
         self._trainer = trainer
         self._module = module
@@ -75,11 +75,15 @@ class Diagnostics:
         records = context.thresholds.records
         self._most_advice = records.advice_per_fit
         require(self._most_advice >= 1, records, "advice_per_fit", self._most_advice, "at least 1")
-        self._bundles = bundles
-        self._samples = samples
-        self._skips = SkipShare(context.thresholds.samples)
+        thresholds = replace(context.thresholds.diagnosis, blame=context.thresholds.decision.blame)
         self._thresholds = thresholds
-        self._rules = RuleSet(rules, thresholds)
+        # Writes incidents to disk; ``None`` writes none.
+        self._bundles: BundleStore | None = None
+        if arguments.bundle_dir is not None and trainer.is_global_zero:
+            self._bundles = BundleStore(Path(os.path.abspath(arguments.bundle_dir)), thresholds.bundles)
+        self._finder = finder
+        self._skips = SkipShare(context.thresholds.samples)
+        self._rules = RuleSet(arguments.rules, thresholds)
         self._diagnostician = Diagnostician(
             context.learner,
             context.ring,
@@ -91,22 +95,23 @@ class Diagnostics:
             thresholds=thresholds,
         )
         self._examination = Examination(
-            context.learner, replay.rerun, replay.untraced, examine_after, rules=self._rules, thresholds=thresholds
+            context.learner,
+            replay.rerun,
+            replay.untraced,
+            arguments.examine_after,
+            rules=self._rules,
+            thresholds=thresholds,
         )
-        self._examines = examine_after is not None
-        # Observes the first updates; ``None`` after them, and if nothing can be observed.
-        self._first_updates = (
-            None if self._ranks.sharded else FirstUpdates(trainer, module, context, thresholds.mistakes)
-        )
-        # Whether the preflight is still due, and whether the user asked for an examination.
-        self.preflight_due = False
+        self._examines = arguments.examine_after is not None
+        self.first_updates = None if self._ranks.sharded else FirstUpdates(trainer, module, context)
+        self.preflight_due = arguments.preflight and trainer.global_step == 0
         self.asked = False
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Find the cause of a fault, and write the incident to disk if the user asked for it."""
         if look == "replay" and (not self._replay.comparable() or self._ranks.sharded):
             look = "batch"
-        good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
+        good = self._context.ring.good_for(evidence) if look == "replay" else None
         if good is not None:
             good = self._ranks.join_snapshot(good)  # all ranks must take part, so not in a branch
         batches = self._replay.batches
@@ -118,9 +123,9 @@ class Diagnostics:
         later = batches.since(update) if evidence.undo and look != "nothing" else []
         looked = [] if look == "nothing" else [*micros, *later]
         about, run = self._diagnostician.looked_at, look == "replay"
-        finding = self._samples.look(fault, evidence, finding, looked, about, good, run=run)
-        wanted = self._bundles is not None and look != "nothing" and not self._ranks.sharded
-        if self._bundles is not None and wanted and micros and self._bundles.due(fault, finding):
+        finding = self._finder.look(fault, evidence, finding, looked, about, good, run=run)
+        whole = micros and look != "nothing" and not self._ranks.sharded
+        if whole and self._bundles is not None and self._bundles.due(fault, finding):
             self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self._trainer.global_step)
         return finding
 
@@ -150,35 +155,20 @@ class Diagnostics:
             loss_scale=self._loss_scale(),
         )
 
-    def see_batch(self, batch: Any, batch_idx: int) -> None:
-        """A batch begins."""
-        if self._first_updates is not None:
-            self._first_updates.see_batch(batch, batch_idx)
-
-    def see_loss(self, loss: Tensor) -> None:
-        """A backward pass is about to begin."""
-        if self._first_updates is not None and self._first_updates.looks:
-            self._first_updates.see_loss(loss)
-
-    def see_step(self, optimizer_index: int) -> None:
-        """An optimizer is about to step."""
-        if self._first_updates is not None and self._first_updates.looks:
-            self._first_updates.see_step(optimizer_index)
-
     def end_batch(self) -> None:
         """A batch is over: examine the loss and judge the first updates if that is due."""
         self._examine_if_due()
-        if self._first_updates is not None and self._first_updates.end_batch():
+        if self.first_updates is not None and self.first_updates.end_batch():
             self.judge_first_updates()
 
     def close(self) -> None:
         """The fit is over."""
-        if self._first_updates is not None:
-            self._first_updates.close()
+        if self.first_updates is not None:
+            self.first_updates.close()
 
     def judge_first_updates(self) -> None:
         """Give advice about mistakes that the first updates showed, and stop observing."""
-        first, self._first_updates = self._first_updates, None
+        first, self.first_updates = self.first_updates, None
         if first is None:
             return
         found: Sequence[Finding] = ()
@@ -222,7 +212,7 @@ class Diagnostics:
             loss_unit=history.loss_unit(),
             lr=rates[0] if rates else None,
         )
-        micros = self._replay.batches.newest(self._thresholds.examination.max_updates)
+        micros = self._replay.batches.since(-1)
         for finding in self._examination.findings(micros, course, evidence, asked=asked):
             if finding.confidence > self._thresholds.confidence.told:
                 self.advise("asked" if asked else "loss does not move", finding)

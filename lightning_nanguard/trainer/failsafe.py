@@ -10,6 +10,8 @@ from typing import Any, TypeVar, cast
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.errors import has_to_be_raised
 from lightning_nanguard.trainer.guard_state import StatefulGuard
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, is_from_run
+from lightning_nanguard.trainer.private.packages import Trainer
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -41,6 +43,37 @@ def leaves_run_if_it_fails(hook: _Hook) -> _Hook:
             leave_run(guard, hook.__name__, error)
 
     return cast(_Hook, wrapped)
+
+
+def run_micro_batch(
+    guard: StatefulGuard, trainer: Trainer, run: Callable[[MicroBatchRun], Any], micro: MicroBatchRun
+) -> Any:
+    """Let the guard run a micro-batch. If the guard fails, it leaves the run, and the micro-batch is run without it.
+
+    Args:
+        guard: The guard.
+        trainer: The trainer.
+        run: Runs the micro-batch for the guard; returns the result for Lightning.
+        micro: The micro-batch.
+    """
+    whole, results = micro.whole, []
+
+    def noted() -> Any:
+        results.append(whole())
+        return results[-1]
+
+    micro.whole = noted
+    try:
+        return run(micro)
+    except Exception as error:
+        if is_from_run(error) or has_to_be_raised(error, trainer.world_size):
+            raise
+        leave_run(guard, "a training step", error)
+        # After a second run that broke off, gradients may be missing.
+        return results[0] if len(results) == 1 else whole()
+    finally:
+        micro.whole = whole
+        results.clear()
 
 
 def leave_run(guard: StatefulGuard, hook: str, error: Exception) -> None:

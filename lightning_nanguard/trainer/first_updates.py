@@ -20,9 +20,9 @@ from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
 from lightning_nanguard.trainer.private.callbacks import unfreezes
+from lightning_nanguard.trainer.private.clock import expected_updates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
-from lightning_nanguard.trainer.run_length import expected_updates
 
 _MODES = (_BatchNorm, _DropoutNd, nn.RNNBase, nn.MultiheadAttention)
 _COMPILED = frozenset({"OptimizedModule", "ScriptModule", "RecursiveScriptModule"})
@@ -36,16 +36,13 @@ class FirstUpdates:
         trainer: The trainer.
         module: Its module.
         context: The objects that the parts of the guard share.
-        thresholds: How much is checked.
     """
 
-    def __init__(
-        self, trainer: Trainer, module: LightningModule, context: GuardContext, thresholds: MistakeThresholds
-    ) -> None:
+    def __init__(self, trainer: Trainer, module: LightningModule, context: GuardContext) -> None:
         self._trainer = trainer
         self._module = module
         self._context = context
-        self._limits = thresholds
+        limits = self._limits = context.thresholds.diagnosis.mistakes
         optimizers = context.learner.optimizers
         self._named: Mapping[str, nn.Parameter] = {}
         self._unoptimized: set[str] = set()
@@ -56,15 +53,15 @@ class FirstUpdates:
         self._trainable: set[str] = set()  # those of them that require a gradient
         self._evaluating = True
         self._calls: ModuleCalls | None = None
-        self._batches = FirstBatches(thresholds)
+        self._batches = FirstBatches(limits)
         self._rates = [[_GroupRates() for _ in optimizer.param_groups] for optimizer in optimizers]
-        self._gradients = [_AddedGradients(optimizer, thresholds.looks_at_gradients) for optimizer in optimizers]
+        self._gradients = [_AddedGradients(optimizer, limits.looks_at_gradients) for optimizer in optimizers]
         self._losses = self._updates = 0
         self._graph = False
-        last = thresholds.updates - max(1, len(optimizers))  # the last batch makes one update for each optimizer
-        rates_change = range(0, last, thresholds.updates_between_rates) if trainer.lr_scheduler_configs else ()
+        last = limits.updates - max(1, len(optimizers))  # the last batch makes one update for each optimizer
+        rates_change = range(0, last, limits.updates_between_rates) if trainer.lr_scheduler_configs else ()
         # Updates in which rates and modes will be checked, without the present one.
-        self._due = sorted({thresholds.least_updates, last, *rates_change} - {0})
+        self._due = sorted({limits.least_updates, last, *rates_change} - {0})
         self._closely = True
         # Number of updates before this fit; ``None`` before its first one.
         self._begun: int | None = None
@@ -72,9 +69,9 @@ class FirstUpdates:
         self._next_due: float = math.inf
         # Whether the present update is checked: the first ones, a few later ones, and all while parameters have no
         # gradient.
-        self.looks = True
+        self._looks = True
         # Whether the present batch is compared with others.
-        self._compares = _draws(trainer, thresholds)
+        self._compares = _draws(trainer, limits)
 
     # ---------------------------------------------------------------------------------------------- while it trains
 
@@ -100,6 +97,8 @@ class FirstUpdates:
 
     def see_loss(self, loss: Tensor) -> None:
         """A backward pass is about to begin."""
+        if not self._looks:
+            return
         if not self._graph:
             self._losses += 1
             self._graph = loss.grad_fn is not None
@@ -108,6 +107,8 @@ class FirstUpdates:
 
     def see_step(self, optimizer_index: int) -> None:
         """An optimizer is about to step."""
+        if not self._looks:
+            return
         if self._begun is None:
             self._begin()
         if self._waiting:
@@ -138,13 +139,13 @@ class FirstUpdates:
         self._closely = bool(due) and due[0] <= updates
         while due and due[0] <= updates:
             due.pop(0)
-        self.looks = (
+        self._looks = (
             self._closely
             or bool(self._waiting)
             or (self._losses > 0 and not self._graph)
             or any(one.looks for one in self._gradients)
         )
-        next_due = updates + 1 if self.looks else due[0] if due else self._limits.updates
+        next_due = updates + 1 if self._looks else due[0] if due else self._limits.updates
         self._next_due = self._begun + next_due
         return updates >= self._limits.updates
 
@@ -217,7 +218,7 @@ class FirstUpdates:
         graphless = self._losses and not self._graph
         compared = self._named.keys() if graphless else self._waiting.keys() | self._unoptimized
         suspects = [name for name in self._named if name in compared or name.startswith(evaluated)]
-        start = self._start(suspects) if suspects else {}
+        start = self._start() if suspects else {}
         untrained = self._untrained(suspects, start)
         copies = self._copies([name for name in suspects if name in self._waiting], with_gradient, start)
         return tuple(
@@ -242,14 +243,14 @@ class FirstUpdates:
             return None
         groups = self._context.learner.optimizers[index].param_groups
         owned = {id(p) for group in groups[number : number + 1] for p in group["params"]}
-        names = [name for name, p in self._named.items() if id(p) in owned]
-        start = self._start(names)
-        return any(self._moved(name, start) for name in names if name in start) if start else None
+        start = self._start()
+        known = [name for name, p in self._named.items() if id(p) in owned and name in start]
+        return any(self._moved(name, start) for name in known) if known else None
 
     def _moved(self, name: str, start: Mapping[str, Tensor]) -> bool:
         return not torch.equal(start[name], self._named[name].detach())
 
-    def _start(self, names: Sequence[str]) -> Mapping[str, Tensor]:
+    def _start(self) -> Mapping[str, Tensor]:
         """Parameters before the first update, if a snapshot still holds them."""
         ring = self._context.ring
         snapshots = [*ring.certified, *([ring.pending] if ring.pending is not None else [])]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from operator import is_not
 from typing import Any, final
@@ -22,30 +23,30 @@ from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot_room import SnapshotSize
+from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
-from lightning_nanguard.trainer.failsafe_runner import FailsafeRunner
 from lightning_nanguard.trainer.fit_summary import fit_summary
 from lightning_nanguard.trainer.loggers.curves import LoggerCurves
 from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.report import log_report
-from lightning_nanguard.trainer.own_scalers import fallen_scales
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
 from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
-from lightning_nanguard.trainer.private.closures import run_micro_batches_by
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
 from lightning_nanguard.trainer.private.running_means import KeptNames
 from lightning_nanguard.trainer.private.saving import guard_saves
-from lightning_nanguard.trainer.private.strategies import accumulation, collects
+from lightning_nanguard.trainer.private.strategies import step_only_accumulates
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
-from lightning_nanguard.trainer.repeat.parts import made_parts
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
+from lightning_nanguard.trainer.run_advice import fallen_scales
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.trainer.validation import ValidationWatch
@@ -55,11 +56,13 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 @final
+@dataclass(eq=False)
 class Fit:
     """One fit: its guard, and everything that is installed on the trainer and removed again.
 
-    Args:
+    Attributes:
         trainer: The trainer.
+        arguments: The arguments of the guard.
         guard: The guard.
         replay: Runs batches again.
         diagnostics: Finds causes and gives advice.
@@ -69,90 +72,75 @@ class Fit:
         folder: The folder of the run.
         averages: The averaged copies that callbacks keep.
         order: Gives the rows of each batch.
-        samples: Finds bad samples.
+        finder: Finds bad samples.
         keeper: Gives the good samples of a bad batch; ``None`` if bad batches are skipped as a whole.
+        last_good: Writes the last good checkpoint; ``None`` if none is written.
+        carried: Undoes a skipped batch's changes to attributes; ``None`` but under manual optimization.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        guard: Guard,
-        replay: TrainerBatchReplay,
-        diagnostics: Diagnostics,
-        sinks: SinkDispatcher,
-        numbers: LoggerNumbers,
-        advice: FitLog[Advice],
-        folder: RunFolder,
-        averages: AveragedCopies,
-        order: DataOrder,
-        samples: SampleFinder,
-        keeper: SampleKeeper | None,
-    ) -> None:
-        self._trainer = trainer
-        self.guard = guard
-        self.context = guard.context
-        self.replay = replay
-        self.diagnostics = diagnostics
-        self._sinks = sinks
-        self.numbers = numbers
-        self.advice = advice
-        self.folder = folder
-        self.averages = averages
-        self.order = order
-        self.samples = samples
-        self._keeper = keeper
-        self._names = KeptNames(trainer)
-        self.validation = ValidationWatch(trainer, guard, replay, self._names)
-        self.rank_zero = trainer.is_global_zero
-        self.last_good: LastGood | None = None
-        self.carried: CarriedAttributes | None = None
-        self._accumulates = accumulation(trainer)
+    trainer: Trainer
+    arguments: Arguments
+    guard: Guard
+    replay: TrainerBatchReplay
+    diagnostics: Diagnostics
+    sinks: SinkDispatcher
+    numbers: LoggerNumbers
+    advice: FitLog[Advice]
+    folder: RunFolder
+    averages: AveragedCopies
+    order: DataOrder
+    finder: SampleFinder
+    keeper: SampleKeeper | None
+    last_good: LastGood | None = None
+    carried: CarriedAttributes | None = None
+
+    def __post_init__(self) -> None:
+        self.context = self.guard.context
+        self.rank_zero = self.trainer.is_global_zero
+        self._names = KeptNames(self.trainer)
+        self.validation = ValidationWatch(self.trainer, self.guard, self.replay, self._names)
         self._unknown: set[int] = set()
-        self._optimizers = list(trainer.optimizers)
+        self._optimizers = list(self.trainer.optimizers)
         self._patches = ExitStack()
 
-    def start(self, max_memory: float | None, is_guard: IsGuard, leave: Callable[[str, Exception], None]) -> None:
+    def start(
+        self, is_guard: IsGuard, failsafe: Callable[[Callable[[MicroBatchRun], Any], MicroBatchRun], Any]
+    ) -> None:
         """Check the state before the first update, and install the guard on the trainer.
 
         Args:
-            max_memory: Limit in GiB for all snapshots; ``None`` for no limit.
             is_guard: Says whether a callback is the guard.
-            leave: Lets the guard leave the run, because of an error in the named place.
+            failsafe: Calls a function of the guard with a micro-batch. If it fails, the run goes on without the guard.
         """
-        self._sinks.open()
+        self.sinks.open()
         self._say_what_is_not_guarded()
         if (known := self.order.known).quarantine and len(known):
             rows = counted(len(known), "bad sample")
             rank_zero_info(f"NaNGuard: {rows} that the run found before will be left out (quarantine=True).")
         self.guard.start()
-        self._limit_memory(max_memory)
-        self.samples.offset = self._trainer.global_step - self.guard.updates
+        self._limit_memory(self.arguments.max_snapshot_memory)
+        self.finder.offset = self.trainer.global_step - self.guard.updates
         if self.context.curve is not None:
-            self.context.curve.offset = self.samples.offset
-            self.context.curve.listener = LoggerCurves(self._trainer).take
+            self.context.curve.offset = self.finder.offset
+            self.context.curve.listener = LoggerCurves(self.trainer).take
         rate, later = self.context.rate, self._patches.callback
-        module, limits = self._trainer.lightning_module, self.context.thresholds.batches.repeated
-        keeper = None if self._keeps_whole(module) else self._keeper
+        module = self.trainer.lightning_module
+        keeper = None if self._keeps_whole(module) else self.keeper
         if module.automatic_optimization and self.context.learner.optimizers:
-            runner = StepRunner(made_parts(self._trainer, module, self.guard, self.replay, is_guard, keeper))
-            later(run_micro_batches_by(self._trainer, FailsafeRunner(runner, leave, self._trainer.world_size)))
+            runs = Attempts(self.trainer, module, self.guard, self.replay, is_guard, keeper)
+            runner = StepRunner(runs)
+            later(run_micro_batches_by(self.trainer, partial(failsafe, runner.run), runs.forward))
             self.context.state.redo_since = runner.redo_since
             later(setattr, self.context.state, "redo_since", None)
         elif not (module.automatic_optimization or self.context.settings.observe):
-            self.carried = CarriedAttributes(module, self.guard.steps.undos, limits)
-        later(
-            guard_saves(
-                self._trainer,
-                self.guard.before_save,
-                self._mend,
-                self.guard.after_save,
-                collects=collects(self._trainer),
-            )
-        )
+            self.carried = CarriedAttributes(module, self.guard)
+        later(guard_saves(self.trainer, self.guard.before_save, self._mend, self.guard.after_save))
         if not self.context.settings.observe:
-            later(skipped_steps_raise_nothing(self._trainer, partial(self._excuses, is_guard)))
-            later(around_learning_rate_monitors(self._trainer, rate.apply, rate.withdraw))
-            later(keep_best_finite(self._trainer))
+            later(skipped_steps_raise_nothing(self.trainer, partial(self._excuses, is_guard)))
+            later(around_learning_rate_monitors(self.trainer, rate.apply, rate.withdraw))
+            later(keep_best_finite(self.trainer))
+        if self.arguments.last_good_every_n_steps is not None:
+            self._keep_last_good(self.arguments.last_good_every_n_steps)
 
     def _excuses(self, is_guard: IsGuard, optimizer: Optimizer, error: Exception) -> bool:
         """Whether a skipped update caused an exception. An exception from a callback never counts."""
@@ -164,22 +152,22 @@ class Fit:
         """Whether bad batches are skipped as a whole. If the user asked to keep good samples, a message says so."""
         late = self.context.settings.deferred or not self.context.acts_alone or not module.automatic_optimization
         whole = late or bool(self.context.learner.quasi_newton)
-        if whole and self._keeper is not None and self._keeper.always and not self.context.settings.observe:
-            self._keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
+        if whole and self.keeper is not None and self.keeper.always and not self.context.settings.observe:
+            self.keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
         return whole
 
     def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         kept = self.last_good
         final = str(kept.path) if kept is not None and path == str(kept.pending) else path
-        self.folder.saved(final, self._trainer.global_step)
+        self.folder.saved(final, self.trainer.global_step)
         return self.guard.mend(checkpoint, path, checked=checked)
 
-    def keep_last_good(self, every: int) -> None:
+    def _keep_last_good(self, every: int) -> None:
         """From now on, write the last good checkpoint every ``every`` updates."""
-        trainer, guard = self._trainer, self.guard
+        trainer, guard = self.trainer, self.guard
         folder, ring = self.folder.path, self.context.ring
-        kept = LastGood(folder, every, ring, lambda path: write_checkpoint(trainer, path), leads=self.rank_zero)
-        kept.begin(guard.updates)
+        write = partial(write_checkpoint, trainer)
+        kept = LastGood(folder, every, ring, write, leads=self.rank_zero, step=guard.updates)
         self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
         self._patches.callback(catch_write_errors(trainer.strategy, kept.pending, kept.failed))
         guard.say_where(kept.message)
@@ -207,18 +195,12 @@ class Fit:
 
     def has_other_optimizers(self) -> bool:
         """Whether the user's code has replaced optimizers since the guard was built."""
-        now = self._trainer.optimizers
+        now = self.trainer.optimizers
         return len(now) != len(self._optimizers) or any(map(is_not, now, self._optimizers))
-
-    def say_optimizers_changed(self) -> None:
-        """Log that the guard starts again with other optimizers."""
-        rank_zero_info(
-            "NaNGuard: the optimizers were replaced. The new ones are guarded, and snapshots from before are dropped."
-        )
 
     def optimizer_index(self, optimizer: Optimizer) -> int | None:
         """Index of an optimizer that is about to step; ``None`` if it will not, or is not known to the guard."""
-        if self._accumulates() or not getattr(optimizer, "param_groups", True):
+        if step_only_accumulates(self.trainer) or not getattr(optimizer, "param_groups", True):
             return None
         for index, known in enumerate(self.context.learner.optimizers):
             if known is optimizer or getattr(optimizer, "optimizer", None) is known:
@@ -244,12 +226,12 @@ class Fit:
             _logger.info(
                 "NaNGuard: with %s one bad micro-batch makes the guard skip the whole update, with all its other "
                 "micro-batches.",
-                type(self._trainer.strategy).__name__,
+                type(self.trainer.strategy).__name__,
             )
 
     def _skips_windows(self, module: Any) -> bool:
         """Whether there are windows of accumulation, but no single micro-batch can be left out."""
-        steps, accumulates = self.guard.steps.check, self._trainer.accumulate_grad_batches > 1
+        steps, accumulates = self.guard.steps.check, self.trainer.accumulate_grad_batches > 1
         apart = self.context.many or self.context.ranks.sharded
         return accumulates and apart and module.automatic_optimization and not steps.together()
 
@@ -283,7 +265,7 @@ class Fit:
         A module with an ``optimizer_zero_grad`` of its own may add the gradients of the next batch to them.
         """
         self._names.after_skip()
-        module = self._trainer.lightning_module
+        module = self.trainer.lightning_module
         if type(module).optimizer_zero_grad is package_of(type(module)).LightningModule.optimizer_zero_grad:
             return
         for parameter in module.parameters():
@@ -319,14 +301,14 @@ class Fit:
         with ExitStack() as last:
             last.callback(self.folder.close)
             if self.rank_zero and self.folder.keeps_files:
-                last.callback(log_report, self._trainer, self.folder.path, self.folder.run_id)
+                last.callback(log_report, self.trainer, self.folder.path, self.folder.run_id)
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
             last.callback(self.advice.close)
             last.callback(self.context.trials.close)
             last.callback(self.context.receipts.close)
-            last.callback(self._sinks.close)
-            last.callback(self.samples.close)
+            last.callback(self.sinks.close)
+            last.callback(self.finder.close)
             last.push(self._patches)
             last.callback(self.guard.close)
             last.callback(self.diagnostics.close)

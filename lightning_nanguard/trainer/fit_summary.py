@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Protocol
 
+from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.record.run_history import interventions_of_resumed
 from lightning_nanguard.record.run_log import RUN_FILE
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.record.trials import trials_in_words
-from lightning_nanguard.types import ActOn
+from lightning_nanguard.trainer.arguments import Arguments
 
 _TOLD = RUN_FILE, RECORDS_FILE, ADVICE_FILE
 """Files that ``nanguard explain`` tells."""
@@ -25,14 +25,9 @@ NO_FIT = (
 """What is said instead of a summary if this process has seen no fit."""
 
 
-class _Trust(Protocol):
-    @property
-    def observe(self) -> bool: ...
-    @property
-    def act_on(self) -> ActOn: ...
-
-
-def fit_summary(memory: Memory, settings: _Trust, updates: int, multiplier: float, folder: Path | None) -> str:
+def fit_summary(
+    memory: Memory, settings: Arguments | Settings, updates: int, multiplier: float, folder: Path | None
+) -> str:
     """The summary line of the newest fit. If the run was resumed, it also has the counts of the whole run.
 
     Args:

@@ -55,9 +55,9 @@ class StatefulGuard(GuardCallback):
         self._before = BeforeFit()
         self._fit: Fit | None = None
         self._last_state: dict[str, Any] = {}
-        self._resumed: Mapping[str, Any] | None = None
+        # What a checkpoint held, and what the next fit takes of it: the id of its run, and the guard's state.
         self._loaded: Mapping[str, Any] = {}
-        self._resumed_run: str | None = None
+        self._resumed: Mapping[str, Any] = {}
         self._multiplier = 1.0
 
     @property
@@ -100,7 +100,7 @@ class StatefulGuard(GuardCallback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Store the state until the fit starts, because optimizers do not exist yet."""
         self._loaded = state_dict
-        self._resumed_run = state_dict.get("run")
+        self._resumed = {"run": state_dict.get("run")}
         schema = state_dict.get("schema", STATE_SCHEMA)
         if schema != STATE_SCHEMA:
             _logger.warning(
@@ -111,9 +111,8 @@ class StatefulGuard(GuardCallback):
                 STATE_SCHEMA,
             )
             return
-        self._resumed = state_dict.get("guard")
-        if self._resumed is not None:
-            self._before.know_samples(self._resumed)
+        self._resumed = state_dict
+        self._before.know_samples(state_dict.get("guard", {}))
         self._memory.total = int(state_dict.get("interventions", 0))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:

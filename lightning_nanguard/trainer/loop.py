@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import final
 
 from lightning_nanguard.diagnosis.case import Look
@@ -10,16 +10,17 @@ from lightning_nanguard.guard.loop import Clock
 from lightning_nanguard.record.dispatch import SinkDispatcher
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.diagnostics import Diagnostics
+from lightning_nanguard.trainer.private.clock import expected_updates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.run_length import expected_updates
 from lightning_nanguard.types import SUSPICION, Evidence, Fault, Finding, Intervention
 
 
 @final
+@dataclass(frozen=True)
 class TrainerLoop:
     """Answers what the guard asks of the loop; a :class:`~lightning_nanguard.guard.loop.TrainingLoop`.
 
-    Args:
+    Attributes:
         trainer: The trainer.
         module: Its module.
         replay: Keeps the present batch.
@@ -28,44 +29,35 @@ class TrainerLoop:
         run_id: Id of the run, which each record is given.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        replay: TrainerBatchReplay,
-        diagnostics: Diagnostics,
-        sinks: SinkDispatcher,
-        run_id: str,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._replay = replay
-        self._diagnostics = diagnostics
-        self._sinks = sinks
-        self._run_id = run_id
+    trainer: Trainer
+    module: LightningModule
+    replay: TrainerBatchReplay
+    diagnostics: Diagnostics
+    sinks: SinkDispatcher
+    run_id: str
 
     def clock(self) -> Clock:
         """The present ``global_step``, epoch and batch index."""
-        batch_idx, epoch = self._replay.batch_idx, self._replay.epoch
-        return self._trainer.global_step, self._trainer.current_epoch if batch_idx < 0 else epoch, batch_idx
+        batch_idx, epoch = self.replay.batch_idx, self.replay.epoch
+        return self.trainer.global_step, self.trainer.current_epoch if batch_idx < 0 else epoch, batch_idx
 
     def updates_left(self) -> float:
         """Number of updates that the run will still make; ``math.inf`` if that is not known."""
-        return expected_updates(self._trainer) - self._trainer.global_step
+        return expected_updates(self.trainer) - self.trainer.global_step
 
     def micro_batches(self) -> int:
         """The number of micro-batches by which the loss is divided."""
-        return self._trainer.accumulate_grad_batches if self._module.automatic_optimization else 1
+        return self.trainer.accumulate_grad_batches if self.module.automatic_optimization else 1
 
     def record(self, intervention: Intervention) -> None:
         """Give the record to every sink."""
-        self._sinks.write(replace(intervention, run=self._run_id))
-        self._diagnostics.note(intervention)
+        self.sinks.write(replace(intervention, run=self.run_id))
+        self.diagnostics.note(intervention)
 
     def advise(self, finding: Finding, clock: Clock | None = None) -> None:
         """Give advice about a suspicion that the guard does not act on."""
-        self._diagnostics.advise(SUSPICION, finding, None if clock is None else clock[0])
+        self.diagnostics.advise(SUSPICION, finding, None if clock is None else clock[0])
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: Look, update: int) -> Finding | None:
         """Find the cause of an update's fault; ``None`` if none was found."""
-        return self._diagnostics.diagnose(fault, evidence, look, update)
+        return self.diagnostics.diagnose(fault, evidence, look, update)

@@ -28,13 +28,15 @@ from lightning_nanguard.diagnosis.rules.arithmetic import RANDOM_DRAW
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
-from lightning_nanguard.record.bad_samples import BadSample
+from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
+from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.state.batch_origin import BatchOrigin
+from lightning_nanguard.state.batch_origin import BatchOrigin, row_of
 from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
@@ -59,8 +61,7 @@ class SampleFinder:
         context: The objects that the parts of the guard share.
         replay: Runs batches again.
         order: Gives the rows of each batch.
-        file: Where bad samples are written; ``None`` on other ranks than 0.
-        run_id: Id of the run.
+        info: Facts about the fit.
 
     Attributes:
         offset: The difference between ``global_step`` after an update and the number of the update.
@@ -73,16 +74,16 @@ class SampleFinder:
         context: GuardContext,
         replay: TrainerBatchReplay,
         order: DataOrder,
-        file: JsonLines | None,
-        run_id: str,
+        info: RunInfo,
     ) -> None:
         self._trainer = trainer
         self._module = module
         self._context = context
         self._replay = replay
         self._order = order
-        self._file = file
-        self._run_id = run_id
+        path, records = info.dirpath / BAD_SAMPLES_FILE, context.thresholds.records
+        self._file = JsonLines(path, records, warns=False) if info.rank == 0 else None
+        self._run_id = info.run_id
         self._known = context.samples
         self._limits = context.thresholds.samples
         self._search = SampleSearch(self._limits, context.thresholds.batches.healthy.extreme_factor)
@@ -173,13 +174,13 @@ class SampleFinder:
             found = {index: SampleFault(finding.cause) for index in finding.samples} | found
         elif bad is not None and usable:
             found = self._bad_under(partial(self._at, good), micro, found)
-        found = self._without_spread(micro, found)
+        found = self._without_spread(micro, origin, found)
         self._seen[origin.epoch, origin.position] = found  # the present update leaves these out
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
         if not found:
             self._in_vain += self._passes - passes
-        return self._samples(micro, found)
+        return self._samples(micro, origin, found)
 
     def _blames_samples(self, finding: Finding) -> bool:
         told = self._context.thresholds.diagnosis.confidence.told
@@ -196,15 +197,14 @@ class SampleFinder:
             innocent = {index for index in doubtful if bad is not None and bad([index]) is False}
         return {index: fault for index, fault in found.items() if index not in innocent}
 
-    def _without_spread(self, micro: MicroBatch, found: Found) -> Found:
+    def _without_spread(self, micro: MicroBatch, origin: BatchOrigin, found: Found) -> Found:
         """Remove the samples that are finite in the data set: a transfer hook has spread NaN over the batch."""
-        origin = micro.origin
-        keys = None if origin is None or not origin.collated else origin.keys  # else the collate function may have
+        keys = origin.keys if origin.collated else None  # else the collate function may have
         if keys is None or len(keys) != samples(micro.batch) or not changes_batches(self._trainer, self._module):
             return found
         bad = {index for index, fault in found.items() if fault.cause == NOT_FINITE}
         spread = {index for index in bad if self._holds_non_finite(keys[index]) is False}
-        if origin is not None and spread:
+        if spread:
             self._spread = {(origin.epoch, origin.position): spread}
         return {index: fault for index, fault in found.items() if index not in spread}
 
@@ -235,36 +235,32 @@ class SampleFinder:
             return True if may_be_numeric(error, part) else None
         return None if found is None else not all(one - one == 0.0 for one in found)
 
-    def _samples(self, micro: MicroBatch, found: Found) -> list[BadSample]:
-        origin, rank = micro.origin, self._context.ranks.rank
-        if origin is None:
-            return []
+    def _samples(self, micro: MicroBatch, origin: BatchOrigin, found: Found) -> list[BadSample]:
         return [
             BadSample(
                 cause=fault.cause,
-                row=self._row(micro, index, not_finite=fault.cause in (NOT_FINITE, "non_finite_input")),
+                row=self._row(origin, index, not_finite=fault.cause in (NOT_FINITE, "non_finite_input")),
                 hash=_hash(micro, index),
                 columns=fault.columns,
                 epoch=origin.epoch,
                 batch=micro.index,
                 position=None if origin.position == micro.index else origin.position,
                 index=index,
-                rank=rank,
+                rank=self._context.ranks.rank,
                 global_step=micro.update + self.offset,
                 run=self._run_id,
             )
             for index, fault in found.items()
         ]
 
-    def _row(self, micro: MicroBatch, index: int, *, not_finite: bool) -> Row | None:
-        origin = micro.origin
-        rows = None if origin is None else origin.rows()
-        if origin is None or rows is None or origin.keys is None or index >= len(rows):
+    def _row(self, origin: BatchOrigin, index: int, *, not_finite: bool) -> Row | None:
+        keys = origin.keys
+        if keys is None or index >= len(keys):
             return None
         # The user's collate function may have changed the order of the samples.
-        if not origin.collated and not (not_finite and self._holds_non_finite(origin.keys[index])):
+        if not origin.collated and not (not_finite and self._holds_non_finite(keys[index])):
             return None
-        return rows[index]
+        return row_of(keys[index])
 
     def _holds_non_finite(self, key: Any) -> bool | None:
         """Whether a row of the data set holds NaN or Inf; ``None`` if it cannot be read."""
@@ -312,10 +308,9 @@ class SampleFinder:
         evidence = dict(finding.evidence)
         if self._context.many:
             evidence["rank"] = float(self._context.ranks.rank)
-        rows = [here[index].row if index in here else self._row(about, index, not_finite=True) for index in indices]
+        rows = [here[index].row if index in here else self._row(origin, index, not_finite=True) for index in indices]
         known = [row for row in rows if row is not None]
-        most = self._context.thresholds.records.numbers_per_message
-        hashes = [made for index in indices[:most] if (made := _hash(about, index))]
+        hashes = [made for index in indices[:NUMBERS_PER_MESSAGE] if (made := _hash(about, index))]
         if len(known) < len(rows):
             known = []
             evidence |= {"position": float(about.index), "hash": ", ".join(hashes)}

@@ -16,7 +16,6 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.sample_parts import is_separable, part_of
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
-from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
@@ -54,7 +53,6 @@ class SampleKeeper:
         replay: Runs batches again.
         finder: Finds the bad samples.
         guard: Finds causes, and checks the state.
-        thresholds: When a loss counts as a mean, and which share of skipped updates counts as most.
         always: Whether to keep the good samples of every bad batch. Otherwise they are kept once most updates were
             skipped.
     """
@@ -65,7 +63,6 @@ class SampleKeeper:
         replay: TrainerBatchReplay,
         finder: SampleFinder,
         guard: Guard,
-        thresholds: SamplesThresholds,
         *,
         always: bool,
     ) -> None:
@@ -74,7 +71,7 @@ class SampleKeeper:
         self._finder = finder
         self._check = guard.steps.check
         self._records = guard.steps.records
-        self._limits = thresholds
+        self._limits = guard.context.thresholds.samples
         # Whether the loss of a batch is the mean of its parts' losses; ``None`` before the test.
         self._is_mean: bool | None = None
         self._said = False

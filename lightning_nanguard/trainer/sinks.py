@@ -62,10 +62,10 @@ def fit_advice(run: RunInfo, thresholds: RecordsThresholds = RECORDS) -> FitLog[
 
     Args:
         run: Facts about the fit.
-        thresholds: How many samples one message lists, and how many records wait in memory.
+        thresholds: How many records wait in memory while the file cannot be written.
     """
     sink = JsonLines(run.dirpath / ADVICE_FILE, thresholds) if run.rank == 0 else None
-    return FitLog(partial(describe_advice, thresholds=thresholds), sink, run.run_id, logging.WARNING)
+    return FitLog(describe_advice, sink, run.run_id, logging.WARNING)
 
 
 def fit_outcomes(run: RunInfo, thresholds: RecordsThresholds) -> tuple[FitLog[Receipt], FitLog[HeldTrial]]:

@@ -17,7 +17,7 @@ Verdict = Literal["gained", "cost", "no difference", "not measured"]
 """The result of an intervention on finite evidence, compared with the branch that it gave up."""
 
 SCHEMA_VERSION = 1
-"""Version of the JSON written by :meth:`Intervention.to_dict`; raised when a field changes its meaning."""
+"""Version of the JSON written by :meth:`Record.to_dict`; raised when a field changes its meaning."""
 
 Row = int | str
 """A row of a data set: its index, or in words the key that the user's sampler draws."""
@@ -53,7 +53,21 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Intervention:
+class Record:
+    """A record that is stored as one line of JSON."""
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
+
+        Example:
+            >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
+            ['skip']
+        """
+        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
+
+
+@dataclass(frozen=True, slots=True)
+class Intervention(Record):
     """The record of one thing that the guard did to a run, or with ``observe=True`` would have done.
 
     Attributes:
@@ -107,15 +121,6 @@ class Intervention:
         """Whether it ended the run; with ``observe=True`` none does."""
         return self.applied and "stop" in self.remedies
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings.
-
-        Example:
-            >>> Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1).to_dict()["remedies"]
-            ['skip']
-        """
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Intervention:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
@@ -141,7 +146,7 @@ SUSPICION = "a finite suspicion"
 
 
 @dataclass(frozen=True, slots=True)
-class Advice:
+class Advice(Record):
     """Something that the guard noticed and only reports. It changes nothing and is no intervention.
 
     Attributes:
@@ -158,10 +163,6 @@ class Advice:
     finding: Finding
     run: str = field(default="", compare=False)
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain containers that ``json.dumps(…, allow_nan=False)`` accepts: non-finite numbers become strings."""
-        return {"schema": SCHEMA_VERSION, **plain(asdict(self))}
-
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Advice:
         """The inverse of :meth:`to_dict`; keys of later versions are ignored.
@@ -176,7 +177,7 @@ def _finding(data: Mapping[str, Any]) -> Finding:
     return from_plain(Finding, data, "finding", confidence=_number, evidence=_numbers, samples=tuple, rows=tuple)
 
 
-_Record = TypeVar("_Record", bound="DataclassInstance")
+_Made = TypeVar("_Made", bound="DataclassInstance")
 _NON_FINITE = {"NaN": math.nan, "Infinity": math.inf, "-Infinity": -math.inf}
 
 
@@ -191,7 +192,7 @@ def plain(value: Any) -> Any:
     return value
 
 
-def from_plain(kind: type[_Record], data: Mapping[str, Any], what: str, **convert: Callable[[Any], Any]) -> _Record:
+def from_plain(kind: type[_Made], data: Mapping[str, Any], what: str, **convert: Callable[[Any], Any]) -> _Made:
     """Make a dataclass of plain containers, with ``convert`` for single fields; keys of later versions are ignored.
 
     Raises:

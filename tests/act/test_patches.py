@@ -12,7 +12,7 @@ from weakref import ref
 
 import pytest
 
-from lightning_nanguard.act.patches import undo_all, wrap_method
+from lightning_nanguard.act.patches import undo_all, wrap_method, wrapped
 
 
 class Owner:
@@ -81,6 +81,17 @@ def test_a_wrapper_that_is_gone_already() -> None:
     owner.say = str.upper
     undo()
     assert owner.say is str.upper
+
+
+def test_inside_a_block() -> None:
+    """The method is wrapped inside, and its own again afterwards, also if the block raises."""
+    owner = Owner()
+    with wrapped(owner, "say", adding("a")):
+        assert owner.say("x") == "ax"
+    assert not vars(owner)
+    with pytest.raises(TypeError, match="str"), wrapped(owner, "say", adding("a")):
+        owner.say("x") + 1  # type: ignore[operator]
+    assert not vars(owner)
 
 
 def test_copies_and_pickles_are_without_wrappers() -> None:

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from lightning_nanguard.checkpoints.inspection import Inspection, damage, inspect, newest_good, run_of_file
+from lightning_nanguard.checkpoints.poison import KnownWeights
 from tests.checkpoints.training import BAD
 
 
@@ -48,7 +49,7 @@ def test_masks_by_name_and_by_allowance(tmp_path: Path) -> None:
     torch.save({"state_dict": {"mask": mask, "w": mask}}, path)
     assert inspect(path).tensors == ("state_dict: w",)
     weights = {"mask": mask, "w": mask}
-    assert inspect(path, weights, {("buffer", "w"): mask == -math.inf}).tensors == ("state_dict: mask",)
+    assert inspect(path, KnownWeights(weights, {("buffer", "w"): mask == -math.inf})).tensors == ("state_dict: mask",)
 
 
 def test_the_newest_good_file(saved: Callable[..., Path], tmp_path: Path) -> None:

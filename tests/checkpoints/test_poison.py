@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nanguard.checkpoints.poison import poisoned
+from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
 
 BAD = torch.tensor([1.0, math.nan])
 WEIGHTS = {"w": torch.ones(2), "mask": torch.tensor([0.0, -math.inf])}
@@ -39,4 +39,4 @@ ALLOWED = {("buffer", "mask"): torch.tensor([False, True])}
 )
 def test_what_is_poisoned(content: dict[str, Any], named: list[str]) -> None:
     """Weights, averages and moments are looked at, wherever they lie; masks by design and other tensors are not."""
-    assert poisoned(content, WEIGHTS, ALLOWED) == named
+    assert poisoned(content, KnownWeights(WEIGHTS, ALLOWED)) == named

@@ -46,6 +46,16 @@ def test_a_run_whose_records_are_lost_is_not_healthy(tmp_path: Path, capsys: pyt
     assert "8 updates, 2 interventions, of which 2 cannot be read" in capsys.readouterr().out
 
 
+def test_a_torn_line_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A run that was killed while it wrote leaves a torn line: one command warns of it once, the next one again."""
+    folder = write_run(tmp_path)
+    with open(folder / RECORDS_FILE, "a") as file:
+        file.write('{"global_step": 7')
+    for count in (1, 2):
+        assert main(["explain", str(folder)]) == 0
+        assert [" without a readable record" in text for text in caplog.messages] == [True] * count
+
+
 def test_a_skipped_last_update_is_not_the_outcome(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """A run whose last batch was bad and was skipped is saved, and ends with the loss of the last update it made."""
     guards = NaNGuard(), NaNGuard(observe=True)
@@ -93,7 +103,7 @@ def test_explain_tells_a_healthy_run_from_a_wrong_folder(tmp_path: Path, capsys:
 
 
 def test_a_log_that_is_damaged_or_missing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """That is said, and the run is not called one of version 0.1.0; a file that is none of a run is an error."""
+    """That is said; a file that is none of a run is an error."""
     folder = write_run(tmp_path / "run")
     (folder / RUN_FILE).write_text("garbage")
     told = []
@@ -120,8 +130,8 @@ def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixtur
 
 
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every record is told, the first of a kind in full; records of version 0.1.0, which kept no log, too; and nothing
-    in one reaches the terminal as more than text."""
+    """Every record is told, the first of a kind in full, also without a log of the run; and nothing in one reaches
+    the terminal as more than text."""
     sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
     for step in (7, 8):
         sink.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -133,4 +143,4 @@ def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "step 8 (epoch 0, batch 8): non-finite loss again; skipped the batch\n" in shown
         assert "went back to step 4" in shown
         assert all(line.isprintable() for line in shown.splitlines())
-        assert ("Run of version 0.1.0 in " in shown) == (where == tmp_path)
+        assert ("Run without its run.jsonl" in shown) == (where == tmp_path)

@@ -12,9 +12,8 @@ from typing import Any
 import pytest
 
 import lightning_nanguard
-from lightning_nanguard import NaNGuard
+from lightning_nanguard import NaNGuard, errors
 from lightning_nanguard.cli.main import COMMANDS, main
-from lightning_nanguard.diagnosis import bundle as bundles
 from tests.classifier import config
 
 
@@ -54,7 +53,7 @@ def test_missing_extras_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
         return load
 
-    monkeypatch.setattr(bundles, "import_module", without("safetensors.torch"))
+    monkeypatch.setattr(errors, "import_module", without("safetensors.torch"))
     monkeypatch.setattr(lightning_cli, "import_module", without("jsonargparse"))
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[bundle\]"):
         NaNGuard(bundle_dir=tmp_path)

@@ -11,7 +11,7 @@ import torch
 
 from lightning_nanguard import Case, Comparison, Evidence, Fault
 from lightning_nanguard.diagnosis.bundle import Bundle, read, write
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 
 # What version 0.1.0 wrote of a fault and its evidence, as far as it matters here.
@@ -60,7 +60,7 @@ def test_the_cause_of_an_old_incident_is_as_it_was(
     """Rules judge a fault by its traits, which the version before did not write."""
     fault = {**FAULT, "kind": kind, "scope": scope, "place": place, "value": 1e9}
     bundle = read(written(tmp_path / "old", schema=1, fault=fault))
-    finding = diagnose(Case(bundle.fault, bundle.evidence))
+    finding = RuleSet().diagnose(Case(bundle.fault, bundle.evidence))
     assert finding is not None
     assert finding.cause == cause
 

@@ -9,7 +9,7 @@ import pytest
 from lightning_nanguard import NO_FAULT, Case, Course, Curvature, Origin, Range
 from lightning_nanguard.thresholds.diagnosis import PlateauThresholds
 
-FLAT = Course(updates=100, first=2.0, before=2.0, now=2.0, spread=0.01, best=1.9, norm=1.0)
+FLAT = Course(updates=100, first=2.0, before=2.0, now=2.0, spread=0.01, norm=1.0)
 
 
 def test_an_empty_case_is_one() -> None:

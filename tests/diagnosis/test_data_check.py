@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_nanguard.diagnosis.data_check import Collated, DataCheck, Unreadable, place_of
+from lightning_nanguard.diagnosis.data_check import Collated, DataCheck, Unreadable
 from lightning_nanguard.measure.sample_parts import sample_hash
+from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 
 
 def checked(samples: list[Any], **options: Any) -> list[tuple[Any, str, dict[str, Any]]]:
     check = DataCheck(**options)
     for row, sample in enumerate(samples):
-        check.see(place_of(row), sample)
+        check.see(BadSample("", row), sample)
     assert check.count == len(samples)
     return [(one.row, one.cause, dict(one.columns)) for one in check.found()]
 
@@ -66,7 +67,7 @@ def test_factor_and_varied_shapes() -> None:
     assert [row for row, _, _ in checked(made, factor=1.5)] == [9]
     check = DataCheck()
     for row in range(10):
-        check.see(place_of(row), torch.zeros(row + 1))
+        check.see(BadSample("", row), torch.zeros(row + 1))
     assert check.shapes_vary()
     assert check.found() == []
 
@@ -74,8 +75,8 @@ def test_factor_and_varied_shapes() -> None:
 def test_samples_without_rows_have_hashes() -> None:
     """A sample of a stream can be found again by its hash; one that is collated already is taken as it is."""
     check, bad = DataCheck(), torch.tensor([1.0, nan])
-    check.see(place_of(None, 3, 1), bad)
-    check.see(place_of(None, 3, 2), Collated(bad[None]))
+    check.see(BadSample("", batch=3, index=1), bad)
+    check.see(BadSample("", batch=3, index=2), Collated(bad[None]))
     assert [(one.hash, one.batch, one.index) for one in check.found()] == [
         (sample_hash(bad), 3, 1),
         (sample_hash(bad), 3, 2),

@@ -19,7 +19,8 @@ from lightning_nanguard import Case, Fault, Finding, NaNGuard, TrainingDivergedE
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.record.files import read_records
-from lightning_nanguard.record.messages import describe
+from lightning_nanguard.record.messages import tell
+from lightning_nanguard.record.text import in_words
 from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
@@ -65,7 +66,7 @@ def test_the_cause_is_named(cause: str, run: FailingRun, place: str, samples: tu
     assert guard.interventions[0].cause == cause
     record = read_records(folder_of(guard) / "interventions.jsonl")[0]
     assert record.finding == finding
-    assert f"cause: {cause}" in describe(record)
+    assert f"why: {in_words(cause)}" in tell(record)
 
 
 # ---------------------------------------------------------------------------------------------------- other ways to run

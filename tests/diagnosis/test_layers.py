@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from itertools import pairwise
 
 import pytest
@@ -14,7 +15,7 @@ from lightning_nanguard import Finding
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.layers import measure_layers
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.helpers import differences, mlp
 
 Init = Callable[[nn.Linear], object]
@@ -202,8 +203,8 @@ def times_itself(difference: Tensor) -> Tensor:
 def found(model: nn.Module, loss: Loss, scale: float = 1.0, seed: int = 0) -> tuple[Finding, ...]:
     x, y = torch.randn(40, 20), torch.randint(0, CLASSES, (40,))
     x = x if scale == 1 else x.abs() * scale
-    seen = measure_layers(model, lambda: loss(model, x, y), [y])
-    return findings(Case(model=seen, clues=batch_clues((x, y), model)))
+    seen = measure_layers(model, (x, y), lambda: loss(model, x, y), nullcontext)
+    return RuleSet().findings(Case(model=seen, clues=batch_clues((x, y), model)))
 
 
 @pytest.mark.parametrize("seed", [0, 1, 2])
@@ -235,7 +236,7 @@ def test_layers_are_told_in_the_order_they_run() -> None:
     """Weights and activations in order, with their scales and gradients."""
     model = mlp(norm=True)
     x = torch.randn(16, 6)
-    seen = measure_layers(model, lambda: model(x).square().mean())
+    seen = measure_layers(model, x, lambda: model(x).square().mean(), nullcontext)
     assert seen is not None
     assert [(one.path, one.kind) for one in seen.layers] == [("0", "Linear"), ("2", "Tanh"), ("3", "Linear")]
     first = seen.layers[0]
@@ -259,7 +260,7 @@ def test_looking_changes_nothing_of_the_model() -> None:
 def test_a_layer_that_runs_often_stands_there_once() -> None:
     """The steps of a recurrent net are told together, however many there are."""
     model = nn.GRU(4, 8, batch_first=True)
-    seen = measure_layers(model, lambda: model(torch.randn(8, 50, 4))[0].mean())
+    seen = measure_layers(model, None, lambda: model(torch.randn(8, 50, 4))[0].mean(), nullcontext)
     assert seen is not None
     assert len(seen.layers) < 8
 
@@ -268,5 +269,5 @@ def test_other_errors_are_the_callers() -> None:
     """Only a target that is none of the classes is told instead of raised."""
     model = net(30)
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        measure_layers(model, lambda: model(torch.randn(3, 7)).mean())
-    assert measure_layers(model, lambda: None) is None
+        measure_layers(model, None, lambda: model(torch.randn(3, 7)).mean(), nullcontext)
+    assert measure_layers(model, None, lambda: None, nullcontext) is None

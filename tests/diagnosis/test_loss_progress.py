@@ -49,4 +49,3 @@ def test_the_newest_losses_alone_make_a_course() -> None:
     assert course is not None
     assert course.before > course.now
     assert course.moves()
-    assert course.best <= course.now

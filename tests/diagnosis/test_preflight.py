@@ -294,7 +294,7 @@ def test_a_look_that_fails_costs_nothing(tmp_path: Path, monkeypatch: pytest.Mon
     def broken(*args: Any, **options: Any) -> None:
         raise MemoryError("no more")
 
-    for name in ("batch_clues", "measure_layers_untraced", "sample_rows"):
+    for name in ("batch_clues", "measure_layers", "sample_rows"):
         monkeypatch.setattr(f"lightning_nanguard.diagnosis.preflight.{name}", broken)
         guard = NaNGuard(preflight=True)
         fit(task("mlp"), batches(), guard, folder=tmp_path)

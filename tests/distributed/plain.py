@@ -159,8 +159,8 @@ def group() -> dict[str, Any]:
         ranks.average([weights])
         found[name] = {
             "gathered": ranks.gather([rank, None, "é" * rank]),
-            "last": [one.pack().hex() for one in posted[-1].reports()],
-            "first": [one.step for one in posted[0].reports()],
+            "last": [one.pack().hex() for one in posted[-1]()],
+            "first": [one.step for one in posted[0]()],
             "mine": report(loss=(math.nan, -0.0)[rank], step=39).pack().hex(),
             "average": weights.tolist(),
         }

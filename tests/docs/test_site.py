@@ -135,7 +135,8 @@ def test_what_is_done_fits_what_is_blamed() -> None:
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):
             continue
         scope = next((literals(one.value) for one in node.keywords if one.arg == "scope"), set())
-        blamed = {"batch"} if node.func.id == "finding_at" else scope if node.func.id == "Finding" else set()
+        makers = {"finding_at": {"batch"}, "_learner_finding": {"learner"}, "Finding": scope}
+        blamed = makers.get(node.func.id, set())
         for cause in literals(node.args[0]) & found.keys() - {"non_finite_from_start"}:
             checked += len(blamed)
             assert all(words[one] in " ".join(found[cause].split()) for one in blamed), cause

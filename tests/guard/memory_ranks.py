@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from threading import Condition
 from typing import Any, TypeVar
 
@@ -43,17 +44,6 @@ class Board:
             return [self._values[key][rank] for rank in range(self.world)]
 
 
-class MemoryReports:
-    """The reports of all ranks on one update."""
-
-    def __init__(self, board: Board, key: tuple[str, int]) -> None:
-        self._board = board
-        self._key = key
-
-    def reports(self) -> Sequence[Report]:
-        return self._board.get(self._key)
-
-
 class MemoryRanks:
     """One of several ranks.
 
@@ -74,11 +64,11 @@ class MemoryRanks:
         self._posted = 0
         self._gathered = 0
 
-    def post(self, report: Report) -> MemoryReports:
+    def post(self, report: Report) -> Callable[[], Sequence[Report]]:
         self._posted += 1
         key = ("report", self._posted)
         self._board.put(key, self.rank, report)
-        return MemoryReports(self._board, key)
+        return partial(self._board.get, key)
 
     def gather(self, value: Any) -> list[Any]:
         self._gathered += 1

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from lightning_nanguard import Fault, Intervention
 from lightning_nanguard.diagnosis.case import Case
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.loop import Clock, NoReplay
@@ -99,7 +99,7 @@ class PlainLoop(NoReplay):
         self.advice.append(finding)
 
     def diagnose(self, fault: Fault, evidence: Evidence, look: str, update: int) -> Finding | None:
-        return diagnose(Case(fault, evidence))
+        return RuleSet().diagnose(Case(fault, evidence))
 
     # What it asks of one that can run its batches again; NoReplay has the rest.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from lightning_nanguard.diagnosis.step_tracer import StepTrace
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.state.snapshot import Snapshot
 from tests.guard.branching import BranchingLoop, branches
@@ -73,7 +74,12 @@ def test_what_is_known_of_it_without_a_run() -> None:
     """Whether a loss depends on samples of the model is found out by running a batch, and only if that is allowed."""
     loop = BranchingLoop(lr=0.05)
     asked: list[bool] = []
-    loop.draws_from_weights = lambda: bool(asked.append(True)) or True  # type: ignore[method-assign]
+
+    def step_trace() -> StepTrace:
+        asked.append(True)
+        return StepTrace(draws=True, unused=frozenset())
+
+    loop.step_trace = step_trace  # type: ignore[method-assign]
     assert branches(loop).hindrance(run=False) == ""
     assert not asked
     assert "samples that the model draws itself" in branches(loop).hindrance()

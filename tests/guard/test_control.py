@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from torch import Tensor, nn
 
 from lightning_nanguard.guard.control import NOT_ALIKE, Control
+from lightning_nanguard.guard.suspicions import Suspicions
+from lightning_nanguard.types import Fault, Reading
 from tests.guard.branching import BranchingLoop, branches
 
 
@@ -42,6 +45,34 @@ def test_a_constrained_run_is_not_compared() -> None:
     assert loop.guard.context.receipts.given[-1].reason == NOT_ALIKE
 
 
+def decay(net: nn.Module) -> None:
+    for parameter in list(net.parameters())[:1]:
+        parameter.mul_(0.5)
+
+
+def shrink(net: nn.Module) -> None:
+    for parameter in net.parameters():
+        parameter.mul_(0.99)
+
+
+@pytest.mark.parametrize(("change", "farther"), [(shrink, False), (decay, True)])
+def test_advice_names_the_weights_that_are_moved_outside(change: Callable[[nn.Module], None], *, farther: bool) -> None:
+    """Writes outside of the step explain a suspicion, surely if they move weights farther than the step does."""
+    loop = Constrained(change, lr=0.2)
+    loop.run(50)
+    parts = loop.guard._parts
+    suspicions = Suspicions(loop.guard.context, loop, parts.investigator, parts.recorder)
+    outside = parts.investigator.outside
+    assert outside is not None
+    assert (outside.ratio > 1) is farther
+    fault = Fault("collapsed", "learner", "loss", 2.0, "it rose", certain=False)
+    suspicions.tell(fault, Reading(50, 0, 2.0, 1.0), (50, 0, 49))
+    advice = loop.advice[-1]
+    assert (advice.cause, advice.place) == ("weights_moved_outside", outside.parameters[0])
+    assert (advice.confidence > 0.5) is farther
+    assert f"moves the weights {outside.ratio:.3g} times as far" in advice.suggestion
+
+
 def test_a_run_is_compared_if_its_updates_can_be_made_again() -> None:
     """The control follows for a number of updates, with the rate of each; it begins anew where the run is moved."""
     loop = BranchingLoop(lr=0.05)
@@ -50,7 +81,7 @@ def test_a_run_is_compared_if_its_updates_can_be_made_again() -> None:
     control = Control(context, made)
     control.begin()
     followed = []
-    for step in range(context.thresholds.trial.controlled + 3):
+    for step in range(context.thresholds.trial.picked_after + 3):
         loop.optimizer.param_groups[0]["lr"] = 0.05 / (1 + step % 3)
         loop.run(1)
         loop.optimizer.param_groups[0]["lr"] = 1.0  # for the next step, as by a scheduler

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pytest
+
 from lightning_nanguard.guard.state import GuardState
 
 
@@ -21,6 +23,23 @@ def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:
         state.note_rate(1.0 / (state.step + 1))
     assert len(state.rates) == 1024
     assert state.rates[-1] == (2999, 1.0 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("rates", "highest"),
+    [
+        ([(1, 0.1), (50, 3.0), (70, 0.1)], 3.0),
+        ([(1, 3.0), (30, 0.1)], 0.1),
+        ([(1, 3.0), (60, 0.1)], 3.0),
+        ([], 0.0),
+    ],
+    ids=["a peak", "before that update", "since that update", "unknown"],
+)
+def test_the_highest_rate_since_an_update(rates: list[tuple[int, float]], highest: float) -> None:
+    """The rate that was in force at that update counts, too."""
+    state = GuardState()
+    state.rates.extend(rates)
+    assert state.highest_rate(40) == highest
 
 
 def test_the_evaluations_of_one_step_are_one_update() -> None:

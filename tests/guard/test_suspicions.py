@@ -91,6 +91,16 @@ def test_which_of_several_optimizers(tmp_path: Path) -> None:
         assert one.finding.suggestion.endswith("no trial can be made, because the run has several optimizers.")
 
 
+def test_a_trial_that_finds_nothing_better_is_told() -> None:
+    """A loss that is clearly higher is told after such a trial, too, and a lower rate is not proposed then."""
+    loop, suspicions = trained(EVIDENCE)
+    suspicions.tell(LEARNER, Reading(6, 0, 2.0, 1.0), (6, 0, 5), tried=True)
+    (advice,) = loop.advice
+    assert "Look for what changed the weights or the data." in advice.suggestion
+    assert advice.suggestion.endswith("and a trial found no lower learning rate at which the model learns more.")
+    assert "with a lower learning rate" not in advice.suggestion
+
+
 @pytest.mark.parametrize(("above", "told"), [(0.5, False), (5.0, True)])
 def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> None:
     """A loss that is above the first one by less than the newest losses differ is no sign of a divergence."""

@@ -216,7 +216,7 @@ def test_a_trial_that_the_control_ends_is_told(monkeypatch: pytest.MonkeyPatch) 
     loop = BranchingLoop(lr=2.0)
     loop.run(60)
     assert remedies(loop) == []
-    reason = "no trial can be made, because code outside of the optimizer's step changes weights"
+    reason = "no trial can be made, because a copy of the model does not make the updates of the run"
     assert any(reason in one.suggestion for one in loop.advice)
 
 

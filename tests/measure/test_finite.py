@@ -7,7 +7,13 @@ import math
 import pytest
 import torch
 
-from lightning_nanguard.measure.finite import all_finite, batch_finite, non_finite_fields, non_finite_indices
+from lightning_nanguard.measure.finite import (
+    all_finite,
+    bad_unless_masked,
+    batch_finite,
+    non_finite_fields,
+    non_finite_indices,
+)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.complex64])
@@ -42,3 +48,10 @@ def test_fields_that_are_not_finite() -> None:
         "z",
     }
     assert non_finite_fields([]) == non_finite_fields([(torch.ones(2, dtype=torch.int64), "text")]) == frozenset()
+
+
+def test_a_mask_is_not_bad() -> None:
+    """NaN and +Inf are bad; −Inf is not, and integers never are."""
+    numbers = (0.0, -math.inf, math.inf, math.nan)
+    assert [bad_unless_masked(torch.tensor([1.0, number])) for number in numbers] == [False, False, True, True]
+    assert not bad_unless_masked(torch.ones(2, dtype=torch.int64))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from lightning_nanguard import Finding
-from lightning_nanguard.record.html import escaped, interventions_table, parts_of, table
+from lightning_nanguard.record.html import escaped, interventions_table, lines_of, table
 from tests.record.data import SKIP
 
 
@@ -18,7 +18,7 @@ def test_cells_are_text() -> None:
 def test_what_was_seen_why_and_done() -> None:
     """The words of the console come by what each says."""
     finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active: none. Lower the rate.")
-    told = dict(parts_of(replace(SKIP, finding=finding)))
+    told = dict(lines_of(replace(SKIP, finding=finding)))
     assert told["why"] == "dead relu in net.1: no unit is active: none"
     assert told["done"] == "skipped the batch"
     assert told["to do"] == "Lower the rate."

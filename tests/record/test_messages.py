@@ -7,96 +7,76 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from lightning_nanguard.record.messages import describe, tell, tell_again
+from lightning_nanguard.record.messages import describe_finding, origin_in_words, samples_in_words, tell, tell_again
 from lightning_nanguard.types import Finding, Intervention
 from tests.record.data import ROLLBACK, SKIP, interventions
 
+ROWS = Finding("non_finite_input", 1.0, {"times_met": 2.0}, "field 0", (4, 6), "Clean the data.", "batch", (100, "a"))
+STREAM = replace(ROWS, samples=(4,), rows=(), evidence={"position": 12.0, "hash": "ab12", "rank": 1.0})
 FINDING = Finding("non_finite_input", 1.0, {}, "input", (3, 17), "clean the data set")
+
+
+@pytest.mark.parametrize(
+    ("intervention", "done"),
+    [
+        (SKIP, "skipped the batch"),
+        (ROLLBACK, "went back to step 400, learning rate 0.1 → 0.05"),
+        (
+            replace(ROLLBACK, remedies=("restore", "redo"), lr_after=0.1),
+            "went back to step 400, made the updates since then again",
+        ),
+        (
+            replace(SKIP, fault="healthy", place="", remedies=("give back",), lr_before=0.1, lr_after=0.2),
+            "raised the learning rate again: 0.1 → 0.2",
+        ),
+        (
+            replace(ROLLBACK, applied=False),
+            "would have gone back to step 400, changed the learning rate 0.1 → 0.05",
+        ),
+        (
+            replace(ROLLBACK, applied=False, lr_after=0.1),
+            "would have gone back to step 400, changed the learning rate",
+        ),
+        (
+            replace(ROLLBACK, lr_before=None, lr_after=None, snapshot_step=None),
+            "went back to an earlier state, learning rate changed",
+        ),
+        (
+            replace(ROLLBACK, remedies=("restore", "clip", "reset moments", "stop"), lr_after=0.1),
+            ("went back to step 400, turned gradient clipping on, emptied the optimizer's state, stopped the run"),
+        ),
+        (replace(ROLLBACK, remedies=("reduce {momentum}",)), "reduce {momentum}, learning rate 0.1 → 0.05"),
+        (replace(SKIP, remedies=()), "did nothing"),
+        (replace(SKIP, remedies=(), applied=False), "would have done nothing"),
+    ],
+)
+def test_what_was_done(intervention: Intervention, done: str) -> None:
+    """Each remedy in words, in order, and how the rate changed."""
+    assert f"\n  done: {done}\n" in f"{tell(intervention)}\n"
+    assert tell_again(intervention).endswith(f" again; {done}")
 
 
 @pytest.mark.parametrize(
     ("intervention", "text"),
     [
+        (replace(ROLLBACK, value=12345.678), "step 430 (epoch 3, batch 30): exploding loss: 1.235e+04"),
+        (replace(ROLLBACK, batch_idx=-1), "step 430 (epoch 3): exploding loss"),
         (
-            SKIP,
-            "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight; skipped the batch",
-        ),
-        (
-            ROLLBACK,
-            "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, learning rate 0.1 → 0.05",
-        ),
-        (
-            replace(ROLLBACK, remedies=("restore", "redo"), lr_after=0.1),
-            (
-                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, made the updates since "
-                "then again"
-            ),
-        ),
-        (
-            replace(SKIP, fault="healthy", place="", remedies=("give back",), lr_before=0.1, lr_after=0.2),
-            "step 412 (epoch 3, batch 12): healthy; raised the learning rate again: 0.1 → 0.2",
-        ),
-        (
-            replace(ROLLBACK, applied=False),
-            (
-                "step 430 (epoch 3, batch 30): exploding_loss in loss; would have gone back to step 400, changed "
-                "the learning rate 0.1 → 0.05"
-            ),
-        ),
-        (
-            replace(ROLLBACK, applied=False, lr_after=0.1, batch_idx=-1, value=12345.678),
-            (
-                "step 430 (epoch 3): exploding_loss in loss (1.235e+04); would have gone back to step 400, changed "
-                "the learning rate"
-            ),
-        ),
-        (
-            replace(ROLLBACK, lr_before=None, lr_after=None, snapshot_step=None),
-            (
-                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to an earlier state, learning "
-                "rate changed"
-            ),
-        ),
-        (
-            replace(ROLLBACK, remedies=("restore", "clip", "reset moments", "stop"), lr_after=0.1),
-            (
-                "step 430 (epoch 3, batch 30): exploding_loss in loss; went back to step 400, turned gradient "
-                "clipping on, emptied the optimizer's state, stopped the run"
-            ),
-        ),
-        (
-            replace(ROLLBACK, remedies=("reduce {momentum}",)),
-            "step 430 (epoch 3, batch 30): exploding_loss in loss; reduce {momentum}, learning rate 0.1 → 0.05",
-        ),
-        (
-            replace(SKIP, place="", remedies=(), value=1.0, message="the norm is\n40 times the median. "),
-            "step 412 (epoch 3, batch 12): non_finite_gradient (the norm is 40 times the median); did nothing",
-        ),
-        (
-            replace(SKIP, remedies=(), applied=False, place="", cause="bad_label"),
-            "step 412 (epoch 3, batch 12): non_finite_gradient; would have done nothing; cause: bad_label",
-        ),
-        (
-            replace(SKIP, cause="non_finite_input", finding=FINDING),
-            (
-                "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight; skipped the batch; "
-                "cause: non_finite_input in input (samples 3, 17): clean the data set"
-            ),
+            replace(SKIP, place="", value=1.0, message="the norm is\n40 times the median. "),
+            "step 412 (epoch 3, batch 12): non-finite gradient: the norm is 40 times the median",
         ),
     ],
 )
-def test_text(intervention: Intervention, text: str) -> None:
-    """Step, place, what was done and why, in one sentence."""
-    assert describe(intervention) == text
+def test_what_was_seen(intervention: Intervention, text: str) -> None:
+    """Step, fault and place, with the message of the detector or else its number."""
+    assert tell(intervention).split("\n")[0] == text
 
 
-@given(interventions)
-def test_is_one_line_for_anything(intervention: Intervention) -> None:
-    """Whatever the names hold, there is one line that starts with the step."""
-    text = describe(intervention)
-    assert len(text.splitlines()) == 1
-    assert text.startswith(f"step {intervention.global_step} (epoch {intervention.epoch}")
-    assert text.isprintable()
+def test_a_finding_in_one_line() -> None:
+    """Its cause, place, samples and suggestion, and how sure it is where this is asked for."""
+    text = "non_finite_input in input (samples 3, 17): clean the data set"
+    assert describe_finding(FINDING) == text
+    assert describe_finding(FINDING, confidence=True) == f"{text} (confidence 1)"
 
 
 def test_told_in_full() -> None:
@@ -130,9 +110,6 @@ def test_told_in_full() -> None:
 def test_ranks() -> None:
     """Every text names the ranks that saw the fault, if not all did, and names none twice."""
     one, two = replace(SKIP, ranks=(1,)), replace(SKIP, ranks=(0, 2))
-    assert describe(one).startswith(
-        "step 412 (epoch 3, batch 12): non_finite_gradient in gradient of net.0.weight on rank 1;"
-    )
     assert tell(one).startswith(
         "step 412 (epoch 3, batch 12): non-finite gradient (gradient of net.0.weight) on rank 1"
     )
@@ -153,6 +130,7 @@ def test_nothing_reaches_a_terminal_but_text(intervention: Intervention) -> None
     for text in (tell(intervention), tell_again(intervention)):
         lines = text.split("\n  ")
         assert len(lines) <= 4
+        assert text.startswith(f"step {intervention.global_step} (epoch {intervention.epoch}")
         assert all(line.isprintable() for line in lines)
 
 
@@ -171,3 +149,20 @@ def test_the_rate_of_this_run_is_not_at_odds_with_the_finding(evidence: dict[str
     told = tell(replace(ROLLBACK, finding=finding))
     assert said in told
     assert ("begin the next one" in said) == ("begin the next one" in told)
+
+
+def test_where_samples_came_from() -> None:
+    """Rows where they are known, else place and hash; how often, and on which rank."""
+    assert origin_in_words(ROWS) == "rows 100, a of the data set, seen up to 2 times"
+    assert origin_in_words(STREAM) == "batch 12 of the epoch, hash ab12, on rank 1"
+    assert samples_in_words(STREAM) == "sample 4, batch 12 of the epoch, hash ab12, on rank 1"
+    assert origin_in_words(replace(STREAM, evidence={"position": 12.0, "hash": ""})) == "batch 12 of the epoch"
+    assert origin_in_words(Finding("dead_relu", 1.0, {"hash": "of the user's own rule"})) == ""
+
+
+def test_messages_name_the_rows() -> None:
+    """The console says the rows the first time and again, and so does advice."""
+    told = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1, finding=ROWS)
+    assert "\n  samples: rows 100, a of the data set, seen up to 2 times\n" in tell(told)
+    assert "again (rows 100, a of the data set, seen up to 2 times); skipped" in tell_again(told)
+    assert "(rows 100, a of the data set, seen up to 2 times)" in describe_finding(ROWS)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard.record.summary import summary
+from lightning_nanguard.record.summary import mostly_skipped, summary
 
 
 @pytest.mark.parametrize(
@@ -75,3 +75,19 @@ def test_the_causes_of_advice_are_named_once() -> None:
         "no interventions; advice: dead relu, eval mode; read more with: nanguard explain runs/7"
     )
     assert "; advice: eval mode" in summary(64, {"non_finite_loss": 1}, {"skip": 1}, advice=["eval_mode"])
+
+
+@pytest.mark.parametrize(
+    ("skipped", "updates", "told"),
+    [
+        (191, 192, "191 of 192 updates were skipped: almost nothing was learned"),
+        (100, 192, "100 of 192 updates were skipped: the run learned from less than half of its batches"),
+        (250, 192, "192 of 192 updates were skipped: almost nothing was learned"),
+        (95, 192, ""),
+        (19, 19, ""),
+        (0, 0, ""),
+    ],
+)
+def test_the_share_of_skipped_updates(skipped: int, updates: int, told: str) -> None:
+    """It is told from a half on, and after enough updates; steps that were trained twice make it no more than all."""
+    assert mostly_skipped(skipped, updates) == told

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_nanguard.record.text import counted, in_words, listed_numbers, printable
+from lightning_nanguard.record.text import counted, in_words, joined, listed_numbers, printable
 
 
 @pytest.mark.parametrize(
@@ -34,3 +34,8 @@ def test_words_and_numbers() -> None:
     )
     assert listed_numbers("line", [2]) == "line 2"
     assert listed_numbers("line", range(10)) == "lines 0, 1, 2, 3, 4, 5, 6, 7 and 2 more"
+
+
+def test_words_in_a_row() -> None:
+    """Many are counted."""
+    assert [joined(["a", "b", "c"][:count], 2) for count in (0, 1, 2, 3)] == ["", "a", "a and b", "a, b and 1 more"]

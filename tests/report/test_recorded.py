@@ -7,7 +7,6 @@ from pathlib import Path
 
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
-from lightning_nanguard.thresholds.report import ReportThresholds
 from tests.report.runs import write_run
 
 
@@ -29,5 +28,5 @@ def test_many_layers_are_counted(tmp_path: Path) -> None:
     data = read_run_data(write_run(tmp_path))
     layers = {f"layer.{number}": (1.0, 2.0) for number in range(9)}
     many = replace(data, layer_norms=[replace(data.layer_norms[0], layers=layers)])
-    words = recorded_around(data.interventions[0], many, ReportThresholds(layers_in_text=2))[1]
-    assert words.endswith(": layer.0 1 → 2, layer.1 1 → 2, and 7 more")
+    words = recorded_around(data.interventions[0], many)[1]
+    assert words.endswith(": layer.0 1 → 2, layer.1 1 → 2, layer.2 1 → 2, and 6 more")

@@ -5,14 +5,12 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from lightning_nanguard.state.batch_origin import BatchOrigin, row_of, without
+from lightning_nanguard.state.batch_origin import row_of, without
 
 
 def test_rows_of_keys() -> None:
     """Integers of any kind are rows; what else a sampler draws is named in words."""
     assert [row_of(key) for key in (3, np.int64(4), torch.tensor(5), "a/b.png")] == [3, 4, 5, "a/b.png"]
-    assert BatchOrigin(0, keys=(torch.tensor(2), 1)).rows() == (2, 1)
-    assert BatchOrigin(7).rows() is None
 
 
 def test_others_keep_their_order() -> None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 from lightning_fabric import Fabric
 from pytorch_lightning import Callback
+from torch import Tensor
 
 from lightning_nanguard import Detector, NaNGuard, Reading
 from lightning_nanguard.cli.main import main
@@ -19,9 +20,10 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.trainer.repeat.step_runner import StepRunner
 from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
 from lightning_nanguard.trainer.validation import ValidationWatch
-from tests.helpers import FaultAt, batches, differences, fit, state_of, task
+from tests.helpers import Batch, FaultAt, Task, batches, differences, fit, mlp, state_of, task
 
 pytestmark = pytest.mark.failing_guard
 
@@ -145,3 +147,33 @@ def test_a_loop_without_a_trainer(hook: str) -> None:
     fabric = Fabric(accelerator="cpu", callbacks=[NaNGuard()])
     with pytest.raises(TypeError, match=rf"{hook} was called without a Trainer\. It does not support Fabric"):
         fabric.call(hook, *([torch.ones(1), 0] if "batch" in hook else []))
+
+
+@pytest.mark.parametrize(("owner", "name"), [(StepRunner, "_guarded"), (UpdatesAgain, "keep")])
+@pytest.mark.parametrize("accumulated", [1, 3])
+def test_a_micro_batch_is_run_once(
+    owner: type, name: str, accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whether the guard fails before or after it, the run is bit for bit the one without a guard."""
+    options = {"accumulate_grad_batches": accumulated}
+    bare = fit(task(), batches(count=12), folder=tmp_path / "bare", **options)
+    breaks(monkeypatch, owner, name, after=3)
+    guard = NaNGuard()
+    run = fit(task(), batches(count=12), guard, folder=tmp_path / "guarded", **options)
+    assert differences(state_of(bare), state_of(run)) == []
+    assert [one.finding.cause for one in guard.advice] == ["guard_failed"]
+
+
+def test_an_error_of_the_user_ends_the_run(tmp_path: Path) -> None:
+    """An exception of ``training_step`` is raised as it was, also after the step was run again for it."""
+
+    class Raises(Task):
+        def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+            if batch_idx == 4:
+                raise LookupError("a mistake of the user's")
+            return super().training_step(batch, batch_idx)
+
+    guard = NaNGuard()
+    with pytest.raises(LookupError, match="a mistake of the user's"):
+        fit(Raises(mlp()), batches(count=8), guard, folder=tmp_path)
+    assert not guard.advice

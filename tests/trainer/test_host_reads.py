@@ -19,7 +19,7 @@ from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.device import Driver, HostCopy
 from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.trainer.repeat.window import Window
+from lightning_nanguard.trainer.repeat.window import AccumulationWindow
 from tests.helpers import (
     data_for,
     fit,
@@ -77,7 +77,13 @@ class Scalars(TorchDispatchMode):
 
 HOOKS = ("on_train_batch_start", "on_before_backward", "on_before_optimizer_step", "on_train_batch_end")
 # What the guard does within Lightning's closure, around the user's step.
-PARTS = ((StepCheck, "fault"), (StepMemory, "open"), (StepMemory, "close"), (Window, "add"), (Window, "weigh"))
+PARTS = (
+    (StepCheck, "fault"),
+    (StepMemory, "open"),
+    (StepMemory, "close"),
+    (AccumulationWindow, "add"),
+    (AccumulationWindow, "weigh"),
+)
 
 
 @contextmanager

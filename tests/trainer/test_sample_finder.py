@@ -19,7 +19,7 @@ from torch.utils.data import DataLoader, IterableDataset, default_collate
 from lightning_nanguard import NaNGuard, SkipStep, sample_hash
 from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, merged, read_bad_samples
-from lightning_nanguard.record.sample_words import origin_in_words
+from lightning_nanguard.record.messages import origin_in_words
 from lightning_nanguard.thresholds import Thresholds
 from tests.helpers import folder_of, trainer_for
 from tests.modules import update_by_hand

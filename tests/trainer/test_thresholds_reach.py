@@ -66,7 +66,6 @@ def no_updates(parameters: list[nn.Parameter]) -> Optimizer:
 ELSEWHERE = {
     "distributed",  # several processes
     "snapshots.placement",  # a device
-    "diagnosis.gradients",  # `nanguard check`
     "diagnosis.labels",  # class labels
     "diagnosis.blame",  # `decision.blame` stands in its place
 }

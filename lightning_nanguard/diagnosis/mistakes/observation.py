@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 
+from lightning_nanguard.types import Finding
+
 
 @dataclass(frozen=True, slots=True)
 class ParameterSeen:
@@ -34,11 +36,6 @@ class ParameterSeen:
     untrained: bool | None = None
     copy: bool = False
     moved: bool | None = None
-
-    @property
-    def owner(self) -> str:
-        """Path of the module that has it."""
-        return self.name.rpartition(".")[0]
 
     @property
     def trained(self) -> bool:
@@ -121,6 +118,11 @@ class Observation:
     distinct: int = 0
     unfreezes: bool = False
 
+    def finding(self, cause: str, confidence: float, place: str, suggestion: str, **numbers: float) -> Finding:
+        """A finding about these updates, with some numbers and that of the updates as evidence."""
+        evidence = {name: float(number) for name, number in numbers.items()} | {"updates": float(self.updates)}
+        return Finding(cause, confidence, evidence, place, suggestion=suggestion)
+
     def parts(self, chosen: Callable[[ParameterSeen], bool]) -> tuple[str, ...]:
         """The largest parts of the model in which every parameter is ``chosen``, in the order of the model."""
         found = {one.name for one in self.parameters if chosen(one)}
@@ -149,15 +151,3 @@ def _prefixes(name: str) -> Iterable[str]:
     """All prefixes of a path, such as ``a``, ``a.0`` and ``a.0.w``."""
     words = name.split(".")
     return (".".join(words[: count + 1]) for count in range(len(words)))
-
-
-def named(parts: Sequence[str], most: int) -> str:
-    """List parts in words, such as ``body and neck`` or ``body, neck and 3 more``.
-
-    Example:
-        >>> named(["body", "neck"], 4)
-        'body and neck'
-    """
-    if len(parts) > most:
-        return f"{', '.join(parts[:most])} and {len(parts) - most} more"
-    return f"{', '.join(parts[:-1])} and {parts[-1]}" if len(parts) > 1 else "".join(parts)

@@ -26,105 +26,44 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_nanguard.diagnosis.case import Case
-from lightning_nanguard.diagnosis.rules.arithmetic import (
-    division_by_zero,
-    exp_overflow,
-    log_of_zero,
-    low_precision_overflow,
-    non_finite_from_start,
-    random_draw,
-    sqrt_at_zero,
-    unknown_operation,
-)
-from lightning_nanguard.diagnosis.rules.data import (
-    labels_unrelated,
-    no_valid_target,
-    non_finite_input,
-    target_out_of_domain,
-    unnormalised_input,
-)
-from lightning_nanguard.diagnosis.rules.layers import (
-    dead_relu,
-    saturated_activation,
-    unbalanced_initialisation,
-    vanishing_gradient,
-)
-from lightning_nanguard.diagnosis.rules.learner import (
-    collapsed,
-    corrupted_state,
-    exploding_gradient,
-    ill_conditioned,
-    learning_rate_too_high,
-    unstable_hyperparameter,
-)
-from lightning_nanguard.diagnosis.rules.loss_function import (
-    double_softmax,
-    mse_for_classification,
-    unbounded_loss,
-    wrong_gradient,
-)
-from lightning_nanguard.diagnosis.rules.plateau import (
-    batch_size,
-    layer_update_abnormal,
-    local_minimum,
-    oscillation,
-    saddle_point,
-)
-from lightning_nanguard.diagnosis.rules.updates import forward_writes_buffer, optimizer_update
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
+from lightning_nanguard.diagnosis.rules import arithmetic, data, layers, learner, loss_function, plateau, updates
+from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
 RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
-    non_finite_input,
-    target_out_of_domain,
-    no_valid_target,
-    labels_unrelated,
-    unnormalised_input,
-    log_of_zero,
-    exp_overflow,
-    division_by_zero,
-    sqrt_at_zero,
-    low_precision_overflow,
-    random_draw,
-    non_finite_from_start,
-    optimizer_update,
-    forward_writes_buffer,
-    corrupted_state,
-    exploding_gradient,
-    unstable_hyperparameter,
-    learning_rate_too_high,
-    double_softmax,
-    mse_for_classification,
-    unbounded_loss,
-    unbalanced_initialisation,
-    saturated_activation,
-    dead_relu,
-    vanishing_gradient,
-    wrong_gradient,
-    ill_conditioned,
-    collapsed,
-    layer_update_abnormal,
-    oscillation,
-    saddle_point,
-    local_minimum,
-    batch_size,
-    unknown_operation,
+    data.non_finite_input,
+    data.target_out_of_domain,
+    data.no_valid_target,
+    data.labels_unrelated,
+    data.unnormalised_input,
+    arithmetic.log_of_zero,
+    arithmetic.exp_overflow,
+    arithmetic.division_by_zero,
+    arithmetic.sqrt_at_zero,
+    arithmetic.low_precision_overflow,
+    arithmetic.random_draw,
+    arithmetic.non_finite_from_start,
+    updates.optimizer_update,
+    updates.forward_writes_buffer,
+    learner.corrupted_state,
+    learner.exploding_gradient,
+    learner.unstable_hyperparameter,
+    learner.learning_rate_too_high,
+    loss_function.double_softmax,
+    loss_function.mse_for_classification,
+    loss_function.unbounded_loss,
+    layers.unbalanced_initialisation,
+    layers.saturated_activation,
+    layers.dead_relu,
+    layers.vanishing_gradient,
+    loss_function.wrong_gradient,
+    learner.ill_conditioned,
+    learner.collapsed,
+    plateau.layer_update_abnormal,
+    plateau.oscillation,
+    plateau.saddle_point,
+    plateau.local_minimum,
+    plateau.batch_size,
+    arithmetic.unknown_operation,
 )
 """Every built-in rule. Of two findings with the same confidence, that of the earlier rule is used."""
-
-
-def findings(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:
-    """All findings of the built-in rules, those with the highest confidence first; ties in the order of the rules."""
-    found = [finding for rule in RULES if (finding := rule(case, thresholds)) is not None]
-    return tuple(sorted(found, key=lambda finding: -finding.confidence))
-
-
-def diagnose(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """The finding of the built-in rules with the highest confidence, ``None`` if no rule has one.
-
-    Example:
-        >>> from lightning_nanguard.types import Evidence, Fault
-        >>> diagnose(Case(Fault("non_finite_loss", "batch", "loss"), Evidence(step=3, batch_finite=False))).cause
-        'non_finite_input'
-    """
-    return next(iter(findings(case, thresholds)), None)

@@ -6,6 +6,7 @@ from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
 from lightning_nanguard.diagnosis.rules.phrases import finding_at, of_samples, origin_evidence, smallest_operand
 from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, number_format_exhausted
+from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -258,8 +259,7 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
         given = f", given numbers from {origin.lowest:{digits}} to {origin.highest:{digits}}"
     if beyond:
         given += f", where it needs numbers {DOMAINS[origin.operation].words}"
-    where = f"{'the backward pass of ' if origin.backward else ''}{origin.operation}"
-    line = f", {origin.line}" if origin.line else ""
+    where = f"{'the backward pass of ' if origin.backward else ''}{with_line(origin.operation, origin.line)}"
     if beyond:
         advice = "Clamp its input, or look at the code that computes the input"
     elif origin.put_in:
@@ -274,7 +274,7 @@ def unknown_operation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> 
         "unknown_operation",
         thresholds.confidence.unknown_operation,
         origin,
-        f"first non-finite value{of_samples(origin.samples)}: {where}{line}{given}. {advice}.",
+        f"first non-finite value{of_samples(origin.samples)}: {where}{given}. {advice}.",
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.diagnosis.case import Case, Range
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, outside
 from lightning_nanguard.diagnosis.rules.layers import harm_of_large_inputs
 from lightning_nanguard.diagnosis.rules.loss_function import class_out_of_range
@@ -17,14 +17,12 @@ from lightning_nanguard.diagnosis.rules.phrases import (
     range_evidence,
     target_span,
 )
-from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, in_other_units, inputs_are_large, learner_diverged
+from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, inputs_are_large, learner_diverged
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
 _DIVISIONS = ("div", "true_divide", "divide")
 _CLASS_LOSSES = ("nll_loss", "cross_entropy")
-
-_TARGETS_OR_WEIGHTS = "Correct or clip these numbers. They may be targets, or weights of the samples."
 
 
 def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -77,12 +75,23 @@ def target_out_of_domain(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
             f"{target_span(target, origin)}, {origin.operation} needs numbers {DOMAINS[origin.operation].words}. "
             f"Fix the targets{of_samples(origin.samples)}.",
         )
+    remedy = "Correct or clip these numbers. They may be targets, or weights of the samples."
+    far = _unlike_others("target_out_of_domain", case, target, remedy, thresholds)
+    return class_out_of_range(case, thresholds) if far is None else far
+
+
+def _unlike_others(
+    cause: str, case: Case, found: Range | None, remedy: str, thresholds: DiagnosisThresholds
+) -> Finding | None:
+    """A finding about numbers of a faulty batch that are far larger than in its other samples or the batches before."""
     confidence = thresholds.confidence.outliers
-    if in_other_units(target, thresholds.data) and target is not None and not target.outliers:
-        return other_units_finding("target_out_of_domain", confidence, target, _TARGETS_OR_WEIGHTS)
-    if target is None or not target.outliers or case.fault.scope != "batch":
-        return class_out_of_range(case, thresholds)
-    return outlier_finding("target_out_of_domain", confidence, target, _TARGETS_OR_WEIGHTS)
+    if found is None or case.fault.scope != "batch":
+        return None
+    if found.outliers:
+        return outlier_finding(cause, confidence, found, remedy)
+    if found.largest > thresholds.data.other_units * found.before > 0:
+        return other_units_finding(cause, confidence, found, remedy)
+    return None
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -129,10 +138,9 @@ def unnormalised_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     fault, evidence, inputs, known = case.fault, case.evidence, case.clues.inputs, thresholds.confidence
     if inputs is None:
         return None
-    if inputs.outliers and fault.scope == "batch":
-        return outlier_finding("unnormalised_input", known.outliers, inputs, "Clean the data, or clip the inputs.")
-    if in_other_units(inputs, thresholds.data) and fault.scope == "batch":
-        return other_units_finding("unnormalised_input", known.outliers, inputs, "Clean the data, or clip the inputs.")
+    far = _unlike_others("unnormalised_input", case, inputs, "Clean the data, or clip the inputs.", thresholds)
+    if far is not None:
+        return far
     if not inputs_are_large(case, thresholds.data):
         return None
     harm = harm_of_large_inputs(case.model, thresholds.model)

@@ -12,26 +12,30 @@ from lightning_nanguard.diagnosis.rules.signs import inputs_are_large
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, ModelThresholds
 from lightning_nanguard.types import Finding
 
+_NO_LAYER = Layer("", "")
+"""Stands for a layer where a model has none."""
+
 
 def saturated_activation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Outputs of bounded activations are at their lowest or highest value, where they have almost no gradient."""
     limits, known = thresholds.model, thresholds.confidence
-    worst = max(_layers_with(case, "saturated"), key=lambda layer: layer.saturated or 0.0, default=None)
-    if worst is None or worst.saturated is None or worst.saturated < limits.saturated_some:
+    worst = max(_layers(case), key=_saturated, default=_NO_LAYER)
+    share = _saturated(worst)
+    if share < limits.saturated_some:
         return None
-    if worst.saturated > limits.saturated_most:
+    if share > limits.saturated_most:
         confidence = known.saturated_most
     else:
-        confidence = known.saturated_half if worst.saturated > limits.saturated_half else known.saturated_some
-    given = _outputs_before(case.model, worst)
+        confidence = known.saturated_half if share > limits.saturated_half else known.saturated_some
+    given = _outputs_before(_layers(case), worst)
     scale = f" Its inputs are about ±{given:.3g}." if given is not None and given > 1 else ""
     return Finding(
         "saturated_activation",
         confidence,
-        evidence={"share_at_the_ends": worst.saturated, "scale_before": given if given is not None else math.nan},
+        evidence={"share_at_the_ends": share, "scale_before": given if given is not None else math.nan},
         place=_named(worst),
         suggestion=(
-            f"{worst.saturated:.0%} of the outputs of {_named(worst)} lie within 1 % of its lowest or highest value, "
+            f"{share:.0%} of the outputs of {_named(worst)} lie within 1 % of its lowest or highest value, "
             f"where the gradient is almost zero.{scale} Normalise the inputs, start from smaller weights "
             "(xavier_uniform_), or use an activation without an upper limit, such as ReLU."
         ),
@@ -41,22 +45,23 @@ def saturated_activation(case: Case, thresholds: DiagnosisThresholds = DEFAULT) 
 def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Rectified units that are zero for every sample, and get no gradient."""
     limits, known = thresholds.model, thresholds.confidence
-    worst = max(_layers_with(case, "dead"), key=lambda layer: layer.dead or 0.0, default=None)
-    if worst is None or worst.dead is None or worst.dead < limits.dead_some:
+    worst = max(_layers(case), key=_dead, default=_NO_LAYER)
+    share = _dead(worst)
+    if share < limits.dead_some:
         return None
-    if worst.dead > limits.dead_all:
+    if share > limits.dead_all:
         confidence = known.dead_all
     else:
-        confidence = known.dead_most if worst.dead > limits.dead_most else known.dead_some
+        confidence = known.dead_most if share > limits.dead_most else known.dead_some
     # Without an update the learning rate is not the cause.
     lower = "S" if case.model is None or not case.model.updates else "Lower the learning rate, s"
     return Finding(
         "dead_relu",
         confidence,
-        evidence={"share_never_positive": worst.dead},
+        evidence={"share_never_positive": share},
         place=_named(worst),
         suggestion=(
-            f"{worst.dead:.0%} of the units of {_named(worst)} are zero for every sample of this batch and learn "
+            f"{share:.0%} of the units of {_named(worst)} are zero for every sample of this batch and learn "
             f"nothing. {lower}tart with biases of zero, normalise the inputs, or use LeakyReLU."
         ),
     )
@@ -65,8 +70,9 @@ def dead_relu(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
 def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The gradient becomes smaller layer by layer toward the input, so that the first layers do not change."""
     limits, known = thresholds.model, thresholds.confidence
-    layers = _layers_with_gradient(case.model)
-    if len(layers) < limits.min_layers or _starts_at_zero(case.model):
+    layers = _layers_with_gradient(case)
+    # The last layer of a head or residual branch may start at zero on purpose. Then earlier gradients are zero, too.
+    if len(layers) < limits.min_layers or any(one.weight == 0.0 for one in _layers(case)):
         return None
     early, late = _end_gradients(layers)
     if not 0.0 < late < math.inf or not _falls(layers, limits):
@@ -75,10 +81,10 @@ def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     if ratio > (limits.vanished_while_still if still else limits.vanished):
         return None
     first, last = layers[0], layers[-1]
-    smallest = min(layer.outputs or 0.0 for layer in layers)
+    smallest = min(map(_outputs, layers))
     scale = f" Activations are as small as {smallest:.1e}." if smallest < limits.small_activation else ""
     # If units are saturated or dead, this is the cause, and another rule reports it.
-    blocked = any((one.saturated or one.dead or 0.0) > limits.saturated_half for one in _layers_with(case, "kind"))
+    blocked = any((_saturated(one) or _dead(one)) > limits.saturated_half for one in _layers(case))
     proven = ratio < limits.vanished_surely or still
     return Finding(
         "vanishing_gradient",
@@ -96,7 +102,7 @@ def vanishing_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
 def exploding_initial_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The gradient of an untrained model grows layer by layer toward the input."""
     limits = thresholds.model
-    layers = _layers_with_gradient(case.model)
+    layers = _layers_with_gradient(case)
     if case.model is None or case.model.updates or len(layers) < limits.min_layers:
         return None
     early, late = _end_gradients(layers)
@@ -122,15 +128,15 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
     if model is None or model.updates:
         return None
     layers = [layer for layer in model.layers if layer.weight and layer.outputs]
-    steep = max(layers, key=_gain, default=None)
-    largest = max(layers, key=lambda layer: layer.outputs or 0.0, default=None)
-    smallest = min(layers, key=lambda layer: layer.outputs or math.inf, default=None)
+    steep = max(layers, key=_gain, default=_NO_LAYER)
+    largest = max(layers, key=_outputs, default=_NO_LAYER)
+    smallest = min(layers, key=_outputs, default=_NO_LAYER)
     above = above_chance(model, limits)
-    too_steep = steep is not None and _gain(steep) > limits.max_gain
-    ratio = _ratio(largest, smallest)
+    too_steep = _gain(steep) > limits.max_gain
+    ratio = _outputs(largest) / _outputs(smallest) if layers else 1.0
     apart = ratio >= limits.scales_apart
     bad = model.loss is not None and not math.isfinite(model.loss)
-    huge = largest is not None and largest.outputs is not None and largest.outputs > limits.huge_activation
+    huge = _outputs(largest) > limits.huge_activation
     steeply = too_steep and above_chance(model, replace(limits, cross_entropy_above_chance=limits.steep_above_chance))
     if too_steep and (above or bad):
         confidence = known.unbalanced_proven
@@ -141,11 +147,11 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
         confidence = known.unbalanced_guess if guess else known.unbalanced
     else:
         return None
-    place = steep if too_steep else largest if apart else None
+    place = steep if too_steep else largest if apart else _NO_LAYER
     parts = [first_loss(model)] if above or steeply else []
-    if steep is not None and too_steep:
+    if too_steep:
         parts.append(f"{steep.path} turns inputs of about ±{steep.inputs:.3g} into outputs of ±{steep.outputs:.3g}")
-    elif apart and largest is not None and smallest is not None:
+    elif apart:
         parts.append(
             f"outputs are ±{largest.outputs:.3g} in {largest.path} and ±{smallest.outputs:.3g} in {smallest.path}"
         )
@@ -155,10 +161,10 @@ def unbalanced_initialisation(case: Case, thresholds: DiagnosisThresholds = DEFA
         evidence={
             "first_loss": model.loss if model.loss is not None else math.nan,
             "chance": chance_level(model),
-            "largest_gain": _gain(steep) if steep is not None else math.nan,
+            "largest_gain": _gain(steep) if layers else math.nan,
             "largest_over_smallest": ratio,
         },
-        place="" if place is None else place.path,
+        place=place.path,
         suggestion=(
             f"{'; '.join(parts) or 'the first loss is not finite'}. Initialise so that each layer keeps the scale of "
             "its inputs: kaiming_normal_ before ReLU, xavier_normal_ before tanh and sigmoid."
@@ -178,25 +184,18 @@ def harm_of_large_inputs(model: Model | None, thresholds: ModelThresholds) -> st
     return f"{first.saturated:.0%} of the outputs of {_named(first)} lie at its lowest or highest value; "
 
 
-def _layers_with(case: Case, field: str) -> list[Layer]:
-    return [] if case.model is None else [one for one in case.model.layers if getattr(one, field) is not None]
+def _layers(case: Case) -> tuple[Layer, ...]:
+    return () if case.model is None else case.model.layers
 
 
-def _layers_with_gradient(model: Model | None) -> list[Layer]:
-    return [] if model is None else [one for one in model.layers if one.gradient is not None and one.weight]
+def _layers_with_gradient(case: Case) -> list[Layer]:
+    return [one for one in _layers(case) if one.gradient is not None and one.weight]
 
 
-def _outputs_before(model: Model | None, layer: Layer) -> float | None:
+def _outputs_before(layers: tuple[Layer, ...], layer: Layer) -> float | None:
     """Root mean square of the output of the last layer with a weight before a layer."""
-    layers = () if model is None else model.layers
     known = [one.outputs for one in layers[: layers.index(layer)] if one.weight]
     return known[-1] if known else None
-
-
-def _starts_at_zero(model: Model | None) -> bool:
-    # The last layer of a head or residual branch may start at zero on purpose. Then earlier gradients are zero at
-    # first.
-    return model is not None and any(one.weight == 0.0 for one in model.layers)
 
 
 def _end_gradients(layers: list[Layer]) -> tuple[float, float]:
@@ -219,17 +218,23 @@ def _falls(layers: list[Layer], thresholds: ModelThresholds) -> bool:
 
 
 def _gradient(layer: Layer) -> float:
-    return layer.gradient if layer.gradient is not None else 0.0
+    return layer.gradient or 0.0
+
+
+def _saturated(layer: Layer) -> float:
+    return layer.saturated or 0.0
+
+
+def _dead(layer: Layer) -> float:
+    return layer.dead or 0.0
+
+
+def _outputs(layer: Layer) -> float:
+    return layer.outputs or 0.0
 
 
 def _gain(layer: Layer) -> float:
     return layer.outputs / layer.inputs if layer.outputs and layer.inputs else 0.0
-
-
-def _ratio(largest: Layer | None, smallest: Layer | None) -> float:
-    if largest is None or smallest is None or not largest.outputs or not smallest.outputs:
-        return 1.0
-    return largest.outputs / smallest.outputs
 
 
 def _named(layer: Layer) -> str:

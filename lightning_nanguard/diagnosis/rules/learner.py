@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 
 from lightning_nanguard.decide.blame import learner_did_it, made_worse
 from lightning_nanguard.diagnosis.case import NO_FAULT, Case
@@ -15,6 +16,7 @@ from lightning_nanguard.diagnosis.rules.signs import (
     worse_than_before,
 )
 from lightning_nanguard.record.text import counted
+from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Evidence, Finding
 
@@ -35,7 +37,7 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
-    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
+    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
         moved = (
             f"has an element that went from {change.before:.4g} to {change.now:.4g}, while the others moved by "
             f"at most {change.usual:.2g}"
@@ -54,15 +56,15 @@ def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
 
 
-def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
+def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
     loss, unit = case.clues.good_loss, case.evidence.loss_unit
-    return loss is not None and loss > case.evidence.first + limits.bad_loss_units * unit
+    return loss is not None and loss > case.evidence.first + limits.sane_loss * unit
 
 
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
-    times = 1 + sum(one.finding.cause == "corrupted_state" and one.finding.place == name for one in case.earlier)
+    times = case.times("corrupted_state", name)
     since = case.evidence.healthy_since_restore
     soon = since is not None and since < thresholds.blame.calm_when_late
     # A memory fault is gone with the good state, and does not come back soon after a restore.
@@ -147,7 +149,7 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
 
 def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The updates increased the loss, because the rate is too high."""
-    fault, limits = case.fault, thresholds.learner
+    limits = thresholds.learner
     rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
     if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
@@ -159,28 +161,23 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"
-    return Finding(
-        "learning_rate_too_high",
-        confidence,
-        evidence=numbers,
-        place=fault.place,
-        suggestion=f"{found}. {_how_to_lower(case, rate)}{_to(case, thresholds)}.",
-        scope="learner",
-    )
+    text = f"{found}. {_how_to_lower(case, rate)}{_to(case, thresholds)}."
+    return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
+
+
+def _learner_finding(
+    cause: str, confidence: float, case: Case, evidence: Mapping[str, float | str], suggestion: str
+) -> Finding:
+    """A finding that blames the learner for a fault."""
+    return Finding(cause, confidence, evidence, case.fault.place, suggestion=suggestion, scope="learner")
 
 
 def unstable_hyperparameter(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """The learner diverged, and a hyperparameter other than the rate makes it diverge whatever the gradients are."""
     if not case.unstable or _rate_confidence(case, thresholds) == 0.0:
         return None
-    return Finding(
-        "unstable_hyperparameter",
-        thresholds.confidence.unstable,
-        evidence={"weights_grew": case.evidence.growth},
-        place=case.fault.place,
-        suggestion=f"{case.unstable}.",
-        scope="learner",
-    )
+    confidence, evidence = thresholds.confidence.unstable, {"weights_grew": case.evidence.growth}
+    return _learner_finding("unstable_hyperparameter", confidence, case, evidence, f"{case.unstable}.")
 
 
 def _how_to_lower(case: Case, rate: float | None) -> str:
@@ -287,25 +284,14 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     if not low or rate * curvature.steepest <= 2 or curvature.steepest < limits.uneven_curvature * curvature.typical:
         return None
     allowed = 2 / curvature.steepest
-    return Finding(
-        "ill_conditioned",
-        thresholds.confidence.ill_conditioned,
-        evidence={
-            "lr": rate,
-            "steepest": curvature.steepest,
-            "typical": curvature.typical,
-            "largest_rate": allowed,
-        },
-        place=case.fault.place,
-        suggestion=(
-            f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
-            f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the "
-            f"curvature is {curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add "
-            "normalisation layers, use an adaptive optimizer (Adam), or lower the rate below "
-            f"{allowed:.2g}."
-        ),
-        scope="learner",
+    numbers = {"lr": rate, "steepest": curvature.steepest, "typical": curvature.typical, "largest_rate": allowed}
+    text = (
+        f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
+        f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the curvature is "
+        f"{curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add normalisation layers, use an "
+        f"adaptive optimizer (Adam), or lower the rate below {allowed:.2g}."
     )
+    return _learner_finding("ill_conditioned", thresholds.confidence.ill_conditioned, case, numbers, text)
 
 
 def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -325,15 +311,9 @@ def collapsed(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding 
     # For other suspicions the value is older.
     now = fault.value if back and fault.value is not None and math.isfinite(fault.value) else None
     level = f"back at {now:.4g}" if now is not None else "clearly higher now" if had else "clearly higher than its best"
-    return Finding(
-        "collapsed",
-        known.collapsed if lost else known.suspicion,
-        evidence=numbers,
-        place=fault.place,
-        suggestion=f"the loss {had}is {level}; that of the untrained model was {evidence.first:.4g}. "
-        f"{_cure_of_collapse(case, thresholds)}.",
-        scope="learner",
-    )
+    cure = _cure_of_collapse(case, thresholds)
+    text = f"the loss {had}is {level}; that of the untrained model was {evidence.first:.4g}. {cure}."
+    return _learner_finding("collapsed", known.collapsed if lost else known.suspicion, case, numbers, text)
 
 
 def _lost_what_it_had(evidence: Evidence) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.diagnosis.case import Case, Model, Objective
+from lightning_nanguard.diagnosis.case import Case, Model
 from lightning_nanguard.diagnosis.rules.phrases import listed
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, ModelThresholds
 from lightning_nanguard.types import Finding
@@ -22,7 +22,7 @@ def mse_for_classification(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         "mse_for_classification",
         known.mse_many_classes if many else known.mse_two_classes,
         evidence={"classes": float(objective.classes)},
-        place=_place(objective),
+        place=objective.place,
         suggestion=(
             f"the target has {objective.classes} classes and the loss is squared, so that its gradient is smallest "
             f"where the model is wrong with high confidence. Use torch.nn.functional.{loss} of the logits, without a "
@@ -82,7 +82,7 @@ def class_out_of_range(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
         "target_out_of_domain",
         thresholds.confidence.target_class,
         evidence={"highest": float(objective.highest), "classes": float(objective.classes)},
-        place=_place(objective),
+        place=objective.place,
         samples=objective.outside,
         suggestion=(
             f"targets run from {objective.lowest} to {objective.highest}, but {objective.function} of "
@@ -103,7 +103,7 @@ def unbounded_loss(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fin
         "unbounded_loss",
         thresholds.confidence.unbounded_loss,
         evidence={"lowest": objective.least, "highest": objective.most},
-        place=_place(objective),
+        place=objective.place,
         suggestion=(
             f"targets run from {objective.least:.4g} to {objective.most:.4g}, but a binary cross-entropy needs targets "
             "from 0 to 1: with other targets the loss has no lower limit. Scale the targets to the range from 0 to 1, "
@@ -138,7 +138,3 @@ def chance_level(model: Model) -> float:
     """The loss of a model that knows nothing; NaN if the level is not known."""
     objective = model.objective
     return math.nan if objective is None or objective.chance is None else objective.chance
-
-
-def _place(objective: Objective) -> str:
-    return f"training_step ({objective.function}{', ' if objective.line else ''}{objective.line})"

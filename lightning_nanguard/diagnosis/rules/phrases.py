@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from lightning_nanguard.diagnosis.case import Origin, Range
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS
+from lightning_nanguard.record.text import joined
+from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Finding
 
 
@@ -83,7 +85,7 @@ def of_samples(samples: Sequence[int]) -> str:
     return f" of {listed('sample', samples)}" if samples else ""
 
 
-def listed(noun: str, numbers: Sequence[int], at_most: int = 8) -> str:
+def listed(noun: str, numbers: Sequence[int]) -> str:
     """A noun with numbers, such as ``samples 3, 17 and 20``; empty without numbers.
 
     Example:
@@ -92,9 +94,4 @@ def listed(noun: str, numbers: Sequence[int], at_most: int = 8) -> str:
     """
     if not numbers:
         return ""
-    if len(numbers) == 1:
-        return f"{noun} {numbers[0]}"
-    shown = [str(number) for number in numbers[:at_most]]
-    if len(numbers) > at_most:
-        return f"{noun}s {', '.join(shown)} and {len(numbers) - at_most:,} more"
-    return f"{noun}s {', '.join(shown[:-1])} and {shown[-1]}"
+    return f"{noun}{'s' if len(numbers) > 1 else ''} {joined(list(map(str, numbers)), NUMBERS_PER_MESSAGE)}"

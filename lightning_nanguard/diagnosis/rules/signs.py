@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from lightning_nanguard.decide.blame import learner_did_it, worse
-from lightning_nanguard.diagnosis.case import Case, Range
+from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.thresholds.diagnosis import DataThresholds, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault
 
@@ -49,11 +49,6 @@ def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bo
     # A batch with a high loss under good weights gives little evidence against the present weights.
     least = max(thresholds.learner.worse_units * evidence.loss_unit, comparison.then - evidence.first)
     return worse(comparison, least)
-
-
-def in_other_units(found: Range | None, thresholds: DataThresholds) -> bool:
-    """Whether a field is far larger than in the healthy batches before. Only faults of a batch are compared."""
-    return found is not None and found.largest > thresholds.other_units * found.before > 0
 
 
 def inputs_are_large(case: Case, thresholds: DataThresholds) -> bool:

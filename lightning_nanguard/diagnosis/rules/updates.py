@@ -41,6 +41,5 @@ def _comes_back(case: Case, thresholds: DiagnosisThresholds, cause: str, what: s
         known, confidence = cause if place else "", thresholds.confidence.update_before
     if known != cause:
         return None
-    times = 1 + sum((one.finding.cause, one.finding.place) == (cause, place) for one in case.earlier)
-    suggestion = f"{place} is no longer finite: {what}. {cure}"
-    return Finding(cause, confidence, {"times": float(times)}, place, suggestion=suggestion, scope="state")
+    suggestion, times = f"{place} is no longer finite: {what}. {cure}", float(case.times(cause, place))
+    return Finding(cause, confidence, {"times": times}, place, suggestion=suggestion, scope="state")

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from lightning_nanguard.report.data import RunData, read_run_data
+from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.page import page
 from lightning_nanguard.trainer.private.packages import Trainer, is_kind
 
@@ -30,7 +30,7 @@ def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
         return
     try:
         data = read_run_data(folder)
-        if not _has_something_to_tell(data):
+        if not (data.interventions or data.advice):
             return
         file = folder / "report.html"
         file.write_text(page(data), encoding="utf-8")
@@ -45,10 +45,6 @@ def log_report(trainer: Trainer, folder: Path, run_id: str) -> None:
             _give(logger, file, run_id)
         except Exception as error:
             _logger.warning("NaNGuard: %s did not accept the page of the run: %s", type(logger).__name__, error)
-
-
-def _has_something_to_tell(data: RunData) -> bool:
-    return bool(data.interventions or data.advice)
 
 
 def _give(logger: Any, file: Path, run_id: str) -> None:

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
+from lightning_nanguard.thresholds.records import RecordsThresholds
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 
 _logger = logging.getLogger("lightning_nanguard")
@@ -46,7 +46,7 @@ def plain_value(value: Any) -> Any:
 
 
 def begun_with(
-    trainer: Trainer, module: LightningModule, settings: Mapping[str, Any], thresholds: RecordsThresholds = RECORDS
+    trainer: Trainer, module: LightningModule, settings: Mapping[str, Any], thresholds: RecordsThresholds
 ) -> dict[str, dict[str, Any]]:
     """The settings of a fit for the log of the run, so that runs can be compared.
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from lightning_nanguard.diagnosis.batch import batch_clues
 from lightning_nanguard.diagnosis.bundle import Bundle
 from lightning_nanguard.diagnosis.case import Case, Clues, Layer
-from lightning_nanguard.diagnosis.layers import measure_layers_untraced
+from lightning_nanguard.diagnosis.layers import measure_layers
 from lightning_nanguard.diagnosis.module_state import put_into
 from lightning_nanguard.diagnosis.replay import replay
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.trainer.private.first_batch import one_batch
 from lightning_nanguard.trainer.private.training_step import loss_with_graph
@@ -72,7 +72,7 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
     seen = _Seen()
     one_batch(module, bundle.batches[-1].batch, partial(_look, bundle, seen), precision=bundle.precision)
     clues = seen.clues or Clues()
-    finding = diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
+    finding = RuleSet().diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
     return ReplayReport(seen.losses, clues.gradient_finite, finding, seen.layers)
 
 
@@ -86,7 +86,7 @@ def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, ba
         seen.losses += [] if clues.loss is None else [clues.loss]
         if seen.clues is None or clues.origin is not None or clues.gradient_finite is False:
             seen.clues = clues
-            model = measure_layers_untraced(module, micro.batch, step, around)
+            model = measure_layers(module, micro.batch, step, around)
             seen.layers = () if model is None else model.layers
 
 

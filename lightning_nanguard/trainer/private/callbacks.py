@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from itertools import takewhile
-from typing import Any, final
+from typing import Any
 
-from lightning_nanguard.trainer.private.packages import Callback, is_kind
+from pytorch_lightning.callbacks import LambdaCallback
+
+from lightning_nanguard.trainer.private.packages import is_kind
 
 IsGuard = Callable[[Any], bool]
 """Says whether a callback is the guard."""
@@ -70,21 +72,10 @@ def after_every_batch(trainer: Any, function: Callable[[], None]) -> Callable[[]
     Returns:
         A function that undoes this.
     """
-    last = _LastCallback(function)
+    last = LambdaCallback(on_train_batch_end=lambda *args: function())
     trainer.callbacks = [*trainer.callbacks, last]  # replaced: Lightning may be iterating over the list
 
     def undo() -> None:
         trainer.callbacks = [callback for callback in trainer.callbacks if callback is not last]
 
     return undo
-
-
-@final
-class _LastCallback(Callback):
-    """Calls a function at the end of a batch, after the callbacks before it in the list."""
-
-    def __init__(self, function: Callable[[], None]) -> None:
-        self._function = function
-
-    def on_train_batch_end(self, *args: Any, **kwargs: Any) -> None:
-        self._function()

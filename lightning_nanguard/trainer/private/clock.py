@@ -1,10 +1,21 @@
-"""The clock that ``training_step`` sees in a repeated pass: ``global_step`` and ``current_epoch`` of its own step."""
+"""The clock of a run, and the clock that ``training_step`` sees in a repeated pass: that of its own step."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+
+from lightning_nanguard.diagnosis.isolation import errors_logged
+
+
+def expected_updates(trainer: Any) -> float:
+    """Number of updates in the whole run; ``math.inf`` if it is not known or not limited."""
+    with errors_logged("the length of the run is not known"):
+        known = float(trainer.estimated_stepping_batches)
+        return known if known >= 0 else math.inf  # Lightning gives -1 if the data have no length
+    return math.inf
 
 
 @contextmanager

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from traceback import walk_tb
-from typing import Any, Protocol, final
+from typing import Any, final
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
+from lightning_nanguard.act.patches import call_nothing, wrap_method, wrapped
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.trainer.private.callbacks import IsGuard
 
@@ -52,54 +52,39 @@ class MicroBatchRun:
         self.give(batch)
 
 
-class MicroBatchRunner(Protocol):
-    """Runs micro-batches instead of Lightning."""
+def run_micro_batches_by(
+    trainer: Any, run: Callable[[MicroBatchRun], Any], forward: Callable[[Callable[[], Any]], Any]
+) -> Callable[[], None]:
+    """Let functions of the guard run every micro-batch under automatic optimization.
 
-    def run(self, micro: MicroBatchRun) -> Any:
-        """Run a micro-batch at least once with ``micro.whole()``; return the result."""
-
-    def forward(self, forward: Callable[[], Any]) -> Any:
-        """Run the forward pass, called by ``micro.whole()``; return the result."""
-
-
-def run_micro_batches_by(trainer: Any, runner: MicroBatchRunner) -> Callable[[], None]:
-    """Let ``runner`` run every micro-batch under automatic optimization.
+    Args:
+        trainer: The trainer.
+        run: Runs a micro-batch at least once with ``micro.whole()``; returns the result.
+        forward: Runs the forward pass that it gets, each time that ``micro.whole()`` comes to it; returns the result.
 
     Returns:
         A function that undoes this.
     """
-    return wrap_method(
-        trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", partial(_make_closure, runner)
-    )
 
+    def make_closure(original: Callable[..., Any], kwargs: dict[str, Any], optimizer: Optimizer, batch_idx: int) -> Any:
+        closure = original(kwargs, optimizer, batch_idx)
+        # Copied, because a reference cycle would keep the batch in memory until a garbage collection.
+        inner = copy.copy(closure)
+        inner._step_fn = partial(forward, closure._step_fn)
+        micro = MicroBatchRun(
+            optimizer,
+            kwargs.get("batch"),
+            batch_idx,
+            "batch" in kwargs,
+            closure._step_fn,
+            closure._zero_grad_fn,
+            inner.closure,
+            partial(kwargs.__setitem__, "batch"),
+        )
+        closure.closure = lambda *args, **kwargs: run(micro)
+        return closure
 
-def _make_closure(
-    runner: MicroBatchRunner,
-    original: Callable[..., Any],
-    kwargs: dict[str, Any],
-    optimizer: Optimizer,
-    batch_idx: int,
-) -> Any:
-    closure = original(kwargs, optimizer, batch_idx)
-    # Copied, because a reference cycle would keep the batch in memory until a garbage collection.
-    inner = copy.copy(closure)
-    inner._step_fn = partial(runner.forward, closure._step_fn)
-    micro = MicroBatchRun(
-        optimizer,
-        kwargs.get("batch"),
-        batch_idx,
-        "batch" in kwargs,
-        closure._step_fn,
-        closure._zero_grad_fn,
-        inner.closure,
-        partial(kwargs.__setitem__, "batch"),
-    )
-    closure.closure = partial(_run, runner, micro)
-    return closure
-
-
-def _run(runner: MicroBatchRunner, micro: MicroBatchRun, *args: Any, **kwargs: Any) -> Any:
-    return runner.run(micro)
+    return wrap_method(trainer.fit_loop.epoch_loop.automatic_optimization, "_make_closure", make_closure)
 
 
 def is_from_run(error: BaseException) -> bool:
@@ -164,12 +149,12 @@ def uncounted(trainer: Any, is_guard: IsGuard | None) -> Iterator[None]:
     progress = copy.deepcopy(loop.optim_progress.state_dict())
     # The callbacks stay in the trainer's list, because the thread of a progress bar searches it.
     silenced = [one for one in trainer.callbacks if is_guard is None or not is_guard(one)]
-    undo = undo_all([wrap_method(one, name, call_nothing) for one in silenced for name in _HOOKS])
-    try:
+    with ExitStack() as last:
+        last.callback(loop.optim_progress.load_state_dict, progress)
+        for one in silenced:
+            for name in _HOOKS:
+                last.enter_context(wrapped(one, name, call_nothing))
         yield
-    finally:
-        undo()
-        loop.optim_progress.load_state_dict(progress)
 
 
 def call_after_backward(trainer: Any, is_guard: IsGuard) -> None:

@@ -7,7 +7,7 @@ parameter, which is gathered when needed. All are plain tensors, so they can be 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -64,11 +64,6 @@ def unsupported(config: Mapping[str, Any], precision: str) -> str | None:
             "'bf16-true' or '32-true'"
         )
     return None
-
-
-def accumulation(engine: Any) -> Callable[[], bool]:
-    """A function that says whether DeepSpeed will only accumulate. Lightning calls its step after each micro-batch."""
-    return lambda: not engine.is_gradient_accumulation_boundary()
 
 
 @final

@@ -1,12 +1,17 @@
-"""Runs a fit up to its first batch, for commands that check a run."""
+"""Runs a fit up to its first batch, without Lightning's own messages, for commands that check a run."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
-from lightning_nanguard.act.patches import undo_all, wrap_method
-from lightning_nanguard.trainer.private.packages import GuardCallback, package_of
+from pytorch_lightning.callbacks import LambdaCallback
+
+from lightning_nanguard.act.patches import wrapped
+from lightning_nanguard.trainer.private.packages import package_of
 
 QUIET = {
     "callbacks": None,
@@ -27,18 +32,6 @@ class _FirstBatchSeen(Exception):  # noqa: N818
     """Ends a fit from inside."""
 
 
-class _AtFirstBatch(GuardCallback):
-    """Calls a function at the first batch, and ends the fit before its first step."""
-
-    def __init__(self, look: Look) -> None:
-        super().__init__()
-        self._look = look
-
-    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
-        self._look(trainer, pl_module, batch, batch_idx)
-        raise _FirstBatchSeen
-
-
 def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
     """Fit up to the first batch, call ``look`` there, and end before the first step.
 
@@ -48,7 +41,12 @@ def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
         look: Called with trainer, module, batch and its index, before the first step.
         data: The data argument of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
     """
-    callback = _AtFirstBatch(look)
+
+    def look_and_end(*args: Any) -> None:
+        look(*args)
+        raise _FirstBatchSeen
+
+    callback = LambdaCallback(on_train_batch_start=look_and_end)
     trainer.callbacks = [*trainer.callbacks, callback]
     try:
         trainer.fit(module, **data)
@@ -83,17 +81,28 @@ def one_batch(module: Any, batch: Any, look: Look, *, precision: str = "32-true"
     trainer = package_of(type(module)).Trainer(
         **{**QUIET, "accelerator": "cpu", "max_epochs": 1, "precision": precision}
     )
-    undo = undo_all(
-        [
-            wrap_method(module, "_on_before_batch_transfer", _given_batch),
-            wrap_method(trainer.strategy, "batch_to_device", _given_batch),
-        ]
-    )
-    try:
+    with (
+        wrapped(module, "_on_before_batch_transfer", _given_batch),
+        wrapped(trainer.strategy, "batch_to_device", _given_batch),
+    ):
         at_first_batch(trainer, module, look, train_dataloaders=_OneBatch(batch))
-    finally:
-        undo()
 
 
 def _given_batch(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:
     return batch
+
+
+@contextmanager
+def without_messages() -> Iterator[None]:
+    """Inside, show none of Lightning's tips and warnings."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

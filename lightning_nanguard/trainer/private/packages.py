@@ -31,7 +31,6 @@ else:
     GuardCallback = _base()
 
 __all__ = [
-    "Callback",
     "GuardCallback",
     "LightningModule",
     "Trainer",

@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from lightning_nanguard.act.patches import wrap_method
 
+Judge = Callable[[Path, Mapping[str, Any] | None, Exception | None], Path | None]
+"""Decides from which checkpoint a fit is resumed.
 
-class Judge(Protocol):
-    """Decides from which checkpoint a fit is resumed."""
-
-    def __call__(self, path: Path, content: Mapping[str, Any] | None, error: Exception | None) -> Path | None:
-        """``None`` to resume from ``path``, or a file to resume from in its place; it may raise.
-
-        Args:
-            path: The file that the user asked for.
-            content: The loaded content; ``None`` if loading failed.
-            error: The exception of a failed load.
-        """
+It gets the file that the user asked for, its content (``None`` if loading failed) and the exception of a failed load.
+It returns ``None`` or a file to resume from instead, or it raises.
+"""
 
 
 def before_resuming(trainer: Any, judge: Judge) -> Callable[[], None]:

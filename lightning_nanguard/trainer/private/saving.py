@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.errors import has_to_be_raised
 from lightning_nanguard.measure.batches import mapped
+from lightning_nanguard.trainer.private.strategies import collects
 
 _logger = logging.getLogger("lightning_nanguard")
 
@@ -30,23 +31,20 @@ class Mend(Protocol):
         """
 
 
-def guard_saves(
-    trainer: Any, before: Callable[[], None], mend: Mend, after: Callable[[], None], *, collects: bool = False
-) -> Callable[[], None]:
+def guard_saves(trainer: Any, before: Callable[[], None], mend: Mend, after: Callable[[], None]) -> Callable[[], None]:
     """Call ``before`` when a checkpoint is about to be collected, write the result of ``mend``, then call ``after``.
 
     Checkpoint callbacks and users call ``trainer.save_checkpoint``. Hooks are not enough: there is none for
     weights-only saves, and others come after the state is collected. ``strategy.save_checkpoint`` is called in every
     save, including a save of the user's own dictionary. In this method the run is not changed, because the state may be
-    old or from one rank only.
+    old or from one rank only. Where it ignores its dictionary and writes the present state from all ranks, ``before``
+    and ``after`` are called around it, too.
 
     Args:
         trainer: The trainer.
         before: Makes the state of the run good.
         mend: Makes a dictionary good.
         after: Called when a checkpoint was written.
-        collects: Whether ``strategy.save_checkpoint`` ignores its dictionary and writes the present state from all
-            ranks. Then ``before`` and ``after`` are called around it, too.
 
     Returns:
         A function that undoes this.
@@ -69,7 +67,7 @@ def guard_saves(
     def write_checkpoint(
         write: Callable[..., Any], checkpoint: dict[str, Any], filepath: Any, *args: Any, **kwargs: Any
     ) -> Any:
-        looks = collects and not looked
+        looks = collects(trainer) and not looked
         try:
             if looks:
                 safely(before)

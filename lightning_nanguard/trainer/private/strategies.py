@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -35,13 +34,13 @@ def collects(trainer: Any) -> bool:
     return is_kind(trainer.strategy, _DEEPSPEED)
 
 
-def accumulation(trainer: Any) -> Callable[[], bool]:
-    """A function that says whether the next call of the optimizer's step will only accumulate gradients."""
-    return deepspeed.accumulation(trainer.strategy.model) if is_kind(trainer.strategy, _DEEPSPEED) else _never
+def step_only_accumulates(trainer: Any) -> bool:
+    """Whether the next call of the optimizer's step will only accumulate gradients.
 
-
-def _never() -> bool:
-    return False
+    With DeepSpeed, Lightning calls it after each micro-batch.
+    """
+    strategy = trainer.strategy
+    return is_kind(strategy, _DEEPSPEED) and not strategy.model.is_gradient_accumulation_boundary()
 
 
 def check_strategy(trainer: Any, module: Any) -> None:

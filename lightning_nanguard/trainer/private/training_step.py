@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from lightning_nanguard.act.patches import wrap_method
+from lightning_nanguard.act.patches import wrapped
 from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.precision import grad_scaler
@@ -45,18 +45,11 @@ def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision:
         batch_idx: Its index.
         full_precision: Whether to run without autocast.
     """
-    with _without_autocast(trainer) if full_precision else nullcontext():
+    if not full_precision:
         return _loss(trainer, batch, batch_idx)
-
-
-@contextmanager
-def _without_autocast(trainer: Any) -> Iterator[None]:
-    # The precision plugin enters its forward_context around training_step.
-    undo = wrap_method(trainer.precision_plugin, "forward_context", lambda original: nullcontext())
-    try:
-        yield
-    finally:
-        undo()
+    # The precision plugin enters its forward_context, which autocasts, around training_step.
+    with wrapped(trainer.precision_plugin, "forward_context", lambda original: nullcontext()):
+        return _loss(trainer, batch, batch_idx)
 
 
 @contextmanager

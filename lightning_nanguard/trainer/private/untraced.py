@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_nanguard.act.patches import call_nothing, undo_all, wrap_method
+from lightning_nanguard.act.patches import call_nothing, wrapped
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.random_state import RandomStreams
@@ -34,14 +34,15 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
         module: Its module.
         thresholds: Which objects are copied, and how deep attributes are searched.
     """
-    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
+    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.repeated)
     trace.open()
     with ExitStack() as last:
         last.callback(trace.undo)
         last.callback(RandomStreams(module.device).now().restore)
         with (
             clock_kept(trainer),
-            _without_saves(trainer),
+            wrapped(trainer, "save_checkpoint", call_nothing),
+            wrapped(trainer.strategy, "save_checkpoint", call_nothing),
             _without_logs(trainer),
             attributes_kept(module, limits=thresholds.repeated),
             torch.enable_grad(),
@@ -63,22 +64,8 @@ def unlogged(module: LightningModule) -> Iterator[None]:
     if own or compiled_by_lightning(module):
         yield
         return
-    undo = wrap_method(module, "log", call_nothing)
-    try:
+    with wrapped(module, "log", call_nothing):
         yield
-    finally:
-        undo()
-
-
-@contextmanager
-def _without_saves(trainer: Any) -> Iterator[None]:
-    """Inside, write no checkpoint, whoever asks for one."""
-    owners = (trainer, trainer.strategy)
-    undo = undo_all([wrap_method(owner, "save_checkpoint", call_nothing) for owner in owners])
-    try:
-        yield
-    finally:
-        undo()
 
 
 @contextmanager

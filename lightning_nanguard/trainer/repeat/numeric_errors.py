@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, final
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.batches import mapped, nested_tensors
 from lightning_nanguard.measure.finite import batch_finite
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
-from lightning_nanguard.state.step_start import StepStart
-from lightning_nanguard.trainer.private.closures import MicroBatchRun
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
-
-if TYPE_CHECKING:
-    from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 
 # Messages of checks in the user's code or in packages, and of anomaly mode.
 _NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
@@ -76,71 +67,6 @@ def may_lack_gradients(error: BaseException) -> bool:
     full disk) have another cause.
     """
     return type(error) in _WITHOUT_GRADIENTS
-
-
-@final
-class NumericErrors:
-    """Finds out whether the numbers in a batch or in the weights caused an exception.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-        guard: Has the last good state.
-        replay: Has healthy batches.
-    """
-
-    def __init__(self, trainer: Trainer, module: LightningModule, guard: Guard, replay: TrainerBatchReplay) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._context = guard.context
-        self._replay = replay
-
-    def caused_by_numbers(self, run: MicroBatchRun, start: StepStart, *, backward: bool) -> bool:
-        """Whether the step succeeds with other numbers in the batch, or with the last good weights.
-
-        The other numbers come from an earlier batch, or are zeros instead of NaN and Inf. The batch keeps its
-        structure, shape and index, and runs from the same random numbers and attributes. So an exception with another
-        cause is raised again.
-
-        Args:
-            run: The micro-batch that raised the exception.
-            start: The state from which it began.
-            backward: Whether the exception was raised in the backward pass.
-        """
-        start.restore_batch()
-        earlier = self._replay.batches.earlier()
-        # In the first update the user's code is at fault.
-        others = [finite_in(run.batch)] if earlier is not None or self._context.state.step else []
-        if earlier is not None:
-            # A healthy batch may hold NaN that did no harm there but causes the exception here.
-            other = with_values_of(run.batch, earlier)
-            others = [other, finite_in(other), *others]
-        others = [one for one in others if one is not None]
-        if any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in others):
-            return True
-        if not self._context.ring.certified:
-            return False
-        learner, good = self._context.learner, self._context.ring.certified[0]
-        mine = weights_if_room(learner, device=good.device())
-        if mine is None:
-            return False
-        with part_of_snapshot(learner, good, mine):
-            # Batch and weights may both be bad.
-            return any(self._succeeds(one, run.batch_idx, start, backward=backward) for one in (run.batch, *others))
-
-    def _succeeds(self, batch: Any, batch_idx: int, start: StepStart, *, backward: bool) -> bool:
-        try:
-            with self._replay.untraced():
-                start.restore()
-                loss = loss_with_graph(self._trainer, batch, batch_idx)
-                if loss is None:
-                    return True
-                if backward:
-                    parameters = [p for p in self._module.parameters() if p.requires_grad]
-                    torch.autograd.grad(loss, parameters, allow_unused=True)
-                return bool(torch.isfinite(loss.detach()).all())
-        except Exception:
-            return False
 
 
 def with_values_of(batch: Any, healthy: Any) -> Any:

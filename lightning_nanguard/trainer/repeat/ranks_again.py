@@ -15,7 +15,6 @@ from lightning_nanguard.trainer.private.closures import logging_for
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
-from lightning_nanguard.trainer.repeat.parts import RepeatParts
 from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Fault
 
@@ -28,18 +27,16 @@ class RanksAgain:
     module's step calls some itself, a micro-batch that is bad on one rank is left out on all of them.
 
     Args:
-        parts: The objects that all classes of this package share.
         runs: Runs micro-batches.
     """
 
-    def __init__(self, parts: RepeatParts, runs: Attempts) -> None:
-        self._parts = parts
-        self._check = parts.check
-        self._records = parts.guard.steps.records
-        self._undos = parts.guard.steps.undos
-        self._ranks = parts.guard.context.ranks
-        self._window = parts.window
+    def __init__(self, runs: Attempts) -> None:
         self._runs = runs
+        self._check = runs.check
+        self._records = runs.guard.steps.records
+        self._undos = runs.guard.steps.undos
+        self._ranks = runs.guard.context.ranks
+        self._window = runs.window
 
     def run(self, first: Outcome) -> Any:
         """Repeat the update; all ranks know that its gradient is bad.
@@ -55,7 +52,7 @@ class RanksAgain:
             if raised is not None:
                 raise raised
             return first.result
-        self._parts.memory.close()
+        self._runs.memory.close()
         after = self._window.micros[-1].start.clock_now()
         if len(self._window.micros) > 1:
             return self._window_again(first, after)
@@ -81,21 +78,18 @@ class RanksAgain:
     def _tell_errors(self, again: Sequence[WindowEntry]) -> None:
         """Tell all ranks about exceptions that came back. Raise one if NaN or Inf did not cause it."""
         raised = [(micro, micro.raised) for micro in again if micro.raised is not None]
-        users = next((one for micro, one in raised if not self._is_of_numbers(micro)), None)
+        users = next((one for micro, one in raised if not self._runs.caused_by_numbers(micro, backward=False)), None)
         told = self._ranks.gather(self._check.in_words(raised[0][1] if raised else None))
         if users is not None:
             raise users
         self._check.raised(next((one for one in told if one is not None), None))
 
-    def _is_of_numbers(self, micro: WindowEntry) -> bool:
-        return self._parts.errors.caused_by_numbers(micro.run, micro.start, backward=False)
-
     # ---------------------------------------------------------------------------------------- windows
 
     def _window_again(self, first: Outcome, after: StepClock) -> Any:
         """Find the bad micro-batches of each rank, and make the update from the others."""
-        window, parameters = self._window, list(self._parts.module.parameters())
-        trace = undo_if_room(self._parts.replay.make_undo, parameters)
+        window, parameters = self._window, list(self._runs.module.parameters())
+        trace = undo_if_room(self._runs.replay.make_undo, parameters)
         if not all(self._ranks.gather(trace is not None)) or trace is None:
             return first.result
         self._undos.undo()
@@ -103,7 +97,7 @@ class RanksAgain:
             return first.result  # no micro-batch is at fault; the guard restores the state
         self._check.drop_losses()
         with self._runs.repeating(counted=True):
-            with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+            with self._runs.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                 raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
             self._tell_errors(raised)
             self._leave_out_beside()
@@ -141,9 +135,9 @@ class RanksAgain:
         give_gradients(parameters, [None] * len(parameters))
         clean = all(one.left_out is None for one in self._window.micros)
         micro.start.restore(carried=clean)
-        attributes = self._parts.memory.attributes_now()
+        attributes = self._runs.memory.attributes_now()
         trace.open()
-        with logging_for(self._parts.trainer, micro.run.batch):
+        with logging_for(self._runs.trainer, micro.run.batch):
             outcome = self._attempt(micro, steps=False)
         loss = getattr(outcome.result, "closure_loss", None)
         fault = self._check.fault_of_loss(loss) or self._check.fault_of_gradients()
@@ -152,7 +146,7 @@ class RanksAgain:
         trace.undo()
         attributes.restore(plain=False)
         micro.left_out = fault_of(Outcome(error=outcome.caught)) if fault is None or outcome.caught else fault
-        self._parts.replay.batches.leave_out(micro.run.batch)
+        self._runs.replay.batches.leave_out(micro.run.batch)
         return outcome.caught is not None
 
     def _make(self, good: Sequence[WindowEntry]) -> Outcome:
@@ -160,15 +154,15 @@ class RanksAgain:
         for index, micro in enumerate(good):
             clean = index == 0 or all(one.is_used for one in self._window.micros)
             micro.start.restore(carried=clean)
-            with logging_for(self._parts.trainer, micro.run.batch):
+            with logging_for(self._runs.trainer, micro.run.batch):
                 if micro is good[-1]:
                     return self._attempt(micro, steps=True)
-                with self._parts.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
+                with self._runs.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
                     self._attempt(micro, steps=False)
         # This rank has no good micro-batch. The others wait for its part of the sum, so it adds a loss of 0.
         micro = self._window.micros[-1]
         micro.start.restore()
-        with self._runs.in_place_of_step(partial(no_loss, self._parts.module)):
+        with self._runs.in_place_of_step(partial(no_loss, self._runs.module)):
             return self._attempt(micro, steps=True)
 
     def _attempt(self, micro: WindowEntry, *, steps: bool) -> Outcome:
@@ -181,7 +175,7 @@ class RanksAgain:
         """No micro-batch is good: make a bad gradient on every rank, so that the guard skips the update."""
         loss = getattr(first.result, "closure_loss", None)
         if loss is not None:
-            self._parts.guard.see_loss(loss)
+            self._runs.guard.see_loss(loss)
         trained = [torch.full_like(one, torch.nan) if one.requires_grad else None for one in parameters]
         give_gradients(parameters, trained)
 
@@ -191,7 +185,7 @@ class RanksAgain:
         for rank, those in enumerate(self._ranks.gather(told)):
             for batch_idx, kind, scope, place, message in those:
                 fault = Fault(kind, scope, place, None, message)
-                with self._parts.replay.suspecting(batch_idx):
+                with self._runs.replay.suspecting(batch_idx):
                     # Every rank diagnoses its micro-batch of this index, because the diagnosis calls collectives.
                     finding = most_confident_over_ranks(self._ranks, self._records.diagnosis(fault))
                     self._records.left_out(fault, finding, (rank,))

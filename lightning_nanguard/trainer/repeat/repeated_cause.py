@@ -1,15 +1,19 @@
-"""Names the optimizer or the buffer that makes the state bad each time an update is repeated."""
+"""Names what keeps repeated updates from being used: an optimizer or a buffer that makes the state bad each time, or a
+tensor that code outside of passes and steps has written to."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from typing import Any, final
 
+import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.operation_trace import non_finite, storage_key, tensors_in, user_line
+from lightning_nanguard.state.learner import describe
+from lightning_nanguard.state.snapshot import Snapshot
 
 
 def update_in_words(module: nn.Module, optimizer: Optimizer, spoilt: str) -> str:
@@ -56,6 +60,32 @@ def buffer_in_words(module: nn.Module, spoilt: str, run: Callable[[], object]) -
             run()
     line = f" ({write.line})" if write is not None and write.line else ""
     return f"{spoilt} of {type(owner).__name__}{line}"
+
+
+def written_outside(start: Snapshot, first: Snapshot, again: Snapshot) -> str | None:
+    """Name of a weight or buffer that changed in the run, and not when its updates were made again; ``None`` without.
+
+    An example is a target network that a hook copies from the trained one every hundred updates. A single element
+    does not count: memory corruption changes one, and is what repeated updates undo.
+
+    Args:
+        start: The snapshot that the updates were made from.
+        first: The state that the run had reached.
+        again: The state after the same updates were made again.
+    """
+    for key, was in start.leaves.items():
+        if key[0] in ("parameter", "buffer") and _differs(was, first.leaves.get(key), again.leaves.get(key)):
+            return describe(key)
+    return None
+
+
+def _differs(was: Any, first: Any, again: Any) -> bool:
+    if not (isinstance(was, Tensor) and isinstance(first, Tensor) and isinstance(again, Tensor)):
+        return False
+    if not (was.shape == first.shape == again.shape) or any(one.layout != torch.strided for one in (was, first, again)):
+        return False
+    was, first, again = was.to(again.device), first.to(again.device), again
+    return torch.equal(was, again) and int((first != was).sum()) > 1 and bool(torch.isfinite(first).all())
 
 
 @final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from contextlib import nullcontext
 from typing import Any, final
 
@@ -25,7 +24,6 @@ from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
-from lightning_nanguard.trainer.repeat.parts import RepeatParts
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
 from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
 from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, WindowEntry
@@ -37,7 +35,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class StepRunner:
-    """Runs micro-batches; a :class:`~lightning_nanguard.trainer.private.closures.MicroBatchRunner`.
+    """Runs micro-batches in place of Lightning.
 
     A micro-batch is run again if its loss or gradient is certainly bad, or if ``training_step`` raises an error that
     NaN or Inf can cause. It runs from the same state, batch and random numbers. If the fault is gone, the step counts
@@ -45,50 +43,44 @@ class StepRunner:
     mean of the others. In all other cases the guard handles the fault.
 
     Args:
-        parts: The objects that all classes of this package share.
+        runs: Runs a micro-batch once.
     """
 
-    def __init__(self, parts: RepeatParts) -> None:
-        thresholds = parts.guard.context.thresholds.batches.repeated
-        self._parts = parts
-        self._check = parts.check
-        self._records = parts.guard.steps.records
-        self._undos = parts.guard.steps.undos
-        self._alone = parts.guard.context.acts_alone
-        self._window = parts.window
-        self._numbers = AttributeNumbers(thresholds)
-        self._updates = UpdatesAgain(parts.trainer, parts.module, parts.guard.context, parts.replay, thresholds)
-        self._runs = Attempts(parts)
-        self._windows = WindowAgain(parts, self._runs)
-        self._ranks = RanksAgain(parts, self._runs)
-
-    # ---------------------------------------------------------------------------------------- Lightning's side
-
-    def forward(self, forward: Callable[[], Any]) -> Any:
-        """Run the forward pass; in a window, end the run of a bad micro-batch before its backward pass."""
-        return self._runs.forward(forward)
+    def __init__(self, runs: Attempts) -> None:
+        context = runs.guard.context
+        self._runs = runs
+        self._check = runs.check
+        self._records = runs.guard.steps.records
+        self._undos = runs.guard.steps.undos
+        self._alone = context.acts_alone
+        self._window = runs.window
+        self._numbers = AttributeNumbers(context.thresholds.batches.repeated)
+        self._updates = UpdatesAgain(runs)
+        self._windows = WindowAgain(runs)
+        self._ranks = RanksAgain(runs)
 
     def run(self, run: MicroBatchRun) -> Any:
         """Run a micro-batch, and run it again if needed; returns the result for Lightning."""
         if self._runs.repeats:
             return run.whole()
-        random = self._parts.replay.batches.begin_step()
+        random = self._runs.replay.batches.begin_step()
         try:
-            if self._parts.guard.context.settings.observe:  # nothing is undone or repeated
+            if self._runs.guard.context.settings.observe:  # nothing is undone or repeated
                 return run.whole()
             if run.zero_grad is not None:
                 self._numbers.begin()
-            start = self._parts.memory.open(run.batch, random)
+            start = self._runs.memory.open(run.batch, random)
+            self._runs.replay.batches.begin_from(start.attributes)
             if run.zero_grad is not None:
                 self._undos.also(start.carried_back)
                 self._undos.also(self._numbers.undo)
                 self._numbers.open(start.attributes)
-            if self._alone and self._parts.replay.batches.nothing_left():
+            if self._alone and self._runs.replay.batches.nothing_left():
                 return self._pass_over(run, start)
             return self._guarded(run, start) if self._runs.allowed and run.repeatable else run.whole()
         finally:
-            self._parts.replay.batches.end_step()
-            self._parts.memory.close()
+            self._runs.replay.batches.end_step()
+            self._runs.memory.close()
 
     def _guarded(self, run: MicroBatchRun, start: StepStart) -> Any:
         micro = self._window.add(run, start)
@@ -96,7 +88,7 @@ class StepRunner:
             outcome = self._runs.attempt(micro, steps=self._window.completes)
             if outcome.good:
                 return self._over(outcome.result)
-            with self._parts.replay.batches.as_begun():
+            with self._runs.replay.batches.as_begun():
                 return self._bad(micro, outcome)
         finally:
             if self._window.completes:
@@ -108,7 +100,7 @@ class StepRunner:
         if self._runs.together:
             return given(outcome)
         may_repeat = self._runs.may_repeat()
-        self._parts.memory.close()
+        self._runs.memory.close()
         if not may_repeat:
             return outcome.result if outcome.error is None else self._raised_once(micro, outcome)
         if len(self._window.micros) > 1 and not outcome.early:
@@ -118,8 +110,7 @@ class StepRunner:
     def _raised_once(self, micro: WindowEntry, outcome: Outcome) -> Any:
         """A step that cannot be made again has raised an exception: skip it if the numbers of its batch caused it."""
         backward = not outcome.early
-        memory, errors = self._parts.memory, self._parts.errors
-        if memory.writes_weights or not errors.caused_by_numbers(micro.run, micro.start, backward=backward):
+        if self._runs.memory.writes_weights or not self._runs.caused_by_numbers(micro, backward=backward):
             return given(outcome)
         after = micro.start.clock_now()
         micro.start.restore()
@@ -148,7 +139,7 @@ class StepRunner:
                 return self._over(last.result)
             # A step that raises only when it is run again depends on something that its first run has used up.
             if last.error is not None and (first.error is None or not may_be_numeric(last.error, micro.run.batch)):
-                self._parts.memory.repeatable = False
+                self._runs.memory.repeatable = False
                 _logger.debug("NaNGuard: a step cannot be made again: %r", last.error)
                 break
         if after.counted:
@@ -162,9 +153,7 @@ class StepRunner:
             self._runs.call_missed_hooks(first)
             whole = self._nan_result() if first.result is None else first.result
             return self._window_over(with_outputs_of(kept.result, whole))
-        if first.error is not None and not self._parts.errors.caused_by_numbers(
-            micro.run, micro.start, backward=not first.early
-        ):
+        if first.error is not None and not self._runs.caused_by_numbers(micro, backward=not first.early):
             raise first.error
         if kept is not None:
             last, counted = kept, counted or kept.fault is not None
@@ -185,40 +174,37 @@ class StepRunner:
 
     def _with_good_samples(self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool) -> Outcome | None:
         """Run the good samples of a bad micro-batch; ``None`` if nothing was run or restored."""
-        if (
-            self._parts.keeper is None
-            or not self._parts.memory.repeatable
-            or micro.kept is not None
-            or not self._parts.keeper.active()
-        ):
+        usable = self._runs.memory.repeatable and micro.kept is None
+        keeper = self._runs.active_keeper() if usable else None
+        if keeper is None:
             return None
         self._runs.rewind(micro, last)
-        part = self._parts.keeper.good_part(micro, fault_of(first))
+        part = keeper.good_part(micro, fault_of(first))
         if part is None:
             return Outcome(early=True)
-        with self._runs.repeating(counted=counted), logging_for(self._parts.trainer, micro.run.batch):
+        with self._runs.repeating(counted=counted), logging_for(self._runs.trainer, micro.run.batch):
             # In a window, bad gradients may come from other micro-batches.
             outcome = self._runs.attempt(micro, steps=self._window.completes and len(self._window.micros) == 1)
-        if self._parts.keeper.settle(micro, outcome, part):
+        if keeper.settle(micro, outcome, part):
             return outcome
         self._runs.rewind(micro, outcome)
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
     def _may_go_back(self, fault: Fault) -> bool:
-        ring = self._parts.guard.context.ring
-        vouch_for_start(self._parts.guard.context, self._check.number - 1)
+        ring = self._runs.guard.context.ring
+        vouch_for_start(self._runs.guard.context, self._check.number - 1)
         if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1
-        if self._parts.replay.batch_finite() is False or self._updates.since(ring.certified[0], last, last + 1) is None:
+        if self._runs.replay.batch_finite() is False or self._updates.since(ring.certified[0], last, last + 1) is None:
             return False
         return not (self._updates.futile and self._check.state_is_finite())
 
     def _from_snapshot(self, micro: WindowEntry, first: Outcome, last: Outcome, *, counted: bool) -> Outcome:
         """The state may be at fault: repeat the updates since the snapshot, and then run this micro-batch."""
-        snapshot = self._parts.guard.context.ring.certified[0]
+        snapshot = self._runs.guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
-        parameters, earliest = list(self._parts.module.parameters()), self._window.micros[0].start
+        parameters, earliest = list(self._runs.module.parameters()), self._window.micros[0].start
         self._runs.rewind(micro, last)
         gradients = gradients_if_room(parameters)
         if gradients is None:
@@ -252,10 +238,10 @@ class StepRunner:
             snapshot: The snapshot that the rollback restored.
             bad: The reading of the bad update, if this update was made.
         """
-        if self._parts.guard.swapped:
+        if self._runs.guard.swapped:
             return False  # weights are averages
-        with as_in_training(self._parts.trainer):
-            if self._updates.go(snapshot, self._parts.guard.updates, attributes=self._parts.memory, bad=bad) is None:
+        with as_in_training(self._runs.trainer):
+            if self._updates.go(snapshot, self._runs.guard.updates, bad=bad) is None:
                 return False
             self._updates.log_again()
         return True
@@ -263,7 +249,7 @@ class StepRunner:
     def _pass_on(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Run a bad micro-batch with its backward pass. An exception is replaced by a loss of NaN."""
         self._check.raised(self._check.in_words(first.error))
-        stands = self._nan_result() if first.error is not None or not self._parts.memory.repeatable else None
+        stands = self._nan_result() if first.error is not None or not self._runs.memory.repeatable else None
         with (
             self._runs.repeating(counted=counted, instead=stands),
             self._runs.passing(),
@@ -281,7 +267,7 @@ class StepRunner:
         return result if first.result is None else first.result
 
     def _nan_result(self) -> Any:
-        return result_of(self._parts.trainer, nan_loss(self._parts.module))
+        return result_of(self._runs.trainer, nan_loss(self._runs.module))
 
     def _pass_over(self, run: MicroBatchRun, start: StepStart) -> Any:
         """Skip the forward and backward pass of a batch whose samples are all known to be bad."""
@@ -292,8 +278,8 @@ class StepRunner:
         try:
             if self._window.completes and len(self._window.left_out()) == len(self._window.micros):
                 self._check.pass_over()
-                if self._parts.guard.context.learner.scaler is not None:  # a GradScaler raises if it finds no gradients
-                    for parameter in self._parts.module.parameters():
+                if self._runs.guard.context.learner.scaler is not None:  # a GradScaler raises if it finds no gradients
+                    for parameter in self._runs.module.parameters():
                         parameter.grad = torch.zeros_like(parameter) if parameter.requires_grad else None
                 return self._over(result)
             return self._window_over(result)
@@ -306,11 +292,11 @@ class StepRunner:
     def _leave_out(self, micro: WindowEntry, first: Outcome, after: StepClock, *, counted: bool) -> Any:
         """Go on as if the micro-batch were not in its window. Everything was already restored to its start."""
         if micro.run.zero_grad is not None:
-            with uncounted(self._parts.trainer, self._parts.is_guard) if counted else nullcontext():
+            with uncounted(self._runs.trainer, self._runs.is_guard) if counted else nullcontext():
                 micro.run.zero_grad()
         after.restore()
         micro.left_out = fault_of(first)
-        self._parts.replay.batches.leave_out(micro.run.batch)
+        self._runs.replay.batches.leave_out(micro.run.batch)
         return self._window_over(self._nan_result() if first.result is None else first.result)
 
     def _window_over(self, result: Any) -> Any:
@@ -329,14 +315,14 @@ class StepRunner:
         if self._window.completes:
             for micro, fault in self._window.left_out():
                 if fault is not NOTHING_LEFT:
-                    with self._parts.replay.suspecting(micro.run.batch_idx):
+                    with self._runs.replay.suspecting(micro.run.batch_idx):
                         self._records.left_out(fault, self._records.diagnosis(fault))
             for micro, (fault, finding) in self._window.kept():
-                with self._parts.replay.suspecting(micro.run.batch_idx):
+                with self._runs.replay.suspecting(micro.run.batch_idx):
                     self._records.kept_good_samples(fault, finding)
         return result
 
     def _keep(self) -> None:
         """Keep the data of the next update, so that it can be repeated."""
         if self._window.completes:
-            self._updates.keep(self._check.number, self._window.whole(), self._undos.measures)
+            self._updates.keep()

@@ -15,7 +15,6 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.batches import bytes_of
 from lightning_nanguard.measure.norms import norms
 from lightning_nanguard.state.device import OutOfMemory
@@ -23,17 +22,15 @@ from lightning_nanguard.state.learner import give_scheduled, scheduled_values
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot import Snapshot, capture
-from lightning_nanguard.state.step_start import StepMemory, StepStart
-from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
 from lightning_nanguard.trainer.private.closures import accumulated, accumulating, end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
-from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, logged_at
+from lightning_nanguard.trainer.private.packages import logged_at
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
-from lightning_nanguard.trainer.repeat.outside_writes import written_outside
-from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words
+from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words, written_outside
 from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Reading
 
@@ -76,31 +73,21 @@ class UpdatesAgain:
     bit for bit, the updates are reproducible. The first loss that differs then shows when the state became bad.
 
     Args:
-        trainer: The trainer.
-        module: Its module.
-        context: The objects that the parts of the guard share.
-        replay: Undoes what the repeated batches change.
-        thresholds: How much is kept.
+        runs: Runs a micro-batch once.
 
     Attributes:
         futile: Whether updates were repeated without success.
     """
 
-    def __init__(
-        self,
-        trainer: Trainer,
-        module: LightningModule,
-        context: GuardContext,
-        replay: TrainerBatchReplay,
-        thresholds: RepeatedStepsThresholds,
-    ) -> None:
-        self._trainer = trainer
-        self._module = module
-        self._context = context
-        self._replay = replay
-        self._limits = thresholds
-        self._averages = RepeatedAverages(trainer)
-        self._measures = RepeatedMeasures(trainer, module)
+    def __init__(self, runs: Attempts) -> None:
+        self._runs = runs
+        self._trainer = runs.trainer
+        self._module = runs.module
+        self._replay = runs.replay
+        context = self._context = runs.guard.context
+        limits = self._limits = context.thresholds.batches.repeated
+        self._averages = RepeatedAverages(self._trainer)
+        self._measures = RepeatedMeasures(self._trainer, self._module)
         self._kept: deque[_Update] = deque()
         self._counted = 0
         self._room = 0
@@ -109,7 +96,7 @@ class UpdatesAgain:
         self._started = context.state.step
         # The epoch of the newest update; the last update of each epoch before.
         self._epoch = -1
-        self._ends: deque[tuple[int, int]] = deque(maxlen=thresholds.updates_again or 1)
+        self._ends: deque[tuple[int, int]] = deque(maxlen=limits.updates_again or 1)
         # The snapshot that the last rollback restored, and the first update after it.
         self._rolled_back = -1, -1
         # Logged values of repeated updates that differ from those of the run.
@@ -120,20 +107,13 @@ class UpdatesAgain:
         learner = context.learner
         alone = context.acts_alone
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
-        self._possible = alone and plain and thresholds.updates_again > 0
+        self._possible = alone and plain and limits.updates_again > 0
 
-    def keep(
-        self, number: int, micros: list[WindowEntry], measures: Callable[[], Sequence[Callable[[], None]]]
-    ) -> None:
-        """Keep the data of an update that is about to be made.
-
-        Args:
-            number: Its number.
-            micros: Its micro-batches; empty if it cannot be repeated.
-            measures: Makes the functions that restore the metrics and means before it.
-        """
+    def keep(self) -> None:
+        """Keep the data of the update that is about to be made."""
         if not self._possible:
             return
+        number, micros = self._runs.check.number, self._runs.window.whole()
         kept, limits, ring = self._kept, self._limits, self._context.ring
         state = self._context.state
         if state.healthy_since_restore == 0 and not state.redone:
@@ -166,7 +146,7 @@ class UpdatesAgain:
             before: Sequence[Callable[[], None]] = ()
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
-                before = measures()
+                before = self._runs.guard.steps.undos.measures()
             clock, step, window = self._trainer.global_step, logged_at(self._trainer), accumulated(self._trainer)
             kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch, window))
 
@@ -186,7 +166,7 @@ class UpdatesAgain:
     def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
         """Bytes that are kept only for one update; ``None`` if they are not known."""
         starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
-        values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
+        values = [value for one, other in pairwise(starts) for value in other.attributes.not_in(one.attributes)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int, faulty: int) -> list[_Update] | None:
@@ -214,21 +194,15 @@ class UpdatesAgain:
         return update.number < faulty and update.number in self._context.state.skipped
 
     def go(
-        self,
-        snapshot: Snapshot,
-        number: int,
-        *,
-        then: WindowEntry | None = None,
-        attributes: StepMemory | None = None,
-        bad: Reading | None = None,
+        self, snapshot: Snapshot, number: int, *, then: WindowEntry | None = None, bad: Reading | None = None
     ) -> Callable[[], None] | None:
         """Restore the learner from a snapshot, and repeat the updates up to a given one.
 
         Args:
             snapshot: The snapshot to begin from.
             number: The last update to repeat.
-            then: The next micro-batch. If its loss is bad under the snapshot, too, nothing is repeated.
-            attributes: Reads the module's attributes, if their values after the last update are to be kept.
+            then: The next micro-batch. If its loss is bad under the snapshot, too, nothing is repeated. ``None``
+                outside of a batch: the module's attributes stay as after the last update.
             bad: The reading of a bad update. If it is equally bad under the snapshot, or its gradient is as large
                 again, nothing is repeated.
 
@@ -260,7 +234,7 @@ class UpdatesAgain:
                     made = (start for start, updates in ways if self._make(updates, start, faulty, bad=bad))
                     if (start := next(made, None)) is not None:
                         after = self._capture(snapshot)
-                        left = None if attributes is None else attributes.attributes_now()
+                        left = self._runs.memory.attributes_now() if then is None else None
                         measures = self._measures.now()
                         if (written := written_outside(start, before, after)) is not None:
                             _logger.info("NaNGuard: not kept, because code outside of the steps wrote to %s.", written)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from lightning_nanguard.diagnosis.mistakes.observation import largest_parts, named
+from lightning_nanguard.diagnosis.mistakes.observation import largest_parts
 from tests.diagnosis.mistakes.seen import BODY, WELL
 
 
@@ -23,13 +23,7 @@ def test_parts_are_as_large_as_can_be(chosen: set[str], parts: tuple[str, ...]) 
     assert largest_parts(["a.0.w", "a.0.b", "a.1.w", "w"], chosen) == parts
 
 
-def test_parts_are_listed() -> None:
-    """Many are counted."""
-    assert [named(["a", "b", "c"][:count], 2) for count in (0, 1, 2, 3)] == ["", "a", "a and b", "a, b and 1 more"]
-
-
 def test_a_parameter_is_trained_when_all_is_there() -> None:
     """It requires a gradient, gets one, and an optimizer has it."""
     assert BODY.trained
-    assert BODY.owner == "body.0"
     assert WELL.parts(lambda one: one.trained) == ("body", "head")

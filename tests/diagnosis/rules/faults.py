@@ -6,7 +6,8 @@ import math
 from typing import Any
 
 from lightning_nanguard import Case, Change, Clues, Comparison, Evidence, Fault, Origin, Range
-from lightning_nanguard.diagnosis.rules import RULES, diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
+from lightning_nanguard.diagnosis.rules import RULES
 
 NAN, INF = math.nan, math.inf
 
@@ -36,7 +37,7 @@ Row = tuple[str | None, Fault, dict[str, Any], Clues]
 def surest_cause(fault: Fault, known: dict[str, Any], clues: Clues) -> str | None:
     """The surest cause of what is known, well into a run."""
     evidence = Evidence(**{"step": 50, "healthy_steps": 50, "loss_unit": 1.0, **known})
-    finding = diagnose(Case(fault, evidence, clues))
+    finding = RuleSet().diagnose(Case(fault, evidence, clues))
     return None if finding is None else finding.cause
 
 

@@ -8,7 +8,7 @@ import pytest
 
 from lightning_nanguard import Case, Clues, Comparison, Evidence, Fault, Origin
 from lightning_nanguard.diagnosis.case import BadField
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER, Row, rules_of, surest_cause
 
 FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True)
@@ -101,6 +101,6 @@ def test_every_rule_has_a_row() -> None:
 )
 def test_the_advice_fits_what_the_operation_was_given(origin: Origin, said: str) -> None:
     """What made a denominator, a number outside by rounding alone, a value put in, a tensor bad before the step."""
-    finding = diagnose(Case(LOSS, Evidence(step=9), Clues(replayed=True, origin=origin)))
+    finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), Clues(replayed=True, origin=origin)))
     assert finding is not None
     assert said in finding.suggestion

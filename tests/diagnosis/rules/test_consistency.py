@@ -29,8 +29,8 @@ from lightning_nanguard import (
 )
 from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.diagnosis.case import NO_FAULT
-from lightning_nanguard.diagnosis.rules import findings
-from lightning_nanguard.record.messages import describe
+from lightning_nanguard.diagnosis.rule_set import RuleSet
+from lightning_nanguard.record.messages import tell_again
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.types import Clip, Restore, Scale, Trial
 from tests.diagnosis.rules import faults
@@ -134,7 +134,6 @@ courses = st.builds(
     before=number,
     now=number,
     spread=positive,
-    best=number,
     norm=positive,
     opposed=st.none() | st.floats(-1, 1),
     noise=st.none() | positive,
@@ -269,7 +268,7 @@ def rate_is_shown(case: Case) -> bool:
 @given(cases())
 def test_a_suggestion_agrees_with_its_evidence(case: Case) -> None:
     """No lower rate where the allowed one is higher, no numbers that belie the sentence around them."""
-    for finding in findings(case):
+    for finding in RuleSet().findings(case):
         check(finding, case)
 
 
@@ -277,7 +276,7 @@ def test_a_suggestion_agrees_with_its_evidence(case: Case) -> None:
 @given(cases(), st.floats(1e-3, 0.9))
 def test_a_record_agrees_with_itself(case: Case, factor: float) -> None:
     """What is done about a fault does not contradict what is said of it: a rate is not cut that is not blamed."""
-    found = findings(case)
+    found = RuleSet().findings(case)
     finding = found[0] if found else None
     lr = case.evidence.lr
     lr = lr if lr is not None and 0 < lr < faults.INF else 0.1
@@ -289,7 +288,7 @@ def test_a_record_agrees_with_itself(case: Case, factor: float) -> None:
     cause = None if finding is None else finding.cause
     record = Intervention(1, 0, 1, case.fault.kind, "loss", words, lr, after, finding=finding, cause=cause)
     assert Intervention.from_dict(record.to_dict()).to_dict() == record.to_dict()
-    line = describe(record)
+    line = tell_again(record)
     assert (" → " in line) == (scale is not None)
     fares_no_better = case.evidence.comparison is None
     blamed = finding is not None and finding.scope == "batch"

@@ -9,7 +9,7 @@ import pytest
 
 from lightning_nanguard import BadField, Case, Clues, Course, Evidence, Fault, LabelRelation, Origin, Range
 from lightning_nanguard.diagnosis.case import NO_FAULT
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import (
     EXPLODING,
     FAR,
@@ -74,7 +74,7 @@ def test_every_rule_has_a_row() -> None:
 
 def test_samples_and_columns_are_named() -> None:
     """What holds NaN is named by sample, field and column."""
-    finding = diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
+    finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
     assert finding is not None
     assert "samples 3 and 17 of this batch hold NaN or Inf in field 0, columns 3 and 4" in finding.suggestion
 
@@ -84,17 +84,17 @@ def test_missing_values_that_only_the_loss_leaves_out() -> None:
     missing = Clues(bad_fields=(BadField("1", (3,)),), replayed=True, loss=0.5, gradient_finite=False)
     origin = Origin("mul", backward=True)
     for clues, words in ((missing, "nan_to_num"), (replace(missing, loss=None), "Clean the data")):
-        finding = diagnose(Case(LOSS, Evidence(step=9), replace(clues, origin=origin)))
+        finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), replace(clues, origin=origin)))
         assert finding is not None
         assert (finding.cause, words in finding.suggestion) == ("non_finite_input", True)
 
 
 def test_large_inputs_of_a_loss_that_does_not_move() -> None:
     """They are blamed where most of the untrained model's loss is still there, and only guessed at where it moves."""
-    course = Course(updates=96, first=2.3, before=2.3, now=2.3, spread=0.01, best=2.3, norm=1.0)
+    course = Course(updates=96, first=2.3, before=2.3, now=2.3, spread=0.01, norm=1.0)
     for now, confidence in ((2.3, 0.94), (0.2, 0.5)):
         case = Case(NO_FAULT, clues=Clues(inputs=PIXELS), course=replace(course, now=now))
-        finding = diagnose(case)
+        finding = RuleSet().diagnose(case)
         assert finding is not None
         assert (finding.cause, finding.confidence) == ("unnormalised_input", confidence)
 
@@ -103,7 +103,7 @@ def test_large_inputs_of_a_loss_that_does_not_move() -> None:
 def test_why_no_target_is_valid(empty: bool, said: str) -> None:
     """All targets may be ignored, or there may be none at all."""
     clues = Clues(replayed=True, origin=Origin("nll_loss_forward", empty=empty))
-    finding = diagnose(Case(LOSS, Evidence(step=9), clues))
+    finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), clues))
     assert finding is not None
     assert finding.cause == "no_valid_target"
     assert said in finding.suggestion

@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 
 from lightning_nanguard import Case, Layer, Model, Objective
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import rules_of
 
 SATURATED = Layer("act", "Sigmoid", outputs=1.0, saturated=0.9)
@@ -46,7 +46,7 @@ ROWS: list[tuple[str | None, Model]] = [
 @pytest.mark.parametrize(("cause", "model"), ROWS)
 def test_the_surest_cause(cause: str | None, model: Model) -> None:
     """The surest cause of what was measured."""
-    assert next((finding.cause for finding in findings(Case(model=model))), None) == cause
+    assert next((finding.cause for finding in RuleSet().findings(Case(model=model))), None) == cause
 
 
 def test_every_rule_has_a_row() -> None:
@@ -57,5 +57,5 @@ def test_every_rule_has_a_row() -> None:
 def test_suggestions_have_numbers() -> None:
     """The first loss and the chance level are told."""
     objective = Objective("cross_entropy", classes=10, value=41.2, chance=2.3026)
-    (finding,) = findings(Case(model=Model(objective=objective)))
+    (finding,) = RuleSet().findings(Case(model=Model(objective=objective)))
     assert "first loss 41.2, chance level for 10 classes is 2.3" in finding.suggestion

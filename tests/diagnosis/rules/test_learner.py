@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Origin
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import (
     BACK,
@@ -96,7 +96,7 @@ def test_every_rule_has_a_row() -> None:
 def test_the_curvature_says_which_rate_is_allowed() -> None:
     """With gᵀg and gᵀHg the suggestion names the rate above which the loss stops falling, and half of it as best."""
     curvature = Curvature(slope=3.1, bend=200.0)
-    finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), curvature=curvature))
+    finding = RuleSet().diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.5), curvature=curvature))
     assert finding is not None
     assert finding.cause == "learning_rate_too_high"
     assert "a step along the gradient lowers the loss of this batch only at rates below 0.031" in finding.suggestion
@@ -113,7 +113,7 @@ def test_weights_that_grew_until_numbers_gave_out(fault: Fault, growth: float, c
     finite suspicion, and not where the weights hardly grew."""
     overflow = Clues(origin=Origin("addmm")) if fault.certain else Clues()
     known = Evidence(step=16, healthy_steps=15, comparison=Comparison(NAN, 2.3), climbing=True, growth=growth, lr=1.0)
-    finding = diagnose(Case(fault, known, overflow, curvature=Curvature(slope=0.4, bend=0.28)))
+    finding = RuleSet().diagnose(Case(fault, known, overflow, curvature=Curvature(slope=0.4, bend=0.28)))
     assert (None if finding is None else finding.cause) == cause
 
 
@@ -122,7 +122,7 @@ def test_a_hyperparameter_that_diverges_by_itself_is_named(fault: Fault, cause: 
     """It is surer than a rate that is too high, and it is no cause of a single bad batch."""
     words = "the momentum is 1.1: the sum of gradients grows. Use a momentum below 1"
     known = Evidence(step=16, lr=0.5, comparison=WORSE if fault is EXPLODING else None)
-    finding = diagnose(Case(fault, known, unstable=words))
+    finding = RuleSet().diagnose(Case(fault, known, unstable=words))
     assert (None if finding is None else finding.cause) == cause
     assert finding is None or finding.suggestion == f"{words}."
 
@@ -138,7 +138,7 @@ def test_a_hyperparameter_that_diverges_by_itself_is_named(fault: Fault, cause: 
 def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: float, cause: str | None) -> None:
     """Where λ·ε > 2 in one direction and the others hardly bend, it is the conditioning; no allowed rate is blamed."""
     curvature = Curvature(1.0, steepest, steepest=steepest, typical=typical)
-    finding = diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.001), curvature=curvature))
+    finding = RuleSet().diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, lr=0.001), curvature=curvature))
     assert (None if finding is None else finding.cause) == cause
 
 
@@ -180,7 +180,7 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
 )
 def test_suggestions_have_numbers(fault: Fault, known: dict[str, Any], clues: Clues, said: str) -> None:
     """What to do comes with the numbers it rests on."""
-    finding = diagnose(Case(fault, Evidence(step=9, **known), clues))
+    finding = RuleSet().diagnose(Case(fault, Evidence(step=9, **known), clues))
     assert finding is not None
     assert said in finding.suggestion
 
@@ -190,7 +190,7 @@ def test_weights_that_grew_early(rate: float, cause: str) -> None:
     """At a rate that the loss does not allow they are the updates' doing, before they have grown far."""
     known = Evidence(step=2, comparison=WORSE, growth=4.9, lr=rate, first=2.3, loss_unit=1.0)
     curvature = Curvature(slope=0.39, bend=0.11)
-    finding = diagnose(Case(LOSS, known, Clues(replayed=True, origin=LOG), curvature=curvature))
+    finding = RuleSet().diagnose(Case(LOSS, known, Clues(replayed=True, origin=LOG), curvature=curvature))
     assert finding is not None
     assert finding.cause == cause
 
@@ -200,7 +200,7 @@ def test_a_trial_says_which_rate_to_go_to() -> None:
     said = {}
     for base in ("start", "best"):
         known = Evidence(step=99, trial=Trial(0.6, base, 1 / 64), lr=0.64, first=2.3, levels=(0.4,))  # type: ignore[arg-type]
-        finding = diagnose(Case(STUCK, known))
+        finding = RuleSet().diagnose(Case(STUCK, known))
         assert finding is not None
         said[finding.cause] = finding.suggestion
     assert "a restart with 0.0156 times the rate has a lower loss" in said["learning_rate_too_high"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from lightning_nanguard import Case, GradientCheck, Model, Objective
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import rules_of
 
 ROWS: list[tuple[str | None, Model]] = [
@@ -24,7 +24,7 @@ ROWS: list[tuple[str | None, Model]] = [
 @pytest.mark.parametrize(("cause", "model"), ROWS)
 def test_the_surest_cause(cause: str | None, model: Model) -> None:
     """The surest cause of what the loss was given."""
-    assert next((finding.cause for finding in findings(Case(model=model))), None) == cause
+    assert next((finding.cause for finding in RuleSet().findings(Case(model=model))), None) == cause
 
 
 def test_every_rule_has_a_row() -> None:

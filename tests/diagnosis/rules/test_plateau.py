@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 
 from lightning_nanguard import Case, Course, Curvature, Layer, Model
-from lightning_nanguard.diagnosis.rules import findings
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.plateau import oscillation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from tests.diagnosis.rules.faults import rules_of
 
-FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, best=2.2, norm=1.0, lr=0.5, batch_size=32)
+FLAT = Course(updates=100, first=2.3, before=2.3, now=2.29, spread=0.02, norm=1.0, lr=0.5, batch_size=32)
 FALLING = replace(FLAT, before=2.0, now=1.5)
 NOISY = replace(FLAT, updates=256, noise=8.0, batches=64, clear=9.0)
 LOW = replace(FLAT, before=0.5, now=0.5)
@@ -64,7 +64,7 @@ ROWS: list[tuple[str | None, Case]] = [
 @pytest.mark.parametrize(("cause", "case"), ROWS)
 def test_the_surest_cause(cause: str | None, case: Case) -> None:
     """The surest cause above low confidence."""
-    said = [finding.cause for finding in findings(case) if finding.confidence > 0.5]
+    said = [finding.cause for finding in RuleSet().findings(case) if finding.confidence > 0.5]
     assert said[:1] == ([] if cause is None else [cause])
 
 

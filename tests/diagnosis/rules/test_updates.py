@@ -6,7 +6,7 @@ import pytest
 
 from lightning_nanguard import Case, Evidence, Fault, Finding
 from lightning_nanguard.diagnosis.case import EarlierFinding
-from lightning_nanguard.diagnosis.rules import diagnose
+from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import LOSS, rules_of
 
 ROWS = [
@@ -19,20 +19,20 @@ ROWS = [
 def test_what_comes_back_is_named(cause: str, place: str) -> None:
     """What an update made again has shown is surer than bad state alone; later faults of the tensor have the cause."""
     tensor = "parameter w" if "parameter" in place else "buffer vq.mean"
-    first = diagnose(Case(LOSS, Evidence(step=50, corrupt=tensor, redo_cause=(cause, place))))
+    first = RuleSet().diagnose(Case(LOSS, Evidence(step=50, corrupt=tensor, redo_cause=(cause, place))))
     assert first is not None
     assert (first.cause, first.place, first.scope) == (cause, place, "state")
     assert first.suggestion.startswith(f"{place} is no longer finite")
     assert "device" not in first.suggestion
     earlier = (EarlierFinding(50, LOSS.kind, LOSS.place, first),)
-    later = diagnose(Case(LOSS, Evidence(step=60, corrupt=tensor), earlier=earlier))
+    later = RuleSet().diagnose(Case(LOSS, Evidence(step=60, corrupt=tensor), earlier=earlier))
     assert later is not None
     assert (later.cause, later.place, later.evidence["times"]) == (cause, place, 2.0)
     written = Fault("non_finite_statistics", "batch", tensor, conclusive=True)
-    skipped = diagnose(Case(written, Evidence(step=60), earlier=earlier))
+    skipped = RuleSet().diagnose(Case(written, Evidence(step=60), earlier=earlier))
     assert skipped is not None
     assert (skipped.cause, skipped.place) == (cause, place)
-    other = diagnose(Case(LOSS, Evidence(step=60, corrupt="parameter other"), earlier=earlier))
+    other = RuleSet().diagnose(Case(LOSS, Evidence(step=60, corrupt="parameter other"), earlier=earlier))
     assert other is not None
     assert other.cause == "corrupted_state"
 
@@ -42,7 +42,7 @@ def test_weights_that_grew_far_are_the_cause_of_a_buffer_that_overflows() -> Non
     optimizer that divides by 0 makes weights as large by itself."""
     for (cause, place), named in zip(ROWS, ("optimizer_update", "learning_rate_too_high"), strict=True):
         known = Evidence(step=50, corrupt="buffer vq.mean", redo_cause=(cause, place), growth=1e4, lr=1e4)
-        finding = diagnose(Case(LOSS, known))
+        finding = RuleSet().diagnose(Case(LOSS, known))
         assert finding is not None
         assert finding.cause == named
 
@@ -59,7 +59,7 @@ def test_bad_state_after_a_suspicion_is_not_said_to_come_from_nowhere() -> None:
         EarlierFinding(step, LOSS.kind, LOSS.place, Finding("corrupted_state", 0.9, place="parameter w"))
         for step in (10, 30)
     )
-    finding = diagnose(Case(LOSS, Evidence(step=50, corrupt="parameter w", told=told), earlier=earlier))
+    finding = RuleSet().diagnose(Case(LOSS, Evidence(step=50, corrupt="parameter w", told=told), earlier=earlier))
     assert finding is not None
     assert finding.cause == "corrupted_state"
     assert told in finding.suggestion

@@ -1,4 +1,4 @@
-"""The clock that a repeated step sees."""
+"""The length of a run, and the clock that a repeated step sees."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, LightningModule, Trainer
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
+from lightning_nanguard.trainer.private.clock import clock_kept, expected_updates, set_clock
 from tests.helpers import Task, batches, differences, fit, state_of, task
 
 
@@ -78,3 +79,28 @@ def test_a_fault_that_depends_on_the_step_is_found(tmp_path: Path) -> None:
     assert record.remedies == ("skip",)
     assert record.cause == "unknown_operation"
     assert {step for index, step, epoch in SEEN if (index, epoch) == (2, 1)} == {12}
+
+
+class Asks(Callback):
+    """Asks for the length of the run in its first batch, and ends it."""
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.answer = expected_updates(trainer)
+        trainer.should_stop = True
+
+
+@pytest.mark.parametrize(
+    ("options", "updates"),
+    [
+        ({"max_epochs": 2}, 24),
+        ({"max_epochs": 2, "accumulate_grad_batches": 3}, 8),
+        ({"max_epochs": 5, "max_steps": 7}, 7),
+        ({"max_epochs": -1}, math.inf),
+    ],
+    ids=["epochs", "accumulation", "steps", "no limit"],
+)
+def test_the_limits_of_the_trainer_give_the_length(options: dict[str, Any], updates: float) -> None:
+    """The length is what the Trainer's limits allow."""
+    asks = Asks()
+    fit(task(), batches(count=12), callbacks=[asks], **options)
+    assert asks.answer == updates

@@ -62,7 +62,7 @@ class Installs(Callback):
 
     def on_train_start(self, trainer: Any, pl_module: Any) -> None:
         self.runner.trainer = trainer
-        self.undo = run_micro_batches_by(trainer, self.runner)
+        self.undo = run_micro_batches_by(trainer, self.runner.run, self.runner.forward)
 
     def on_before_zero_grad(self, *args: Any) -> None:
         self.calls.append("zero_grad")

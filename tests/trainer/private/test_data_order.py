@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightning_nanguard import NaNGuard
+from lightning_nanguard.state.batch_origin import row_of
 from tests.helpers import fit, task, trainer_for
 
 ROWS = 40
@@ -92,7 +93,7 @@ def test_rows_of_every_batch(kind: str, tmp_path: Path) -> None:
     for number in range(2):
         seen = Compares(guard)
         fit(task(), loader, guard, callbacks=[seen], max_epochs=3)
-        assert [list(one.rows()) for one in seen.told] == seen.held
+        assert [list(map(row_of, one.keys)) for one in seen.told] == seen.held
         assert [one.position for one in seen.told] == list(range(len(seen.held) // 3)) * 3
         assert all(one.collated for one in seen.told)
         if number == 0:
@@ -146,7 +147,7 @@ def test_place_where_there_are_no_rows(kind: str, tmp_path: Path) -> None:
     assert [(one.epoch, one.position) for one in seen.told] == [
         (epoch, place) for epoch in (0, 1) for place in range(5)
     ]
-    assert all(one.rows() is None for one in seen.told)
+    assert all(one.keys is None for one in seen.told)
 
 
 def test_several_loaders_have_no_rows(tmp_path: Path) -> None:
@@ -155,7 +156,7 @@ def test_several_loaders_have_no_rows(tmp_path: Path) -> None:
     seen = Places(guard)
     trainer = trainer_for(tmp_path, guard, [seen])
     trainer.fit(Simple(), {"a": loader_of("in order"), "b": loader_of("shuffled")})
-    assert [(one.position, one.rows()) for one in seen.told] == [(place, None) for place in range(7)]
+    assert [(one.position, one.keys) for one in seen.told] == [(place, None) for place in range(7)]
 
 
 class Draws:

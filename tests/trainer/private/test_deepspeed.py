@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_nanguard.trainer.private.deepspeed import ZeroPartitions, accumulation, unsupported
+from lightning_nanguard.trainer.private.deepspeed import ZeroPartitions, unsupported
 
 
 @pytest.mark.parametrize(
@@ -56,19 +56,3 @@ def test_what_a_rank_steps() -> None:
     assert [(name, len(gradient)) for name, gradient in partitions.gradients()] == [("weight", 1), ("bias", 1)]
     partitions.restored()
     assert zero._hp_optimizer_states_linked is False
-
-
-def test_when_an_update_is_made() -> None:
-    """DeepSpeed is asked to step after each micro-batch, and says itself whether it only accumulates."""
-
-    class Engine:
-        boundary = False
-
-        def is_gradient_accumulation_boundary(self) -> bool:
-            return self.boundary
-
-    engine = Engine()
-    only_accumulates = accumulation(engine)
-    assert only_accumulates()
-    engine.boundary = True
-    assert not only_accumulates()

@@ -1,7 +1,9 @@
-"""A fit as far as its first batch."""
+"""A fit as far as its first batch, and Lightning's own messages."""
 
 from __future__ import annotations
 
+import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from lightning_nanguard.trainer.private.first_batch import at_first_batch, one_batch
+from lightning_nanguard.trainer.private.first_batch import at_first_batch, one_batch, without_messages
 from tests.helpers import Batch, batches, copied, differences, mlp, trainer_for
 
 
@@ -70,3 +72,15 @@ def test_a_batch_is_given_as_it_is() -> None:
     assert len(seen) == 1
     assert seen[0] is batch
     assert "_on_before_batch_transfer" not in vars(module)
+
+
+NAMES = ("pytorch_lightning", "lightning.pytorch", "lightning.fabric")
+
+
+def test_messages_are_kept_away_inside_only() -> None:
+    """Inside no hint and no warning is shown; afterwards the levels are what they were."""
+    levels = [logging.getLogger(name).level for name in NAMES]
+    with without_messages():
+        assert all(logging.getLogger(name).level == logging.ERROR for name in NAMES)
+        warnings.warn("would be an error here", UserWarning, stacklevel=1)
+    assert [logging.getLogger(name).level for name in NAMES] == levels

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
+from lightning_nanguard.trainer.private.first_batch import without_messages
 from lightning_nanguard.trainer.private.lightning_cli import from_config
-from lightning_nanguard.trainer.private.messages import without_messages
 
 pytest.importorskip("jsonargparse")
 DEMO = "pytorch_lightning.demos.boring_classes.BoringModel"

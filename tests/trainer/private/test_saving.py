@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 
-from lightning_nanguard.trainer.private.saving import guard_saves
+from lightning_nanguard.trainer.private import saving
 from tests.helpers import batches, fit, task
 
 
 @pytest.mark.parametrize("collects", [False, True])
-def test_what_is_called_around_a_save(collects: bool, tmp_path: Path) -> None:
+def test_what_is_called_around_a_save(collects: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Through the trainer the state is made good first; a dictionary given to the strategy is mended, and only where
     the strategy collects by itself is the state looked at there too. The undo leaves nothing behind."""
     trainer = fit(task(), batches(count=2), folder=tmp_path).trainer
@@ -23,7 +23,8 @@ def test_what_is_called_around_a_save(collects: bool, tmp_path: Path) -> None:
         said.append(f"mend {Path(path).name} {checked}")
         return {**checkpoint, "mended": True}
 
-    undo = guard_saves(trainer, lambda: said.append("before"), mend, lambda: said.append("after"), collects=collects)
+    monkeypatch.setattr(saving, "collects", lambda trainer: collects)
+    undo = saving.guard_saves(trainer, lambda: said.append("before"), mend, lambda: said.append("after"))
     trainer.save_checkpoint(tmp_path / "one.ckpt")
     assert said == ["before", "mend one.ckpt True", "after"]
     assert torch.load(tmp_path / "one.ckpt", weights_only=True)["mended"]

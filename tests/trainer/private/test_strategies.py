@@ -5,7 +5,13 @@ from __future__ import annotations
 import pytest
 from torch import nn
 
-from lightning_nanguard.trainer.private.strategies import accumulation, check_strategy, collects, is_sharded, what_steps
+from lightning_nanguard.trainer.private.strategies import (
+    check_strategy,
+    collects,
+    is_sharded,
+    step_only_accumulates,
+    what_steps,
+)
 from tests.helpers import batches, fit, task
 
 
@@ -16,7 +22,7 @@ def test_one_process() -> None:
     assert what_steps(run.trainer, run.module) == (run.trainer.optimizers, None)
     assert not is_sharded(run.trainer)
     assert not collects(run.trainer)
-    assert not accumulation(run.trainer)()
+    assert not step_only_accumulates(run.trainer)
 
 
 class Holder:
@@ -44,3 +50,19 @@ def test_an_unknown_strategy_of_several_processes() -> None:
     check_strategy(Holder("HivemindStrategy", 1), nn.Linear(1, 1))
     with pytest.raises(ValueError, match=r"does not support HivemindStrategy with 2 processes\. Use strategy='ddp'"):
         check_strategy(Holder("HivemindStrategy"), nn.Linear(1, 1))
+
+
+def test_deepspeed_steps_at_the_boundary_of_a_window() -> None:
+    """Before it, DeepSpeed's step only accumulates."""
+
+    class Engine:
+        boundary = False
+
+        def is_gradient_accumulation_boundary(self) -> bool:
+            return self.boundary
+
+    holder = Holder("DeepSpeedStrategy")
+    engine = holder.strategy.model = Engine()
+    assert step_only_accumulates(holder)
+    engine.boundary = True
+    assert not step_only_accumulates(holder)

@@ -11,7 +11,7 @@ from pytorch_lightning import Callback, Trainer
 from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
-from lightning_nanguard.distributed.forbid_collectives import ForbidCollectives
+from lightning_nanguard.distributed.collectives import ForbidCollectives
 from lightning_nanguard.trainer.private.training_step import (
     alone,
     clip_as_configured,

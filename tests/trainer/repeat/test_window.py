@@ -15,16 +15,18 @@ from lightning_nanguard.state.random_state import RandomStreams
 from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
-from lightning_nanguard.trainer.repeat.window import Window
+from lightning_nanguard.trainer.repeat.window import AccumulationWindow
 from lightning_nanguard.types import Fault
 
 
-def window_of(*batches: Any, most: int = 1 << 20, began: bool = True, memory: StepMemory | None = None) -> Window:
+def window_of(
+    *batches: Any, most: int = 1 << 20, began: bool = True, memory: StepMemory | None = None
+) -> AccumulationWindow:
     trainer: Any = SimpleNamespace(
         accumulate_grad_batches=len(batches), fit_loop=SimpleNamespace(_should_accumulate=lambda: False)
     )
     limits = replace(RepeatedStepsThresholds(), window_bytes=most)
-    window = Window(trainer, SimpleNamespace(), limits)  # type: ignore[arg-type]
+    window = AccumulationWindow(trainer, SimpleNamespace(), limits)  # type: ignore[arg-type]
     memory, streams = memory or StepMemory(nn.Linear(1, 1)), RandomStreams(torch.device("cpu"))
     for index, batch in enumerate(batches):
         zero_grad = (lambda: None) if index == 0 and began else None

@@ -1,0 +1,86 @@
+"""Gives advice about a run: many updates are skipped, or the scale of the module's own GradScaler has collapsed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, final
+
+from torch.amp import GradScaler
+
+from lightning_nanguard.thresholds.samples import SamplesThresholds
+from lightning_nanguard.types import Finding, Intervention
+
+_DEFAULTS = SamplesThresholds()
+
+
+@final
+class SkipShare:
+    """Counts skipped updates, and gives advice once if their share is large.
+
+    Args:
+        thresholds: The share at which it gives advice.
+
+    Example:
+        >>> share = SkipShare()
+        >>> skipped = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+        >>> [share.note(skipped, updates) is not None for updates in (7, 20, 25, 30)]
+        [False, False, True, False]
+    """
+
+    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+        self._limits = thresholds
+        self._skipped = 0
+        self._said = False
+
+    def note(self, intervention: Intervention, updates: int) -> Finding | None:
+        """Count an intervention; return advice if the share of skipped updates is now large.
+
+        Args:
+            intervention: The intervention.
+            updates: Updates attempted so far.
+        """
+        if "skip" not in intervention.remedies or not intervention.applied:
+            return None
+        self._skipped += 1
+        share = self._skipped / max(1, updates)
+        if self._said or updates < self._limits.least_updates or share <= self._limits.skipped_share:
+            return None
+        self._said = True
+        return Finding(
+            "many_skipped_batches",
+            self._limits.skipped_confidence,
+            {"skipped": float(self._skipped), "updates": float(updates)},
+            suggestion=(
+                f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples of their batches are "
+                "bad, add SkipStep(keep_good_samples=True) to the remedies: the update of a bad batch is then made "
+                "from its good samples. NaNGuard(quarantine=True) leaves out samples that were found to be bad."
+            ),
+        )
+
+
+def fallen_scales(module: Any) -> Iterator[Finding]:
+    """Findings about each GradScaler among the attributes of a module whose scale is below 1.
+
+    A scaler has to make gradients larger, so a scale below 1 is useless. It skips each step that overflows without
+    calling the optimizer, so the guard sees no step.
+
+    Args:
+        module: The trained module.
+    """
+    for name, value in vars(module).copy().items():
+        if not isinstance(value, GradScaler) or not value.is_enabled():
+            continue
+        scale = float(value.get_scale())
+        if not scale < 1.0:
+            continue
+        yield Finding(
+            "loss_scale_collapse",
+            1.0,
+            {"loss_scale": scale},
+            f"the GradScaler in {name}",
+            suggestion=(
+                f"The scale of this GradScaler is {scale:.3g}. It halves its scale, and makes no update, at each step "
+                "whose gradients hold Inf or NaN. Look at the losses and gradients of the newest batches. If they are "
+                "finite in float32, train with bfloat16 instead of float16."
+            ),
+        )

@@ -1,0 +1,85 @@
+"""Advice about a GradScaler of the module's own whose scale falls to nothing, and about many skipped updates."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.amp import GradScaler
+
+from lightning_nanguard import NaNGuard, SkipStep
+from lightning_nanguard.act.defaults import default_remedies
+from lightning_nanguard.trainer.run_advice import SkipShare, fallen_scales
+from lightning_nanguard.types import Intervention
+from tests.helpers import Task, batches, differences, fit, mlp, state_of
+from tests.trainer.test_sample_finder import rows, trained
+
+
+class OwnScaler(Task):
+    """Manual optimization with a scaler of its own; from one batch on all gradients overflow."""
+
+    def __init__(self, bad_from: int) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp())
+        self.automatic_optimization = False
+        self.scaler = GradScaler("cpu", init_scale=256.0)
+        self.bad_from = bad_from
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        optimizer: Any = self.optimizers()
+        optimizer.zero_grad()
+        loss = super().training_step(batch, batch_idx) * (float("inf") if batch_idx >= self.bad_from else 1.0)
+        self.manual_backward(self.scaler.scale(loss))
+        self.scaler.step(optimizer)
+        self.scaler.update()
+
+
+@pytest.mark.parametrize("settings", [{}, {"act_on": "evidence"}, {"observe": True}], ids=str)
+def test_the_user_is_told_once(settings: dict[str, Any], tmp_path: Path) -> None:
+    """The scaler skips each step by itself, so no update is ever seen; nothing is changed."""
+    guard = NaNGuard(**settings)
+    run = fit(OwnScaler(6), batches(count=24), guard, folder=tmp_path, max_epochs=3)
+    (advice,) = guard.advice
+    assert (advice.finding.cause, advice.finding.place) == ("loss_scale_collapse", "the GradScaler in scaler")
+    bare = fit(OwnScaler(6), batches(count=24), folder=tmp_path, max_epochs=3)
+    assert differences(state_of(run), state_of(bare)) == []
+    healthy = NaNGuard(**settings)
+    fit(OwnScaler(100), batches(count=24), healthy, folder=tmp_path)
+    assert not healthy.advice
+
+
+def test_scalers_that_are_off_have_no_scale() -> None:
+    """They are left out."""
+    module = OwnScaler(0)
+    module.scaler = GradScaler("cpu", init_scale=0.5)
+    assert len(list(fallen_scales(module))) == 1
+    module.scaler = GradScaler("cpu", enabled=False)
+    assert list(fallen_scales(module)) == []
+
+
+SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+
+
+def test_only_what_was_skipped_counts() -> None:
+    """Other remedies, and what was only observed, are no skipped updates."""
+    share = SkipShare()
+    for other in (replace(SKIP, remedies=("restore",)), replace(SKIP, applied=False)):
+        assert [share.note(other, 20) for _ in range(5)] == [None] * 5
+    assert [share.note(SKIP, 20) is None for _ in range(4)] == [True, True, False, True]
+
+
+BAD = {f"x{row}": math.nan for row in range(0, 192, 24)}
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_advice_in_a_run(kept: bool, tmp_path: Path) -> None:
+    """A third of all batches is skipped: the advice names ``keep_good_samples``; none where that is on."""
+    remedies: list[Any] = [SkipStep(keep_good_samples=kept), *default_remedies()]
+    guard: NaNGuard = trained(rows(192, **BAD), tmp_path, max_epochs=2, guard={"remedies": remedies})
+    said = [one.finding for one in guard.advice if one.finding.cause == "many_skipped_batches"]
+    assert len(said) == (0 if kept else 1)
+    assert all("SkipStep(keep_good_samples=True)" in one.suggestion for one in said)
