@@ -230,7 +230,7 @@ def test_one_ranks_learning_rate(seen: Results, name: str) -> None:
 
 
 def test_one_ranks_learning_rate_from_the_start(seen: Results) -> None:
-    """A rate that is NaN on one rank in the first update: this rank uses the rate from before it, and the ranks agree."""
+    """A rate that is NaN on one rank in the first update: this rank uses the rate from before it; the ranks agree."""
     (record,) = agreed(seen, "rate lost from the start")["records"]
     assert (record["fault"], record["remedies"], record["ranks"]) == ("invalid_learning_rate", ["hold rate"], [1])
     assert (record["global_step"], record["batch_idx"]) == (1, 0)
