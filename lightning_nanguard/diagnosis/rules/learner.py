@@ -19,10 +19,14 @@ from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Evidence, Finding
 
+_BY_ITSELF = "became bad, and was good when the updates since the last good state were made again"
+
 
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Weights, buffers or moments became bad, but no batch was bad. With the good state the fault is gone."""
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
+    if evidence.redone:
+        return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
@@ -68,19 +72,18 @@ def _corrupted(
     soon = since is not None and since < thresholds.blame.calm_when_late
     # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
-    if case.evidence.told:
+    redone = case.evidence.redone
+    if case.evidence.told and not redone:
         text = f"and {case.evidence.told}."
-    elif case.fault.rate_may_cause and name.startswith("buffer"):
+    elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
         text = (
             "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
             "them from the loss. If there is none, look for code that writes to it."
         )
     elif times == 1 or not gone:
-        text = (
-            "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
-            "operation."
-        )
-    elif soon:
+        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
+        text = f"so no batch and no rate caused it. {look}" if redone else f"although no earlier reading was bad. {look}"
+    elif soon and not redone:
         text = (
             f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
             "update or the forward pass causes this each time. Look at the code that computes it."
@@ -199,6 +202,8 @@ def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     """Confidence that the rate is to blame; 0 if it is not. A suspicion has to be confirmed first."""
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
+    if evidence.redone:
+        return 0.0
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
     overflowed = evidence.redo_cause[0] == "forward_writes_buffer" and evidence.growth > limits.ruined

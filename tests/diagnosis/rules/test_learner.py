@@ -41,6 +41,9 @@ ROWS: list[Row] = [
     ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
     ("corrupted_state", FAR_OUT, {}, Clues()),
     ("corrupted_state", MOMENT, {}, Clues()),
+    # The updates since the snapshot, made again, did not make it so, whatever else speaks against the rate.
+    ("corrupted_state", LARGE, {"redone": True, "growth": 1e6, "climbing": True}, Clues(moved_alone=False)),
+    ("corrupted_state", LARGE, {"redone": True, "comparison": WORSE, "rate_rose": True, "lr": 0.5}, Clues()),
     # The updates since the snapshot, made again, made it too large again.
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "lr": 0.5}, Clues()),
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "climbing": True, "lr": 0.5}, Clues()),
