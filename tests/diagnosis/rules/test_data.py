@@ -27,6 +27,7 @@ from tests.diagnosis.rules.faults import (
 MISSING = Range("1", "float32", -100.0, -100.0, -100.0, 0.0)
 BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
 
+ZERO = Origin("div", lowest=0.0, highest=0.0, smallest=0.0, from_weights=False)
 NOTHING = Origin("mean", empty=True, from_target=True)
 
 OTHER_UNITS = Range("0", "float32", -3e3, 3e3, 0.0, 1e3, before=3.0)
@@ -48,6 +49,14 @@ ROWS: list[Row] = [
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
     ("unknown_operation", LOSS, {}, Clues(origin=Origin("nll_loss_forward"), replayed=True, loss=float("inf"))),
     ("no_valid_target", LOSS, {}, Clues(origin=replace(NOTHING, from_mask=True), target=MISSING)),
+    # A mask that is drawn at random; a denominator that is drawn is no mask.
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mse_loss", empty=True, from_mask=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=replace(ZERO, from_mask=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=replace(ZERO, made_by="sum"), gone_otherwise=True)),
+    ("random_draw", LOSS, {}, Clues(origin=ZERO, gone_otherwise=True)),
+    ("division_by_zero", LOSS, {}, Clues(origin=replace(ZERO, made_by="sum"), gone_otherwise=False)),
     # Targets that are all the same, divided by their deviation: nothing selects among them.
     ("division_by_zero", LOSS, {}, Clues(origin=NOTHING, target=MISSING)),
     ("non_finite_from_start", LOSS, {}, Clues(origin=Origin("nll_loss_forward", given="weight"))),
