@@ -153,3 +153,14 @@ class GuardState:
         """Store the effective learning rate of this step, if it changed."""
         if rate is not None and (not self.rates or self.rates[-1][1] != rate):
             self.rates.append((self.step, rate))
+
+    @property
+    def first_rate(self) -> float | None:
+        """Effective learning rate of the first update that is known; ``None`` if none is."""
+        return self.rates[0][1] if self.rates else None
+
+    def highest_rate(self) -> float | None:
+        """Highest effective learning rate since the last rollback, or since the start; ``None`` if none is known."""
+        begun = 1 + max((step for step, _ in self.policy.restores), default=0)
+        before = [rate for step, rate in self.rates if step <= begun][-1:]  # in force when it began
+        return max([*before, *(rate for step, rate in self.rates if step > begun)], default=None)

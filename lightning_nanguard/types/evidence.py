@@ -82,6 +82,7 @@ class Evidence:
         usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.
+        first_lr: Effective rate of the first group in the first update that is known; ``None`` if none is.
         lowest_lr: Lowest effective rate so far; ``None`` if it is not known.
         group_lr: Highest effective rate of any parameter group now; ``None`` if it is not known.
         multiplier: The learning-rate multiplier in force.
@@ -122,6 +123,7 @@ class Evidence:
     usual_norm: float | None = None
     lr: float | None = None
     highest_lr: float | None = None
+    first_lr: float | None = None
     lowest_lr: float | None = None
     group_lr: float | None = None
     multiplier: float = 1.0

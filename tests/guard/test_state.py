@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_nanguard.guard.state import GuardState
 
 
@@ -12,6 +14,18 @@ def test_a_rate_is_noted_where_it_changes() -> None:
         state.note_rate(rate)
         state.step += 1
     assert list(state.rates) == [(1, 0.1), (3, 0.05), (5, 0.1)]
+
+
+def test_the_highest_rate_of_the_run() -> None:
+    """Since the last rollback, or since the start; a rate that was set earlier and kept counts, too."""
+    state = GuardState()
+    assert (state.first_rate, state.highest_rate()) == (None, None)
+    state.rates.extend([(1, 0.1), (5, 3.0), (6, 0.1), (20, 0.05)])
+    assert (state.first_rate, state.highest_rate()) == (0.1, 3.0)
+    state.policy = replace(state.policy, restores=((10, "loss"),))
+    assert state.highest_rate() == 0.1
+    state.policy = replace(state.policy, restores=((10, "loss"), (19, "loss")))
+    assert state.highest_rate() == 0.05
 
 
 def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:

@@ -116,6 +116,7 @@ evidences = st.builds(
     usual_norm=st.none() | positive | st.just(0.0),
     lr=st.none() | any_rate,
     highest_lr=st.none() | any_rate,
+    first_lr=st.none() | any_rate,
     group_lr=st.none() | any_rate,
     undo=st.booleans(),
 )

@@ -166,6 +166,27 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             Clues(),
             "the learning rate is 0.4, and was 0.5 before; the loss",
         ),
+        # The rate of the next update is above that of the updates so far, and there is one parameter group.
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 4.1, "highest_lr": 3.9, "group_lr": 4.1, "first_lr": 3.0},
+            Clues(),
+            "the learning rate is 4.1; the loss",
+        ),
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.4, "group_lr": 0.5, "highest_lr": 0.8, "first_lr": 0.001},
+            Clues(),
+            "the learning rate rose from 0.001 to 0.8, and is 0.4 now, and up to 0.5 in other parameter groups; the loss",
+        ),
+        # A guess at a lower rate may be above what the user had set before it rose.
+        (
+            STUCK,
+            {"growth": 20.0, "lr": 0.51, "first_lr": 0.001},
+            Clues(),
+            "Look at the schedule, or whatever else raises it, or lower the peak.",
+        ),
+        (STUCK, {"growth": 20.0, "lr": 0.51, "first_lr": 0.51}, Clues(), "or lower it to 0.051 for a start."),
         (SPIKE, {"usual_norm": 1.5}, Clues(norm=1e9), "Clip gradients: Trainer(gradient_clip_val=3)."),
         (
             SPIKE,
