@@ -156,7 +156,7 @@ class Interventions:
             fitted = _rate_fitted(plan, finding, evidence, before)
             done = self._runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
         redone = done.redone and found.not_again(0) is None
-        if redone or state.redo_cause != evidence.redo_cause:  # a rollback has shown it
+        if redone or state.redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
             known = replace(evidence, redo_cause=state.redo_cause, redone=redone)
             finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
         words = tuple(self._remedies[type(step)].word for step in done.steps)

@@ -69,8 +69,8 @@ class Evidence:
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         redo_failed: Whether the fault was there again when the updates since a snapshot were made again. So it did not
             happen by chance, and the updates caused it.
-        redone: Whether every update since a snapshot was made again with its own batch and rate, and the fault was gone.
-            So neither the batches nor the rate caused it.
+        redone: Whether every update since a snapshot was made again with its own batch and rate, and the fault was
+            gone. So neither the batches nor the rate caused it.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` if none was made.
         climbing: Whether losses or gradient norms rose above their usual range just before the fault.

@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
-from lightning_nanguard.diagnosis.rules.phrases import drawn_at, finding_at, of_samples, origin_evidence, smallest_operand
+from lightning_nanguard.diagnosis.rules.phrases import (
+    drawn_at,
+    finding_at,
+    of_samples,
+    origin_evidence,
+    smallest_operand,
+)
 from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, number_format_exhausted
 from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds

@@ -34,9 +34,11 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         return None
     # Some models use NaN for missing values. Then something else made the loss bad.
     tolerated = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
-    # A bounded activation gives a finite loss for Inf, and in backward Inf times a gradient of 0 is NaN.
-    if clues.origin is not None and clues.origin.backward and clues.origin.operation in PRODUCTS:
-        tolerated = False
+    # A product makes NaN of the Inf that it was given: in forward with numbers of both signs, or in backward with a
+    # gradient of 0, if a bounded activation gives a finite loss for Inf.
+    if clues.origin is not None and clues.origin.operation in PRODUCTS:
+        given = clues.origin.infinite and not clues.origin.put_in
+        tolerated = not (clues.origin.backward or given)
     known = thresholds.confidence
     confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
     # If the loss masks missing values with torch.where, its gradient can still be NaN.

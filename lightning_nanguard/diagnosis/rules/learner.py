@@ -82,7 +82,7 @@ def _corrupted(
         )
     elif times == 1 or not gone:
         look = "Look for code that writes to it: a hook, a callback, an in-place operation."
-        text = f"so no batch and no rate caused it. {look}" if redone else f"although no earlier reading was bad. {look}"
+        text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
     elif soon and not redone:
         text = (
             f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
@@ -385,15 +385,14 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
-    """The rate to lower it to: from a trial, from the curvature, or for advice a guess."""
-    rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
-    trial = case.evidence.trial
+    """The rate to lower it to: from a trial, or for advice a guess."""
+    rate, trial = _rate(case), case.evidence.trial
     if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
         return f" to {rate * trial.factor:.2g}"
-    if rate is not None and limit is not None and limit < rate:
-        return f" below {limit:.2g}"
     if rate is None or case.fault.certain or _risen_from(case, thresholds) is not None:
         # After a certain fault the rate at which the run goes on is a better answer than a guess. A schedule may have
         # raised the rate so far that a guess is above what the user meant.
         return ""
-    return f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    # The curvature along one step allows too much where noise, momentum or other directions make the run diverge.
+    limit = None if case.curvature is None else case.curvature.largest_rate
+    return f" to {min(rate, limit or rate) / thresholds.learner.suggested_cut:.2g} for a start"

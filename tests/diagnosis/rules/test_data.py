@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from lightning_nanguard import BadField, Case, Clues, Course, Evidence, Fault, LabelRelation, Origin, Range
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rule_set import RuleSet
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from tests.diagnosis.rules.faults import (
     EXPLODING,
     FAR,
@@ -86,6 +88,17 @@ def test_samples_and_columns_are_named() -> None:
     finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
     assert finding is not None
     assert "samples 3 and 17 of this batch hold NaN or Inf in field 0, columns 3 and 4" in finding.suggestion
+
+
+@pytest.mark.parametrize(("infinite", "sure"), [(True, True), (False, False)])
+def test_infinite_inputs_reach_a_product(infinite: bool, sure: bool) -> None:
+    """If a product made NaN of an infinite number of the batch, the batch is no guess."""
+    origin = Origin("addmm", infinite=infinite)
+    clues = Clues(bad_fields=(BadField("0", (3,)),), origin=origin, loss=math.nan, replayed=True)
+    found = next(
+        one for one in RuleSet().findings(Case(LOSS, Evidence(step=9), clues)) if one.cause == "non_finite_input"
+    )
+    assert (found.confidence > DEFAULT.confidence.told) is sure
 
 
 def test_missing_values_that_only_the_loss_leaves_out() -> None:
