@@ -100,8 +100,8 @@ class FindsAt(Detector):
 
 
 def test_a_mistake_of_the_first_updates_explains_a_divergence(tmp_path: Path) -> None:
-    """After the advice that gradients are added up, a learner that diverges is not blamed on the rate. A fault of a batch
-    has its own cause."""
+    """After the advice that gradients are added up, the rate is not blamed for a divergence. A fault of a batch has its
+    own cause."""
 
     def rule(case: Case) -> Finding | None:
         causes = {"learner": "learning_rate_too_high", "batch": "bad_batch"}
