@@ -111,7 +111,8 @@ def test_an_incident_is_read_and_replayed(capsys: pytest.CaptureFixture[str]) ->
     assert found.evidence.first == found.evidence.loss_unit == pytest.approx(0.5038957)
     assert found.evidence.levels == pytest.approx((0.0451599, 0.0591997, 0.5038957))
     assert [micro.index for micro in found.batches] == [30]
-    assert differences(found.batches[0].batch[1], batches(count=31)[30][1]) == []
+    # The matrix product of these targets depends on the processor in its last bits.
+    torch.testing.assert_close(found.batches[0].batch[1], batches(count=31)[30][1])
     assert set(found.state) == {f"net.{name}" for name in mlp().state_dict()}
     assert main(["replay", str(DATA / "bundle_0_1_0"), "--module", "tests.test_compatibility:model"]) == 0
     assert "non_finite_input" in capsys.readouterr().out

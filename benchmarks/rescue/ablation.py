@@ -11,6 +11,7 @@ from unittest.mock import patch
 
 from lightning_nanguard import ClipGradients, DivergingLoss, GradientSpike, NaNGuard, NonFinite, ReduceLR, Rollback
 from lightning_nanguard.thresholds import Thresholds
+from lightning_nanguard.types import Evidence
 
 from .arc import Arc
 from .cases import Case
@@ -68,6 +69,10 @@ def _nothing(*_: Any, **__: Any) -> None:
     return None
 
 
+def _as_asked(depth: int, evidence: Evidence, **_: Any) -> int:
+    return min(depth, max(0, len(evidence.levels) - 1))
+
+
 ABLATIONS: dict[str, Contender] = {
     c.name: c
     for c in (
@@ -83,7 +88,7 @@ ABLATIONS: dict[str, Contender] = {
         Without("plausibility", replaced={"state.plausibility.first_jump": _nothing}),
         Without("start kept", change={"snapshots.ring.keep_start": 0}),
         Without("by heart", change={"rate_search.cut.by_heart": -1.0}),
-        Without("depth by level", change={"decision.same_level": math.inf}),
+        Without("depth by level", replaced={"decide.policy.depth_by_level": _as_asked}),
     )
 }
 """By name: the guard on evidence, but for one rule."""

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_nanguard.act.average_rollback import AverageRollback
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.act.reset_moments import ResetMoments
-from lightning_nanguard.act.rollback import Rollback
-from lightning_nanguard.act.scale_rollback import ScaleRollback
+from lightning_nanguard.act.rollback import AverageRollback, Rollback, ScaleRollback
 from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.act.stop_training import StopTraining
 from lightning_nanguard.thresholds.rate_search import CutThresholds

@@ -43,10 +43,10 @@ class LearningRate:
             everywhere.
 
     Attributes:
+        multiplier: The factor on the scheduled rates; 1.0 does not change them.
+        min_lr: Floor of the effective rates; a group whose scheduled rate is lower keeps its scheduled rate.
+        max_lr: Largest effective rate of the first group. If its rate would be larger, all groups are scaled down.
         valid: The last valid hyperparameters of each group.
-
-    Raises:
-        TypeError: If one of them is not a ``torch.optim.Optimizer``.
 
     Example:
         >>> optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
@@ -58,32 +58,14 @@ class LearningRate:
     """
 
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
-        for optimizer in optimizers:
-            if not isinstance(optimizer, Optimizer):
-                raise TypeError(f"Expected argument `optimizers` to hold torch optimizers but got {optimizer!r}")
         self._optimizers = tuple(optimizers)
-        self._multiplier = 1.0
-        self._min_lr = 0.0
-        self._max_lr = math.inf
+        self.multiplier = 1.0
+        self.min_lr = 0.0
+        self.max_lr = math.inf
         self._scaled: dict[int | tuple[int, str], _Scaled] = {}
         self._unhook: list[Callable[[], None]] = []
         self._before_update: Callable[[Optimizer], None] = _nothing
         self.valid = ValidHyperparameters()
-
-    @property
-    def multiplier(self) -> float:
-        """The factor on the scheduled rates; 1.0 does not change them."""
-        return self._multiplier
-
-    @property
-    def min_lr(self) -> float:
-        """Floor of the effective rates; a group whose scheduled rate is lower keeps its scheduled rate."""
-        return self._min_lr
-
-    @property
-    def max_lr(self) -> float:
-        """Largest effective rate of the first group. If its rate would be larger, all groups are scaled down."""
-        return self._max_lr
 
     def has_tensors(self) -> bool:
         """Whether a rate is a tensor. Reading it may wait for a device."""
@@ -93,7 +75,7 @@ class LearningRate:
         """Effective rate over scheduled rate of the first group: the multiplier in effect, limits included."""
         scheduled, effective = next(self._bases(), None), self.effective()[:1]
         # No ratio exists for a rate that is zero or not finite.
-        return effective[0] / float(scheduled) if scheduled and math.isfinite(scheduled) else self._multiplier
+        return effective[0] / float(scheduled) if scheduled and math.isfinite(scheduled) else self.multiplier
 
     def set_multiplier(self, value: float, *, min_lr: float = 0.0, max_lr: float = math.inf) -> None:
         """Changes the multiplier, starting with the next update.
@@ -106,10 +88,13 @@ class LearningRate:
         Raises:
             ValueError: If an argument is out of its range.
         """
-        _check(value, min_lr, max_lr)
+        if not (0 < value < math.inf and 0 <= min_lr < math.inf and max_lr > 0):
+            raise ValueError(
+                f"LearningRate.set_multiplier({value!r}, min_lr={min_lr!r}, max_lr={max_lr!r}): out of range."
+            )
         applied = [optimizer for optimizer in self._optimizers if self._is_applied(optimizer)]
         self.withdraw()
-        self._multiplier, self._min_lr, self._max_lr = float(value), float(min_lr), float(max_lr)
+        self.multiplier, self.min_lr, self.max_lr = float(value), float(min_lr), float(max_lr)
         for optimizer in applied:
             self._apply(optimizer)
 
@@ -173,20 +158,12 @@ class LearningRate:
 
     def state_dict(self) -> dict[str, Any]:
         """The multiplier and its floor; the rates themselves are in the optimizers' own state, unscaled."""
-        return {"multiplier": self._multiplier, "min_lr": self._min_lr, "max_lr": self._max_lr}
+        return {"multiplier": self.multiplier, "min_lr": self.min_lr, "max_lr": self.max_lr}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Restores what :meth:`state_dict` returned.
-
-        Raises:
-            ValueError: If an entry is missing or out of its range.
-        """
-        missing = [key for key in ("multiplier", "min_lr") if key not in state_dict]
-        if missing:
-            raise ValueError(f"Expected argument `state_dict` to have {missing} but got {sorted(state_dict)}")
-        self.set_multiplier(
-            state_dict["multiplier"], min_lr=state_dict["min_lr"], max_lr=state_dict.get("max_lr", math.inf)
-        )
+        """Restores what :meth:`state_dict` returned."""
+        max_lr = state_dict.get("max_lr", math.inf)
+        self.set_multiplier(state_dict["multiplier"], min_lr=state_dict["min_lr"], max_lr=max_lr)
 
     # ---- hooks around the step
 
@@ -280,24 +257,24 @@ class LearningRate:
 
     def is_on(self) -> bool:
         """Whether any rate may be scaled or replaced."""
-        return self._multiplier != 1.0 or self._max_lr != math.inf or self.valid.any()
+        return self.multiplier != 1.0 or self.max_lr != math.inf or self.valid.any()
 
     def _factor(self) -> float:
         """The factor on every scheduled rate. If a limit is set, it reads the first group's rate."""
-        if self._max_lr == math.inf:
-            return self._multiplier
+        if self.max_lr == math.inf:
+            return self.multiplier
         first = float(next(self._bases(), 0.0))
-        return min(self._multiplier, self._max_lr / first) if first > 0 else self._multiplier
+        return min(self.multiplier, self.max_lr / first) if first > 0 else self.multiplier
 
     def _factor_where_it_is(self) -> _Rate:
         """The same factor. It is a tensor if the first group's rate is one, so that the host does not wait for it."""
-        first = next(self._bases(), None) if self._max_lr != math.inf else None
+        first = next(self._bases(), None) if self.max_lr != math.inf else None
         if not isinstance(first, Tensor):
             return self._factor()
         with torch.no_grad():
             wide = first.to(widest_dtype(first.device))
-            within = (self._max_lr / wide).clamp(max=self._multiplier)
-            return torch.where(first > 0, within, self._multiplier)
+            within = (self.max_lr / wide).clamp(max=self.multiplier)
+            return torch.where(first > 0, within, self.multiplier)
 
     @overload
     def _scale(self, rate: Tensor, factor: _Rate) -> Tensor: ...
@@ -307,9 +284,9 @@ class LearningRate:
         if not isinstance(factor, Tensor) and factor == 1.0:
             return rate
         if isinstance(rate, Tensor):
-            return torch.maximum((rate * factor).to(rate.dtype), rate.clamp(max=self._min_lr))
+            return torch.maximum((rate * factor).to(rate.dtype), rate.clamp(max=self.min_lr))
         factor = float(factor)
-        return max(rate * factor, min(self._min_lr, rate))
+        return max(rate * factor, min(self.min_lr, rate))
 
 
 @final
@@ -343,16 +320,3 @@ class _Scaled:
 
 def _nothing(optimizer: Optimizer) -> None:
     pass
-
-
-def _check(multiplier: float, min_lr: float, max_lr: float) -> None:
-    if not _is_number(multiplier) or not 0 < multiplier < math.inf:
-        raise ValueError(f"Expected argument `value` to be a positive, finite multiplier but got {multiplier!r}")
-    if not _is_number(min_lr) or not 0 <= min_lr < math.inf:
-        raise ValueError(f"Expected argument `min_lr` to be a finite number of at least 0 but got {min_lr!r}")
-    if not _is_number(max_lr) or not max_lr > 0:
-        raise ValueError(f"Expected argument `max_lr` to be a number above 0 but got {max_lr!r}")
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -35,7 +35,7 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"
     comparison = evidence.comparison
     least, sane = limits.worse_for_batch * evidence.loss_unit, _sane_loss(evidence, limits)
-    if comparison is not None and worse(comparison, least, sane=sane) and not evidence.holds_elsewhere:
+    if comparison is not None and worse(comparison, least, sane=sane) and not comparison.holds_elsewhere:
         return "learner" if learner_did_it(evidence, limits) else "state"
     if evidence.undo and comparison is None and evidence.healthy_since_restore is not None:
         return "learner" if evidence.healthy_since_restore < limits.calm_when_late else "batch"
@@ -45,7 +45,8 @@ def _batch_or_learner(fault: Fault, evidence: Evidence, limits: BlameThresholds)
         return "batch"  # the state is still that of the start or the restore
     if not fault.certain and evidence.comparable:
         return "batch"  # a spike that lasts becomes the usual level
-    patience = limits.patience_with_chance if evidence.holds_elsewhere else limits.patience
+    holds = comparison is not None and comparison.holds_elsewhere
+    patience = limits.patience_with_chance if holds else limits.patience
     if evidence.bad_in_a_row >= patience and evidence.bad_in_a_row % patience == 0:
         # If the loss is bad under good weights too, the data are at fault.
         data = comparison is not None and not comparison.then <= sane

@@ -25,7 +25,6 @@ from typing import Protocol, final
 
 from lightning_nanguard.decide.blame import find_scope, rate_rises
 from lightning_nanguard.decide.budget import Budget
-from lightning_nanguard.decide.depth import depth_by_level
 from lightning_nanguard.decide.recovery import note_failed
 from lightning_nanguard.decide.state import PolicyState, within_window
 from lightning_nanguard.decide.trial import is_enough
@@ -88,15 +87,17 @@ class Policy:
         """The plan if only averages are bad. It loses no update, and does not count against the budget."""
         plan: Plan = ()
         if fault.scope != "state":
-            plan, state = self._decide(fault, replace(evidence, averages_alone=False, corrupt=None), state)
+            plan, state = self._decide(fault, replace(evidence, alone=None, corrupt=None), state)
         goes_back = any(isinstance(step, (Restore, Stop)) for step in plan)
-        allowed = any(one.role == "restore" for one in self.remedies)
-        return (plan if goes_back or not allowed else (RestoreAverages(), *plan)), state
+        return (plan if goes_back or not self._may_restore() else (RestoreAverages(), *plan)), state
+
+    def _may_restore(self) -> bool:
+        return any(one.role == "restore" for one in self.remedies)
 
     def _decide(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
-        if evidence.averages_alone:
+        if evidence.alone == "averages":
             return self._restore_averages(fault, evidence, state)
-        if evidence.scale_alone and any(one.role == "restore" for one in self.remedies):
+        if evidence.alone == "scale" and self._may_restore():
             plan: Plan = (RestoreScale(),)
             if state.restores[-1:] == ((evidence.step, _where(fault, evidence)),):
                 return plan, state  # counted for another optimizer of the same batch
@@ -115,8 +116,8 @@ class Policy:
             return (), state
         if evidence.redo_cause[0]:
             where, scope = _where(fault, evidence), "state"
-            times = sum(place == where for _, place in state.restores)
-            if times >= self.thresholds.same_updates:
+            times = state.restores_of(where)
+            if times >= self.thresholds.corrected_restores:
                 return (Stop(f"after {times} rollbacks an update from finite numbers still makes {where}"),), state
         elif scope == "state" and state.unproven.count(_where(fault)) >= self.thresholds.same_restores:
             scope = "learner"  # repeated restores without success
@@ -127,15 +128,14 @@ class Policy:
     def may_repeat_updates(self, fault: Fault, step: int, state: PolicyState) -> bool:
         """Whether the budget allows a rollback after which the updates since the snapshot are repeated."""
         state, budget, where = within_window(state, step - self.budget.window), self.budget, _where(fault)
-        here = sum(place == where for _, place in state.restores)
+        here = state.restores_of(where)
         within = len(state.restores) < budget.max_rollbacks and here < budget.max_rollbacks_per_place
         useful = state.unproven.count(where) < self.thresholds.same_restores
-        return within and useful and any(one.role == "restore" for one in self.remedies)
+        return within and useful and self._may_restore()
 
     def count_repeated_updates(self, fault: Fault, step: int, state: PolicyState) -> PolicyState:
         """Count a rollback with repeated updates like any other."""
-        state, where = within_window(state, step - self.budget.window), _where(fault)
-        return replace(state, restores=(*state.restores, (step, where)), unproven=(*state.unproven, where))
+        return within_window(state, step - self.budget.window).restored(step, _where(fault))
 
     def _other_learns(self, evidence: Evidence) -> bool:
         """Whether updates of one optimizer are bad while those of another are good, so that skipping is enough."""
@@ -172,7 +172,7 @@ class Policy:
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
             return (Stop("the learner is at fault, and no remedy in the list can help"),), state
-        if restoring and evidence.snapshots == 0:
+        if restoring and not evidence.levels:
             return (Stop("the learner is at fault, and there is no good state yet to go back to"),), state
         if scope == "learner":
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
@@ -207,11 +207,12 @@ class Policy:
             return proposal
         limits = self.thresholds
         recent = sum(1 for step, _ in state.restores if step > evidence.step - limits.blame.calm)
-        deeper = 0 if scope == "learner" else min(recent // limits.depth_by_state, limits.deepest)
+        deeper = 0 if scope == "learner" else recent // limits.depth_by_state
         # Certified snapshots are finite, so against a tensor that is not finite any depth is enough.
-        sound = evidence.sound if evidence.corrupt is None else None
-        depth = max(proposal.depth + deeper, sound or 0)
-        return Restore(depth_by_level(depth, evidence, same_level=limits.same_level, keeps=sound is None))
+        trial = evidence.trial if evidence.corrupt is None else None
+        from_start = trial is not None and trial.base == "start"
+        depth = len(evidence.levels) if from_start else proposal.depth + deeper
+        return Restore(depth_by_level(depth, evidence, same_level=self.trials.lacks, keeps=trial is None))
 
     def _fitted(
         self, proposal: PlanStep, evidence: Evidence, state: PolicyState, steps: Sequence[PlanStep], attempt: int
@@ -255,14 +256,12 @@ class Policy:
         self, fault: Fault, evidence: Evidence, state: PolicyState, plan: Plan
     ) -> tuple[Plan, PolicyState]:
         where = _where(fault, evidence)
-        state = replace(state, restores=(*state.restores, (evidence.step, where)))
-        failed = state.unproven.count(where)
-        state = replace(state, unproven=(*state.unproven, where))
+        failed, state = state.unproven.count(where), state.restored(evidence.step, where)
         plain = all(isinstance(step, (Restore, RestoreScale)) for step in plan)
         if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
             reason = f"the fault came back after each of {failed} rollbacks, before another snapshot was certified"
             return (Stop(reason),), state
-        here = sum(1 for _, place in state.restores if place == where)
+        here = state.restores_of(where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
             return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault"),), state
@@ -272,3 +271,28 @@ class Policy:
 def _where(fault: Fault, evidence: Evidence | None = None) -> str:
     cause, place = ("", "") if evidence is None else evidence.redo_cause
     return f"{place} bad ({cause})" if cause else f"{fault.kind} at {fault.place}"
+
+
+def depth_by_level(depth: int, evidence: Evidence, *, same_level: float, keeps: bool) -> int:
+    """Number of snapshots to go back: at least ``depth``, and more while an older one has a clearly lower loss.
+
+    Args:
+        depth: Depth to begin with; 0 is the newest snapshot.
+        evidence: Levels and unit of the loss.
+        same_level: Loss units within which two snapshots have the same level.
+        keeps: Whether to begin at a newer snapshot if the one at ``depth`` would lose half of what was learned.
+    """
+    levels = evidence.levels
+    depth = min(depth, max(0, len(levels) - 1))
+    known = [level for level in levels if level is not None]
+    if not known:
+        return depth
+    best = min(known)
+    keeps = keeps and best < evidence.first
+    while keeps and depth > 0 and (level := levels[depth]) is not None and level - best > evidence.first - level:
+        depth -= 1
+    for index in range(depth, len(levels)):
+        level = levels[index]
+        if level is None or level <= best + same_level * evidence.loss_unit:
+            return index
+    return depth

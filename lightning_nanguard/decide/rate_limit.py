@@ -40,8 +40,12 @@ def spare_rate(plan: Plan, finding: Finding | None, evidence: Evidence) -> Plan:
         evidence: The evidence about the fault.
     """
     comparison = evidence.comparison
-    better = comparison is not None and comparison.then_finite is not False and math.isfinite(comparison.then)
-    worse = better and not evidence.holds_elsewhere
+    worse = (
+        comparison is not None
+        and comparison.then_finite is not False
+        and math.isfinite(comparison.then)
+        and not comparison.holds_elsewhere
+    )
     if finding is None or finding.scope != "batch" or worse or evidence.climbing or evidence.rate_rose:
         return plan
     return tuple(step for step in plan if not (isinstance(step, Scale) and step.factor < 1))

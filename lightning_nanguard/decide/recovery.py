@@ -47,7 +47,7 @@ def give_back(
         larger = min(1.0, multiplier / factor)
         wait = after
         if scheduled_lr * larger >= failed_from:
-            wait = after * 2 ** min(state.failed_returns + limits.wait_doubled, limits.most_doubled)
+            wait = after * 2 ** (state.failed_returns + limits.wait_doubled)
     if healthy_steps - state.given_back_at < wait:
         return None, state
     across = scheduled_lr * larger >= failed_from

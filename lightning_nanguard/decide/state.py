@@ -40,6 +40,14 @@ class PolicyState:
     unproven: tuple[str, ...] = ()
     trials_confirmed: int = 0
 
+    def restored(self, step: int, where: str) -> PolicyState:
+        """The state after a restore because of a fault, which is not proven to have helped yet."""
+        return replace(self, restores=(*self.restores, (step, where)), unproven=(*self.unproven, where))
+
+    def restores_of(self, where: str) -> int:
+        """Number of restores because of a fault at a place."""
+        return sum(place == where for _, place in self.restores)
+
     def to_dict(self) -> dict[str, Any]:
         """Plain containers for a checkpoint."""
         return {

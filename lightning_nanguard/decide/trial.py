@@ -9,7 +9,7 @@ healthy runs.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import fmean
 from typing import final
@@ -106,25 +106,6 @@ def is_enough(trial: Trial, shown: int, limits: TrialThresholds) -> bool:
     """
     # An arm at the rate of the run has no advantage, so one trial is enough.
     return shown >= limits.in_a_row or trial.lacks > limits.plain or trial.factor == 1
-
-
-def has_fallen(rates: Iterable[tuple[int, float]], since: int, rate: float | None, limits: TrialThresholds) -> bool:
-    """Whether the learning rate was far higher since an update than it is now, as after a peak of a schedule.
-
-    Args:
-        rates: Step and rate of each change of the rate, in order.
-        since: The update.
-        rate: The present rate; ``None`` if it is not known.
-        limits: How far the rate has to have fallen.
-
-    Example:
-        >>> has_fallen([(1, 0.1), (50, 3.0), (70, 0.1)], since=40, rate=0.1, limits=TrialThresholds())
-        True
-    """
-    known = list(rates)
-    newer = [one for step, one in known if step > since]
-    highest = max([*[one for step, one in known if step <= since][-1:], *newer], default=0.0)
-    return rate is not None and highest > 0 and highest >= limits.changed * rate
 
 
 def pick_arm(factors: Sequence[float], levels: Sequence[float], first: float | None, limits: TrialThresholds) -> int:

@@ -128,13 +128,6 @@ class Detector(ABC):
         """
         return False
 
-    def undecided(self) -> bool:
-        """Whether the detector needs further readings before it decides about a fault.
-
-        Until then the guard certifies no snapshot. With several ranks it does not wait for this.
-        """
-        return False
-
     def limits(self) -> Limits | None:
         """Loss and gradient norm below which none of the next :data:`AT_ONCE` readings is a fault.
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar, final
+from collections.abc import Sequence
+from typing import Any, final
 
 from lightning_nanguard.detect.base import Detector, Limits
 from lightning_nanguard.errors import DetectorTypeError
 from lightning_nanguard.types import Fault, Reading
 
 _logger = logging.getLogger("lightning_nanguard")
-
-_T = TypeVar("_T")
 
 # No reading is below these limits.
 LOOK_AT_EACH = Limits(-math.inf, -math.inf)
@@ -48,11 +46,7 @@ class DetectorGroup:
             TypeError: If a detector returns anything but a fault or ``None``.
         """
         for detector in self._line_search if line_search else self._detectors:
-            try:
-                fault = detector.check(reading)
-            except Exception as error:
-                self._log(detector, "check", error)
-                continue
+            fault = self._ask(detector, "check", None, reading)
             if fault is not None:
                 if not isinstance(fault, Fault):
                     raise _wrong_type(detector, "check", fault, "a Fault, or None where the reading has none")
@@ -63,28 +57,21 @@ class DetectorGroup:
         """Add healthy readings to the histories."""
         for detector in self._detectors:
             for reading in readings:
-                try:
-                    detector.accept(reading)
-                except Exception as error:
-                    self._log(detector, "accept", error)
+                self._ask(detector, "accept", None, reading)
 
     def rewind(self, step: int) -> None:
         """Forget the readings accepted after ``step``."""
         for detector in self._detectors:
-            self._ask(detector, "rewind", detector.rewind, None, step)
+            self._ask(detector, "rewind", None, step)
 
     def dismiss(self, reading: Reading) -> None:
         """Tell all detectors that the fault found in a reading was a false alarm."""
         for detector in self._detectors:
-            self._ask(detector, "dismiss", detector.dismiss, None, reading)
+            self._ask(detector, "dismiss", None, reading)
 
     def uneasy(self, reading: Reading) -> bool:
         """Whether a detector is uneasy about a reading."""
-        return any(self._ask(detector, "uneasy", detector.uneasy, False, reading) for detector in self._detectors)
-
-    def undecided(self) -> bool:
-        """Whether a detector waits for further readings."""
-        return any(self._ask(detector, "undecided", detector.undecided, False) for detector in self._detectors)
+        return any(self._ask(detector, "uneasy", False, reading) for detector in self._detectors)
 
     def limits(self) -> Limits:
         """Loss and gradient norm below which no detector finds a fault in the next readings.
@@ -98,15 +85,14 @@ class DetectorGroup:
         )
 
     def _limits(self, detector: Detector) -> Limits:
-        limits = self._ask(detector, "limits", detector.limits, None)
+        limits = self._ask(detector, "limits", None)
         if limits is not None and not isinstance(limits, Limits):
             raise _wrong_type(detector, "limits", limits, "Limits, or None to be asked about each reading")
         return LOOK_AT_EACH if limits is None else limits
 
     def state(self) -> list[list[Any]]:
         """Class name and history of each detector, in plain containers."""
-        nothing: dict[str, Any] = {}
-        return [[_name(one), self._ask(one, "state_dict", one.state_dict, nothing)] for one in self._detectors]
+        return [[_name(one), self._ask(one, "state_dict", {})] for one in self._detectors]
 
     def load(self, saved: Sequence[Sequence[Any]]) -> None:
         """Load saved histories.
@@ -119,11 +105,12 @@ class DetectorGroup:
         for detector in self._detectors:
             own = histories.get(_name(detector))
             if own:
-                self._ask(detector, "load_state_dict", detector.load_state_dict, None, own.popleft())
+                self._ask(detector, "load_state_dict", None, own.popleft())
 
-    def _ask(self, detector: Detector, method: str, call: Callable[..., _T], otherwise: _T, *args: Any) -> _T:
+    def _ask(self, detector: Detector, method: str, otherwise: Any, *args: Any) -> Any:
+        """The result of a method of a detector; ``otherwise`` if it raises an exception."""
         try:
-            return call(*args)
+            return getattr(detector, method)(*args)
         except Exception as error:
             self._log(detector, method, error)
             return otherwise

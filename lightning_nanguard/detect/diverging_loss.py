@@ -9,7 +9,7 @@ from statistics import median
 from typing import Any, final
 
 from lightning_nanguard.detect.base import AT_ONCE, Detector, Limits
-from lightning_nanguard.detect.loss_history import LossHistory
+from lightning_nanguard.detect.window import Window
 from lightning_nanguard.errors import require
 from lightning_nanguard.thresholds.detection import DivergingLossThresholds
 from lightning_nanguard.types import Fault, Reading
@@ -56,18 +56,22 @@ class DivergingLoss(Detector):
                 warnings.warn(message, FutureWarning, stacklevel=2)
         self.patience = patience
         self.thresholds = own = thresholds or DivergingLossThresholds()
-        self._history = LossHistory(max(own.readings, own.level_readings), own.level_readings)
+        self._losses = Window(max(own.readings, own.level_readings))
+        self._first: float | None = None  # the first accepted loss of the run, that of the untrained model
+        self._first_step: int | None = None
+        self._best: float | None = None  # the lowest loss level so far, once there is a level
+        self._since = 0  # losses accepted since the start or the last rollback
         self._next = patience
         self._suspected = False  # whether the newest losses are far above the best level
         self._early = patience  # updates before which no loss is suspected between two checks
 
     def check(self, reading: Reading) -> Fault | None:
         """The fault of this reading, or ``None``."""
-        loss, first, best, updates = reading.loss, self._history.first, self._history.best, self._history.since + 1
+        loss, first, best, updates = reading.loss, self._first, self._best_level(), self._since + 1
         due = updates >= self._next
         if loss is None or first is None or best is None or not (due or self._looks_in_between(loss)):
             return None
-        recent = [*self._history.accepted.last(self.thresholds.readings - 1), loss]
+        recent = [*self._losses.last(self.thresholds.readings - 1), loss]
         # Without the lowest loss, because one easy batch is no progress.
         least, level = sorted(recent)[1], median(recent)
         if least > first:
@@ -85,25 +89,29 @@ class DivergingLoss(Detector):
 
     def _looks_in_between(self, loss: float) -> bool:
         """Whether a loss may be the one with which the run begins to lose what it has learned."""
-        return loss > self._level() and not self._suspected and self._history.since >= self._early
+        return loss > self._level() and not self._suspected and self._since >= self._early
+
+    def _best_level(self) -> float | None:
+        """The lowest loss level so far. Before the first level it is the first loss."""
+        return self._first if self._best is None else self._best
 
     def _level(self) -> float:
         """The loss at which a run has lost so much of what it had learned that it is watched."""
-        first, best = self._history.first, self._history.best
+        first, best = self._first, self._best_level()
         if first is None or best is None:
             return math.inf
         return best + self.thresholds.lost * (first - best)
 
     def _is_nearer_to_first(self, loss: float) -> bool:
         """Whether a loss is nearer to the first loss of the run than to the best level, or above the first."""
-        first, best = self._history.first, self._history.best
+        first, best = self._first, self._best_level()
         return first is not None and best is not None and loss - best > first - loss
 
     def limits(self) -> Limits:
         """The loss far above the best level; no limit at all when the next check is due."""
-        if self._history.since + AT_ONCE >= self._next:
+        if self._since + AT_ONCE >= self._next:
             return Limits(-math.inf, math.inf)
-        looks = not self._suspected and self._history.since + AT_ONCE >= self._early
+        looks = not self._suspected and self._since + AT_ONCE >= self._early
         return Limits(self._level() if looks else math.inf, math.inf)
 
     def accept(self, reading: Reading) -> None:
@@ -111,15 +119,26 @@ class DivergingLoss(Detector):
         loss = reading.loss
         if loss is None or not math.isfinite(loss):
             return
-        self._history.accept(reading.step, loss)
-        since, level = self._history.since, self._level()
+        self._add(reading.step, loss)
+        since, level = self._since, self._level()
         if since >= self._next:
             self._next = 2 * since
         if self._suspected or loss > level:
             before = self._suspected
-            self._suspected = sorted(self._history.accepted.last(self.thresholds.readings))[:2][-1] > level
+            self._suspected = sorted(self._losses.last(self.thresholds.readings))[:2][-1] > level
             if self._suspected and not before and since > self._early:
                 self._early = 2 * since
+
+    def _add(self, step: int, loss: float) -> None:
+        if self._first_step is None:
+            self._first, self._first_step = loss, step
+        self._losses.append(step, loss)
+        self._since += 1
+        # To save time, the median is computed only at a loss below the best level.
+        enough = len(self._losses) >= self.thresholds.level_readings
+        if enough and (self._best is None or loss < self._best):
+            level = median(self._losses.last(self.thresholds.level_readings))
+            self._best = level if self._best is None else min(level, self._best)
 
     def uneasy(self, reading: Reading) -> bool:
         """Whether this loss and the one before are nearer to the first loss than to the best level, or above it.
@@ -128,23 +147,41 @@ class DivergingLoss(Detector):
         """
         if reading.loss is None:
             return False
-        before = (loss for step, loss in self._history.accepted.items() if step < reading.step)
+        before = (loss for step, loss in self._losses.items() if step < reading.step)
         return self._is_nearer_to_first(min(reading.loss, next(before, math.inf)))
 
     def rewind(self, step: int) -> None:
         """Forget the losses accepted after ``step``."""
-        self._history.rewind(step)
+        self._losses.rewind(step)
+        self._since = 0
+        if not len(self._losses):
+            self._best = None
+        if self._first_step is not None and step < self._first_step:
+            self._first_step = None  # the next accepted loss is the first one again
         self._next = self._early = self.patience
         self._suspected = False
 
     def state_dict(self) -> dict[str, Any]:
         """The history in plain containers."""
-        return {**self._history.state(), "next": self._next, "suspected": self._suspected, "early": self._early}
+        return {
+            "losses": self._losses.state(),
+            "first": self._first,
+            "first_step": self._first_step,
+            "best": self._best,
+            "since": self._since,
+            "next": self._next,
+            "suspected": self._suspected,
+            "early": self._early,
+        }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`."""
-        self._history.load(state)
-        self._next = int(state.get("next", max(self.patience, self._history.since + 1)))
+        self._losses.load(state["losses"])
+        self._first = state["first"]
+        self._first_step = state["first_step"]
+        self._best = state["best"]
+        self._since = int(state["since"])
+        self._next = int(state.get("next", max(self.patience, self._since + 1)))
         self._suspected = bool(state.get("suspected", False))
         self._early = int(state.get("early", self.patience))
 

@@ -8,7 +8,7 @@ from statistics import median
 from typing import Any, final
 
 from lightning_nanguard.detect.base import AT_ONCE, Detector, Limits
-from lightning_nanguard.detect.robust_statistics import spread
+from lightning_nanguard.detect.trends import spread
 from lightning_nanguard.detect.window import Window
 from lightning_nanguard.errors import require
 from lightning_nanguard.thresholds.detection import SpikeThresholds
@@ -66,17 +66,15 @@ class GradientSpike(Detector):
         norm = reading.grad_norm
         if norm is None or not reading.finite:
             return None
-        if len(self._norms) == 2:
-            return self._first_of_all(norm) or self._spike(norm)
-        return self._spike(norm)
+        first = self._first_of_all(norm) if len(self._norms) == 2 else None
+        return first or self._spike(norm)
 
     def _first_of_all(self, norm: float) -> Fault | None:
         # The first norm can only be compared with the two after it. By then its update has changed weights and
         # optimizer state.
         first, second = self._norms.values()
         others = max(second, norm)
-        own = self.thresholds
-        if first <= own.warmup_above_largest * others:
+        if first <= self.thresholds.warmup_above_largest * others:
             return None
         message = (
             f"the gradient norm of the first batch was {first:.3g}, and that of the next two at most {others:.3g}: the "
@@ -90,7 +88,8 @@ class GradientSpike(Detector):
             return None
         doubtful = not norm > self._find_limit()
         # During warm-up a high norm may be normal, so it counts only if its batch is strange.
-        stands_out = self._warming_up() and norm > self.thresholds.warmup_doubtful * max(self._norms.values())
+        warming_up = 0 < len(self._norms) < self.warmup
+        stands_out = warming_up and norm > self.thresholds.warmup_doubtful * max(self._norms.values())
         if doubtful and not stands_out:
             return None
         usual = median(self._norms.values())
@@ -116,9 +115,6 @@ class GradientSpike(Detector):
         # The newest norm has to stay in the window for as long as the limits hold.
         holds = len(self._norms) > 2 and self.window >= AT_ONCE
         return Limits(math.inf, self.thresholds.above_largest * self._newest if holds else -math.inf)
-
-    def _warming_up(self) -> bool:
-        return self.thresholds.warmup_min_norms <= len(self._norms) < self.warmup
 
     def accept(self, reading: Reading) -> None:
         """Add a healthy norm to the window."""

@@ -62,16 +62,14 @@ class ReadingHistory:
             self.first_step = None  # the next accepted loss is the first one again
 
     def losses(self, count: int | None = None) -> list[float]:
-        """The losses of the newest ``count`` readings (by default 64), the oldest first."""
-        newest = self._newest(self._thresholds.losses if count is None else count)
-        return [loss for _, loss, _ in newest if loss is not None]
+        """The losses of the newest ``count`` readings (by default all that are kept), the oldest first."""
+        return [loss for _, loss, _ in self._newest(count) if loss is not None]
 
     def _norms(self, count: int | None = None) -> list[float]:
-        newest = self._newest(len(self._read) if count is None else count)
-        return [norm for _, _, norm in newest if norm]
+        return [norm for _, _, norm in self._newest(count) if norm]
 
-    def _newest(self, count: int) -> islice[tuple[int, float | None, float | None]]:
-        return islice(self._read, max(0, len(self._read) - count), None)
+    def _newest(self, count: int | None) -> islice[tuple[int, float | None, float | None]]:
+        return islice(self._read, 0 if count is None else max(0, len(self._read) - count), None)
 
     def loss_unit(self) -> float:
         """The unit of the loss: how far it has fallen so far, or its noise if that is larger.
@@ -85,7 +83,7 @@ class ReadingHistory:
         return 0.0 if self.first is None else max(0.0, self.first - self._best)
 
     def _noise(self) -> float:
-        return loss_noise(self.losses(self._thresholds.noise_losses), self._thresholds)
+        return loss_noise(self.losses(self._thresholds.recent), self._thresholds)
 
     def level(self) -> float | None:
         """Mean of the newest losses without the highest. A median would miss a model that fails on some batches."""
@@ -101,9 +99,8 @@ class ReadingHistory:
 
     def falling(self) -> bool:
         """Whether the newest losses are clearly below the same number before them, or are too few to decide."""
-        count = 2 * self._thresholds.falling_losses
-        losses = self.losses(count)
-        return len(losses) < count or loss_falls(losses, self._thresholds.falling)
+        losses = self.losses(self._thresholds.recent)
+        return len(losses) < self._thresholds.recent or loss_falls(losses, self._thresholds.falling)
 
     def usual_norm(self) -> float | None:
         """A low quantile of the healthy gradient norms above 0, or the minimum of a few; ``None`` with too few."""
@@ -115,10 +112,9 @@ class ReadingHistory:
 
     def climbing(self) -> bool:
         """Whether the newest losses or norms lie above their usual range."""
-        own = self._thresholds.climb
-        return climbs(self.losses(own.readings), own.loss * self.loss_unit(), own) or climbs(
-            [math.log(norm) for norm in self._norms(own.readings)], math.log(own.norm), own
-        )
+        own, losses = self._thresholds.climb, self.losses(self._thresholds.recent)
+        logs = [math.log(norm) for norm in self._norms(self._thresholds.recent)]
+        return climbs(losses, own.loss * self.loss_unit(), own) or climbs(logs, math.log(own.norm), own)
 
     def burst(self) -> bool:
         """Whether a norm was suddenly far above those before it; under a high learning rate norms rise gradually."""

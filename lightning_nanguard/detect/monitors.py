@@ -105,11 +105,10 @@ class Monitors:
 
     def passes(self, reading: Reading) -> bool:
         """Accept the reading if it is below all limits; return whether it was accepted."""
-        monitor = self._monitors.get(reading.optimizer_index)
-        if monitor is None or not monitor.is_calm(reading):
-            return False
-        monitor.accept(reading)
-        return True
+        calm = self.calm(reading)
+        if calm:
+            self.accept(reading)
+        return calm
 
     def calm(self, reading: Reading) -> bool:
         """Whether the reading is below all limits. It is not accepted."""
@@ -166,10 +165,6 @@ class Monitors:
     def uneasy(self, readings: Sequence[Reading]) -> bool:
         """Whether a detector is uneasy about one of the readings."""
         return any(self._monitors[reading.optimizer_index].up_to_date()[0].uneasy(reading) for reading in readings)
-
-    def undecided(self) -> bool:
-        """Whether a detector waits for further readings before it can decide."""
-        return any(monitor.up_to_date()[0].undecided() for monitor in self._monitors.values())
 
     def learning(self) -> bool:
         """Whether the loss of each optimizer is clearly below that of its first healthy update."""

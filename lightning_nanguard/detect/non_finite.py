@@ -76,10 +76,12 @@ class NonFinite(Detector):
                 "non_finite_loss", "batch", "loss", reading.loss, message, conclusive=alone, clipping_helps=True
             )
         if not reading.finite:
-            return self._overflow(reading) if reading.scaler_skips else _non_finite_gradient(norm)
+            if reading.scaler_skips:
+                return self._overflow(reading)
+            message = "a gradient is not finite"
+            return Fault("non_finite_gradient", "batch", "gradient", norm, message, clipping_helps=True)
         if norm is not None and norm > self.thresholds.max_norm:
-            how = "overflows" if norm > self.thresholds.largest_with_square else "comes close to overflowing"
-            message = f"the gradient norm is {norm:.3g}; its square {how} float32"
+            message = f"the gradient norm is {norm:.3g}; its square overflows float32, or nearly does"
             return Fault("gradient_overflow", "batch", "gradient", norm, message, clipping_helps=True)
         return None
 
@@ -129,7 +131,3 @@ class NonFinite(Detector):
         self._overflows.extend(int(step) for step in state["overflows"])
         self._scale = float(state.get("scale", math.inf))
         self._updated = bool(state.get("updated", True))
-
-
-def _non_finite_gradient(norm: float | None) -> Fault:
-    return Fault("non_finite_gradient", "batch", "gradient", norm, "a gradient is not finite", clipping_helps=True)

@@ -75,6 +75,19 @@ class OutlierSearch:
             return None
         return Outlier(self._steps[0], one, min(others), max(others))
 
+    def at_end(self, far: Far) -> Outlier | None:
+        """The outlier among the last numbers, which fewer or none follow, because the sequence has ended.
+
+        Args:
+            far: Says whether one of them is far from the others.
+        """
+        values, steps = list(self._values), list(self._steps)
+        for place in range(max(self._least - 1 - self._after, len(values) - self._after), len(values)):
+            others = values[:place] + values[place + 1 :]
+            if others and far(values[place], others):
+                return Outlier(steps[place - len(values)], values[place], min(others), max(others))
+        return None
+
     def clear(self) -> None:
         """Forget all numbers."""
         self._values.clear()

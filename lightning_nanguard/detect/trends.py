@@ -3,17 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from statistics import fmean, median
 
-from lightning_nanguard.detect.robust_statistics import falling, spread
 from lightning_nanguard.thresholds.detection import (
     BurstThresholds,
     ClimbThresholds,
     HistoryThresholds,
     UsualNormThresholds,
 )
+
+
+def spread(values: Iterable[float]) -> float:
+    """Median absolute deviation, scaled to the standard deviation of a normal distribution.
+
+    Example:
+        >>> round(spread([1.0, 2.0, 3.0, 4.0, 100.0]), 3)
+        1.483
+    """
+    values = list(values)
+    centre = median(values)
+    return 1.4826 * median(abs(value - centre) for value in values)
 
 
 def loss_noise(losses: Sequence[float], thresholds: HistoryThresholds) -> float:
@@ -31,11 +42,14 @@ def loss_level(losses: Sequence[float]) -> float | None:
 
 
 def loss_falls(losses: Sequence[float], errors: float) -> bool:
-    """Whether the newer half of some losses is clearly below the older half, given the noise in each half."""
+    """Whether the newer half of some losses is below the older half by more than ``errors`` standard errors.
+
+    The standard error is the noise in each half, divided by the square root of the number of losses in it.
+    """
     half = len(losses) // 2
     older, newer = losses[:half], losses[half:]
     noise = spread([loss - median(part) for part in (older, newer) for loss in part])
-    return falling(losses, noise, errors)
+    return median(newer) < median(older) - errors * noise / math.sqrt(half)
 
 
 def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresholds) -> float | None:
@@ -57,13 +71,11 @@ def usual_norm(norms: Sequence[float], first: float, thresholds: UsualNormThresh
 
 
 def climbs(values: Sequence[float], least: float, thresholds: ClimbThresholds) -> bool:
-    """Whether the newest values are above the range of the others by more than ``least``."""
-    newest = thresholds.newest
-    if len(values) < newest + thresholds.min_others:
+    """Whether the newest values are above the range of those before by more than ``least``, without the one between."""
+    newest, before = values[-thresholds.newest :], values[: -thresholds.newest - 1]
+    if len(before) < thresholds.min_others:
         return False
-    gap = 1 if len(values) >= thresholds.gap_readings else 0
-    before = values[: -newest - gap]
-    return min(values[-newest:]) > median(before) + max(thresholds.noise * spread(before), least)
+    return min(newest) > median(before) + max(thresholds.noise * spread(before), least)
 
 
 def has_burst(norms: Sequence[float], first: float, thresholds: BurstThresholds) -> bool:

@@ -103,7 +103,7 @@ class Diagnostician:
         case = Case(fault, evidence, earlier=tuple(self._earlier), unstable=unstable)
         self.looked_at = None
         with errors_logged(_failed(fault)):
-            good = self._ring.good(evidence.sound, evidence.loss_unit) if good is None else good
+            good = self._ring.good_for(evidence) if good is None else good
             if look != "nothing" and micros:
                 case = self._gather(case, micros, look, good, healthy)
             if fault.rate_may_cause and case.clues.moved_alone is None:

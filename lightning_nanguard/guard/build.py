@@ -21,7 +21,6 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
-from lightning_nanguard.guard.accumulation import Accumulation
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.branch import Branches
@@ -29,19 +28,19 @@ from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.control import Control
-from lightning_nanguard.guard.deferred_readback import DeferredReadback, DeferredReadings
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.hyperparameter_watch import HyperparameterWatch
 from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.late_redo import LateRedo
+from lightning_nanguard.guard.local_readback import DeferredReadings, LocalReadback
 from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.outlier_watch import OutlierWatch
 from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner, PlanRunner
-from lightning_nanguard.guard.rank_readback import RankReadback
-from lightning_nanguard.guard.readback import MAX_DELAY, Readback
+from lightning_nanguard.guard.rank_readback import RankReadback, Readback
+from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -51,7 +50,6 @@ from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_parts import StepParts
-from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.guard.step_records import StepRecords
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.guard.trial import TrialRunner
@@ -95,7 +93,7 @@ def build_guard(
     plausibility = _plausibility(context, investigator)
     snapshots = SnapshotManager(context, plausibility)
     meter = _meter(context, loop)
-    skipper = StepSkipper(context.learner, snapshots.where)
+    skipper = StepSkipper(context.learner, snapshots.placement.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)
@@ -108,7 +106,8 @@ def build_guard(
     # With late readings a batch is judged up to two updates later.
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
     check = StepCheck(context, meter, caution, policy, undos, readback)
-    steps = _steps(context, meter, undos, check, StepRecords(context, loop, recorder, policy, readback))
+    records = StepRecords(context, loop, recorder, policy, readback)
+    steps = StepParts(check, undos, records, UnusedBatch(context, meter, undos, records))
     late = LateRedo(context, steps, skipper, snapshots, caution)
     return Guard(
         GuardParts(
@@ -133,11 +132,6 @@ def build_guard(
             steps=steps,
         )
     )
-
-
-def _steps(context: GuardContext, meter: Meter, undos: BatchUndos, check: StepCheck, records: StepRecords) -> StepParts:
-    accumulation = Accumulation(context, meter, undos, records)
-    return StepParts(check, undos, records, UnusedBatch(context, undos, records), accumulation)
 
 
 def _recovery(
@@ -233,7 +227,7 @@ def guard_for(
         loop,
         policy=policy,
         remedies=remedies,
-        make_undo=lambda: BatchUndo(module, thresholds=limits.batches.undo),
+        make_undo=lambda: BatchUndo(module, thresholds=limits.batches.repeated),
     )
 
 
@@ -245,6 +239,4 @@ def _readback(
     readings = DeferredReadings(context.learner, context.state, by_loss=not context.many, observe=observe)
     if context.many:
         return RankReadback(context, meter, readings, caution, skipper, snapshots)
-    if context.settings.deferred:
-        return DeferredReadback(meter, context.state, readings, caution)
-    return StepReadback(meter, context.state)
+    return LocalReadback(meter, context.state, readings, caution)

@@ -27,7 +27,7 @@ class Caution:
 
     def __init__(self, context: GuardContext, skipper: StepSkipper) -> None:
         self._context = context
-        self._limits = context.thresholds.decision.late
+        self._careful = context.thresholds.decision.careful
         self._skipper = skipper
         self._never_late = not context.settings.deferred
         self._undone = 0
@@ -61,7 +61,7 @@ class Caution:
                 "on the guard reads every update before it is made. Set readback='step' for this from the start.",
             )
         elif found.reached and found.reading.step > self._careful_until:
-            updates = self._limits.careful << min(self._undone, self._limits.most_doubled)
+            updates = self._careful << self._undone
             self._undone += 1
             self._careful_until = context.state.step + updates
             _logger.log(

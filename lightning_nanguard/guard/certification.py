@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
 
@@ -21,6 +21,7 @@ from lightning_nanguard.types import Reading
 
 
 @final
+@dataclass(eq=False)
 class Certification:
     """Takes snapshots when they are due, and certifies the pending one if the readings after it were healthy.
 
@@ -31,37 +32,33 @@ class Certification:
         snapshots: Takes and checks snapshots.
     """
 
-    def __init__(
-        self, context: GuardContext, loop: TrainingLoop, investigator: Investigator, snapshots: SnapshotManager
-    ) -> None:
-        self._context = context
-        self._loop = loop
-        self._investigator = investigator
-        self._snapshots = snapshots
-        self._limits = context.thresholds.snapshots.ring
-        # Whether the first snapshot lacks parameters, because the first forward pass makes them.
-        self._lazy = False
+    context: GuardContext
+    loop: TrainingLoop
+    investigator: Investigator
+    snapshots: SnapshotManager
+    # Whether the first snapshot lacks parameters, because the first forward pass makes them.
+    _lazy: bool = field(default=False, init=False)
 
     def start(self) -> None:
         """Take the first snapshot, which is certified when the first loss is healthy."""
-        self._start(self._context.state.step, self._context.ring.certify_after - 1)
+        self._start(self.context.state.step, self.context.ring.certify_after - 1)
 
     def _start(self, step: int, healthy: int) -> None:
-        context = self._context
+        context = self.context
         self._lazy = context.learner.lazy()
-        if not self._investigator.initial_norms:
-            self._investigator.initial_norms = norms_to_grow_from(context.learner.weights())
+        if not self.investigator.initial_norms:
+            self.investigator.initial_norms = norms_to_grow_from(context.learner.weights())
         context.ring.certified.clear()
         history = context.monitors.history(0)
         level = None if history is None else history.level()
-        if not self._snapshots.resume(level, partial(self._capture, step)):
+        if not self.snapshots.resume(level, partial(self._capture, step)):
             first = self._capture(step)
             if first is not None:
                 first.healthy = healthy
 
     def start_again_if_changed(self) -> None:
         """Take the first snapshot again if hooks before the first batch have changed the learner, and it is finite."""
-        context = self._context
+        context = self.context
         first = context.ring.pending
         if first is None or context.ring.certified:
             return
@@ -71,13 +68,13 @@ class Certification:
         )
         if any(context.ranks.gather(changed)) and context.corrupt()[0] is None:
             self.start()
-            self._snapshots.settle()
+            self.snapshots.placement.settle()
 
     def start_again_if_lazy(self) -> None:
         """Take the first snapshot again if the first forward pass has made parameters."""
-        if self._lazy and not self._context.learner.lazy():
+        if self._lazy and not self.context.learner.lazy():
             self.start()
-            self._snapshots.settle()
+            self.snapshots.placement.settle()
 
     def start_again_if_resized(self) -> bool:
         """Start again during an update, if a weight or buffer has another shape than in the newest snapshot.
@@ -87,16 +84,16 @@ class Certification:
         Returns:
             Whether a shape has changed.
         """
-        context = self._context
+        context = self.context
         newest = context.ring.pending or next(iter(context.ring.certified), None)
         if newest is None:
             return False
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
         if resized and context.corrupt()[0] is None:
-            self._investigator.initial_norms = {}
-            # One healthy reading certifies it. Undecided detectors do not count: they compare with the old layers.
-            self._start(context.state.step - 1, self._limits.certify_anyway - 1)
-            self._snapshots.settle()
+            self.investigator.initial_norms = {}
+            # One healthy reading certifies it. Uneasy detectors do not count: they compare with the old layers.
+            self._start(context.state.step - 1, context.thresholds.snapshots.ring.certify_anyway - 1)
+            self.snapshots.placement.settle()
         return resized
 
     def judge(self, readings: Sequence[Reading]) -> FoundFault | None:
@@ -108,33 +105,33 @@ class Certification:
         Returns:
             Why the snapshot is not certified; ``None`` if nothing speaks against it.
         """
-        context = self._context
+        context = self.context
         pending = context.ring.pending
         if pending is None or not context.ring.healthy(min(reading.step for reading in readings)):
             return None
         uneasy = context.monitors.uneasy(readings)
-        if (uneasy and pending.healthy < self._limits.certify_anyway) or not self._snapshots.judged(pending):
+        if uneasy and pending.healthy < context.thresholds.snapshots.ring.certify_anyway:
             return None
-        if not self._snapshots.is_whole(pending):
+        if not self.snapshots.judged(pending):
+            return None
+        if not self.snapshots.is_whole(pending):
             context.ring.drop_pending()
             return None
-        fault, ranks = self._snapshots.objection(pending)
+        fault, ranks = self.snapshots.objection(pending)
         if fault is not None:
-            self._snapshots.mend_pending(fault.place)
+            self.snapshots.mend_pending(fault.place)
             return FoundFault(fault, readings[-1], ranks=ranks)
-        # With several ranks the guard certifies anyway: while one snapshot is pending, no other one is checked.
-        if context.many or not context.monitors.undecided():
-            self._certify(pending, readings[0].optimizer_index)
+        self._certify(pending, readings[0].optimizer_index)
         return None
 
     def _certify(self, pending: Snapshot, optimizer_index: int) -> None:
-        context, state = self._context, self._context.state
+        context, state = self.context, self.context.state
         history = context.monitors.history(optimizer_index)
         assert history is not None  # its reading was accepted
         pending.level = history.level()
         unit = history.loss_unit()
-        keep_oldest = state.healthy_steps < self._limits.keep_start
-        context.ring.certify(self._snapshots.kept(pending), loss_unit=unit, keep_oldest=keep_oldest)
+        keep_oldest = state.healthy_steps < context.thresholds.snapshots.ring.keep_start
+        context.ring.certify(self.snapshots.kept(pending), loss_unit=unit, keep_oldest=keep_oldest)
         state.policy = replace(state.policy, unproven=())
         if history.learning():
             recovery = context.thresholds.decision.recovery
@@ -142,12 +139,12 @@ class Certification:
 
     def capture_if_due(self) -> None:
         """Take a snapshot if one is due and none is pending."""
-        if self._context.ring.pending is None and self._snapshots.due(self._context.state.step):
-            self._capture(self._context.state.step)
+        if self.context.ring.pending is None and self.snapshots.due(self.context.state.step):
+            self._capture(self.context.state.step)
 
     def _capture(self, step: int) -> Snapshot | None:
-        global_step, _, _ = self._loop.clock()
-        return self._snapshots.capture(step, global_step, self._context.rate.first())
+        global_step, _, _ = self.loop.clock()
+        return self.snapshots.capture(step, global_step, self.context.rate.first())
 
 
 def _is_same(saved: Any, live: Any) -> bool:

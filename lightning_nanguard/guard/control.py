@@ -39,7 +39,8 @@ class Control:
 
     Code outside of the optimizer's step may change weights or gradients: a callback that clips weights, a projection
     in ``optimizer_step``, noise on gradients. A branch is trained without it, so its losses say nothing about the run.
-    The same is true if the step depends on something else that is not part of the learner. Then the control is not where the run is after the update, and the guard compares no branches with this run.
+    The same is true if the step depends on something else that is not part of the learner. Then the control is not
+    where the run is after the update, and the guard compares no branches with this run.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -65,7 +66,7 @@ class Control:
     def begin(self) -> None:
         """Make the control anew with the next update."""
         self.release()
-        self._left = self._limits.controlled
+        self._left = self._limits.picked_after
 
     def release(self) -> None:
         """Free the memory of its copies."""

@@ -42,7 +42,6 @@ class Guard:
         self._state = parts.context.state
         self._monitors = parts.context.monitors
         self._readback = parts.readback
-        self._runner = parts.runner
         self._snapshots = parts.snapshots
         self._undos = parts.steps.undos
         self._judge = parts.judge
@@ -93,7 +92,7 @@ class Guard:
         self._loss_seen = False
         within, self._open = self._open, True
         self._undos.open(within=within)
-        self._parts.steps.accumulation.open()
+        self._parts.steps.unused.open()
         if not within:
             self._parts.skipper.open()
 
@@ -101,7 +100,7 @@ class Guard:
         """Keep a reference to the loss of one backward pass."""
         self._loss_seen = True
         self._parts.meter.see_loss(loss)
-        self._parts.steps.accumulation.see_loss()
+        self._parts.steps.unused.see_loss()
 
     def before_step(self, optimizer_index: int) -> None:
         """Measure the update and detect faults; skip the update if it is bad.
@@ -109,7 +108,7 @@ class Guard:
         Args:
             optimizer_index: Index of the optimizer about to step.
         """
-        self._snapshots.settle()
+        self._snapshots.placement.settle()
         self._judge.judge_late(self._readback.due(optimizer_index), optimizer_index)
         self._parts.certification.start_again_if_lazy()
         new = self._state.count(optimizer_index, several=optimizer_index in self._context.learner.quasi_newton)
@@ -148,7 +147,7 @@ class Guard:
         """
         self._running = False
         alone = self._parts.loop.micro_batches() == 1
-        left_out = alone and not self._updated and self._parts.steps.accumulation.leave_out()
+        left_out = alone and not self._updated and self._parts.steps.unused.leave_out()
         unused = not left_out and alone and not self._updated and not self._context.settings.deferred
         if unused or not self._loss_seen:
             self._parts.steps.unused.undo_spoilt_buffers()
@@ -166,7 +165,7 @@ class Guard:
         try:
             if found:
                 self._parts.hyperparameters.refresh()
-                self._snapshots.settle()  # handling the fault may write to the learner
+                self._snapshots.placement.settle()  # handling the fault may write to the learner
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
@@ -235,16 +234,14 @@ class Guard:
         """
         if self._context.many:
             self.flush()
-            return
-        bad = None if self.updates else self._context.corrupt()[0]
-        if bad is not None:
+        elif not self.updates and (bad := self._context.corrupt()[0]) is not None:
             _logger.warning(
                 "NaNGuard: %s is no longer finite at the end of the run. No update was guarded, so nothing is undone.",
                 bad,
             )
-            return
-        if self.check():
+        elif self.check():
             self.look(anyway=True)  # the last check may be older than the last change of a weight or an average
+        self._parts.outliers.finish()
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step can be ignored, because the update is skipped anyway.
@@ -321,7 +318,7 @@ class Guard:
         state, snapshots = self._state, self._snapshots
         if self._open or self._context.settings.observe or not (anyway or snapshots.look_due(state.step)):
             return
-        snapshots.settle()  # handling a fault may write to the learner
+        snapshots.placement.settle()  # handling a fault may write to the learner
         self.flush()
         fault = snapshots.look()
         if fault is not None:
@@ -329,7 +326,7 @@ class Guard:
 
     def check(self) -> bool:
         """Check the present state, and go back to the last good one if it is bad; return whether it was good."""
-        self._snapshots.settle()  # the caller may write to it next
+        self._snapshots.placement.settle()  # the caller may write to it next
         self.flush()
         self._snapshots.look_at_room()
         context = self._context

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any, final
 
 from lightning_nanguard.act.skip import StepSkipper
@@ -15,6 +15,7 @@ from lightning_nanguard.types import Fault, Finding, Reading
 
 
 @final
+@dataclass(eq=False)
 class HyperparameterWatch:
     """Checks the learning rates, weight decay, momentum, betas and eps before each update.
 
@@ -29,22 +30,15 @@ class HyperparameterWatch:
         schedulers: Name of the scheduler of each optimizer that has one, by the optimizer's index.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        skipper: StepSkipper,
-        recorder: InterventionRecorder,
-        schedulers: Mapping[int, str],
-    ) -> None:
-        self._context = context
-        self._skipper = skipper
-        self._recorder = recorder
-        self._schedulers = dict(schedulers)
-        self._within: set[int] = set()
-        self._stretches = 0
-        # With several ranks: what the others are told before the next update, and whether their states differ.
-        self._untold: dict[str, Any] | None = None
-        self._apart = False
+    context: GuardContext
+    skipper: StepSkipper
+    recorder: InterventionRecorder
+    schedulers: Mapping[int, str]
+    _within: set[int] = field(default_factory=set, init=False)
+    _stretches: int = field(default=0, init=False)
+    # With several ranks: what the others are told before the next update, and whether their states differ.
+    _untold: dict[str, Any] | None = field(default=None, init=False)
+    _apart: bool = field(default=False, init=False)
 
     def look(self, optimizer_index: int) -> FoundFault | None:
         """Check the hyperparameters of the optimizer that steps next.
@@ -52,10 +46,10 @@ class HyperparameterWatch:
         Returns:
             With several ranks, a fault if they have made an update with different values; else ``None``.
         """
-        valid = self._context.rate.valid
-        optimizer = self._context.learner.optimizers[optimizer_index]
+        valid = self.context.rate.valid
+        optimizer = self.context.learner.optimizers[optimizer_index]
         apart = None
-        if self._context.state.asks_hyperparameters:
+        if self.context.state.asks_hyperparameters:
             apart = self._agree(optimizer_index)
         else:
             valid.look(optimizer)
@@ -66,30 +60,30 @@ class HyperparameterWatch:
             self._within.discard(optimizer_index)
             return apart
         left_out = any(one.valid is None for one in invalid)
-        if left_out and not self._context.settings.observe:
-            self._skipper.skip(optimizer_index)
+        if left_out and not self.context.settings.observe:
+            self.skipper.skip(optimizer_index)
         if optimizer_index not in self._within:
             self._within.add(optimizer_index)
             self._stretches += 1
             if self._stretches & (self._stretches - 1) == 0:
                 self._untold = self._described(optimizer_index, invalid, left_out=left_out)
-        if self._untold is not None and not self._context.many:
+        if self._untold is not None and not self.context.many:
             self._record(self._untold, ())
             self._untold = None
         return apart
 
     def refresh(self) -> None:
         """While a rank has an invalid value, give it the present ones, so that all ranks decide by the same rates."""
-        if not self._context.state.asks_hyperparameters:
+        if not self.context.state.asks_hyperparameters:
             return
-        for optimizer in self._context.learner.optimizers:
-            self._context.rate.valid.look(optimizer)
-            present = self._context.rate.valid.present(optimizer)
-            self._context.rate.valid.use(optimizer, self._context.ranks.gather(present))
+        for optimizer in self.context.learner.optimizers:
+            self.context.rate.valid.look(optimizer)
+            present = self.context.rate.valid.present(optimizer)
+            self.context.rate.valid.use(optimizer, self.context.ranks.gather(present))
 
     def _agree(self, optimizer_index: int) -> FoundFault | None:
         """Take the values of a rank that has valid ones. All ranks call this before the same update."""
-        context, valid = self._context, self._context.rate.valid
+        context, valid = self.context, self.context.rate.valid
         optimizer = context.learner.optimizers[optimizer_index]
         used, mine, self._untold = valid.used(optimizer), self._untold, None
         replaced = [[one.group, one.key] for one in valid.invalid(optimizer)]
@@ -117,10 +111,10 @@ class HyperparameterWatch:
         first = invalid[0]
         is_rate = first.key == "lr"
         what = "rate" if is_rate else "value"
-        scheduler = self._schedulers.get(optimizer_index, "") if is_rate else ""
+        scheduler = self.schedulers.get(optimizer_index, "") if is_rate else ""
         message = "; ".join(words_for(invalid, scheduler))
         place = first.name
-        if len(self._context.learner.optimizers) > 1:
+        if len(self.context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
         cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
         fault = Fault(
@@ -137,12 +131,12 @@ class HyperparameterWatch:
             "fault": asdict(fault),
             "finding": asdict(finding),
             "word": "skip" if left_out else "hold rate" if is_rate else "hold value",
-            "step": self._context.state.step,
+            "step": self.context.state.step,
         }
 
     def _record(self, described: Mapping[str, Any], ranks: tuple[int, ...]) -> None:
-        recorder, step = self._recorder, described["step"]
-        clock = recorder.now(unmade=True) if step == self._context.state.step else recorder.clock_of(step)
+        recorder, step = self.recorder, described["step"]
+        clock = recorder.clock(None if step == self.context.state.step else step)
         fault, word = Fault(**described["fault"]), described["word"]
         finding = Finding(**{**described["finding"], "samples": (), "rows": ()})
-        recorder.record(fault, (word,), self._context.rate.effective(), finding, ranks, clock)
+        recorder.record(fault, (word,), self.context.rate.effective(), finding, ranks, clock)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import final
 
 from lightning_nanguard.act.base import Remedy
@@ -24,6 +24,7 @@ from lightning_nanguard.types import Evidence, Finding, Plan, PlanStep, Skip, St
 
 
 @final
+@dataclass(eq=False)
 class Interventions:
     """Handles the faults that were found.
 
@@ -39,27 +40,15 @@ class Interventions:
         suspicions: Tells the user of faults that are left alone.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        loop: TrainingLoop,
-        policy: Policy,
-        investigator: Investigator,
-        recorder: InterventionRecorder,
-        runner: PlanRunner,
-        remedies: Mapping[type[PlanStep], Remedy],
-        receipts: Receipts,
-        suspicions: Suspicions,
-    ) -> None:
-        self._context = context
-        self._loop = loop
-        self._policy = policy
-        self._investigator = investigator
-        self._recorder = recorder
-        self._runner = runner
-        self._remedies = remedies
-        self._receipts = receipts
-        self._suspicions = suspicions
+    context: GuardContext
+    loop: TrainingLoop
+    policy: Policy
+    investigator: Investigator
+    recorder: InterventionRecorder
+    runner: PlanRunner
+    remedies: Mapping[type[PlanStep], Remedy]
+    receipts: Receipts
+    suspicions: Suspicions
 
     def handle(self, found: FoundFault) -> bool:
         """Handle a fault.
@@ -70,11 +59,11 @@ class Interventions:
         Raises:
             TrainingDivergedError: If the run cannot be saved.
         """
-        context, state = self._context, self._context.state
+        context, state = self.context, self.context.state
         fault, reading = found.fault, found.reading
         # Undo first what the batch changed in the statistics of batch norm, so that it does not count as bad state.
         undo = fault.scope == "batch" and not found.reached
-        before = self._runner.undo(found) if undo and found.undo is not None else {}
+        before = self.runner.undo(found) if undo and found.undo is not None else {}
         known = Evidence(
             step=state.step,
             healthy_steps=state.healthy_steps,
@@ -84,7 +73,7 @@ class Interventions:
             undo=found.reached,
         )
         with self.batch_of(found) as at_hand:
-            evidence = self._investigator.look_into(found, known, at_hand=at_hand, before=before)
+            evidence, ranks = self.investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             # The learner is finite, so the validation data are most likely at fault: only record it.
             suggestion = (
@@ -93,18 +82,19 @@ class Interventions:
             )
             confidence = context.thresholds.diagnosis.confidence.suspicion
             finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
-            self._recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
+            self.recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
             return False
+        found = replace(found, ranks=ranks or found.ranks)
         before_plan = state.policy
-        plan, state.policy = self._policy.decide(fault, evidence, before_plan)
+        plan, state.policy = self.policy.decide(fault, evidence, before_plan)
         if not plan:
             # A confirmed trial is followed by another one.
-            follows = self._investigator.trial_runs or (evidence.trial is not None and evidence.trial.lacks > 0)
+            follows = self.investigator.trial_runs or (evidence.trial is not None and evidence.trial.lacks > 0)
             if not (fault.certain or fault.doubtful or follows):
-                self._suspicions.tell(fault, reading, self._clock(found), tried=evidence.trial is not None)
+                self.suspicions.tell(fault, reading, self._clock(found), tried=evidence.trial is not None)
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
-        self._investigator.conclude(fault, batch=skipped)
+        self.investigator.conclude(fault, batch=skipped)
         self._act(found, evidence, plan, before_plan)
         lasts = state.bad_in_a_row >= context.thresholds.decision.blame.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
@@ -114,67 +104,65 @@ class Interventions:
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
 
     def _dismiss(self, found: FoundFault) -> bool:
-        return self._context.monitors.dismiss(found.reading) and found.reading.loss is not None
+        return self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
         """Make the faulty batch the present one within the context, if it is stored; yield whether it is."""
         if found.late and found.undo is not None:
-            with self._context.replay.showing(found.reading.step) as shown:
-                if all(self._context.ranks.gather(shown)):
+            with self.context.replay.showing(found.reading.step) as shown:
+                if all(self.context.ranks.gather(shown)):
                     yield True
                     return
         yield not found.late
 
     def _clock(self, found: FoundFault) -> Clock:
-        # A late reading is recorded under its own batch, not under the present one.
-        return self._recorder.clock_of(found.reading.step) if found.late else self._recorder.now(unmade=found.unmade)
+        return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
     def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
-        context, state = self._context, self._context.state
+        context, state = self.context, self.context.state
         before = context.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
         # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
         # detectors might learn from data that are bad for a while.
         blameless = found.reached and state.policy.learner_step != evidence.step
-        known_until = min(found.reading.step - 1, context.thresholds.decision.late.beginning) if blameless else 0
+        known_until = min(found.reading.step - 1, context.thresholds.decision.blame.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
-        look = "nothing" if found.undo is None and evidence.trial is None else self._runner.look
-        mine = self._loop.diagnose(found.fault, evidence, look, found.reading.step)
+        look = "nothing" if found.undo is None and evidence.trial is None else self.runner.look
+        mine = self.loop.diagnose(found.fault, evidence, look, found.reading.step)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = _rate_fitted(plan, finding, evidence, before)
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
             skipped = any(isinstance(step, Skip) for step in plan)
-            self._receipts.before(self._loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
-        done = self._runner.apply(plan, found, known_until, corrupt=evidence.corrupt)
+            self.receipts.before(self.loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
+        done = self.runner.apply(plan, found, known_until, corrupt=evidence.corrupt)
         if done.redo_failed and found.fault.rate_may_cause:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
-            plan, state.policy = self._policy.decide(found.fault, evidence, before_plan)
-            finding = self._loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
+            plan, state.policy = self.policy.decide(found.fault, evidence, before_plan)
+            finding = self.loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
             stop = next((step for step in plan if isinstance(step, Stop)), None)
             fitted = _rate_fitted(plan, finding, evidence, before)
-            done = self._runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
+            done = self.runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
         redone = done.redone and found.not_again(0) is None
         if redone or state.redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
             known = replace(evidence, redo_cause=state.redo_cause, redone=redone)
-            finding = self._loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
-        words = tuple(self._remedies[type(step)].word for step in done.steps)
+            finding = self.loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
+        words = tuple(self.remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()
         fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
         restored = state.restored
         clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
-        ranks = evidence.ranks or found.ranks
-        self._recorder.record(fault, words, before, finding, ranks, clock, restored, made)
+        self.recorder.record(fault, words, before, finding, found.ranks, clock, restored, made)
         if context.settings.observe and state.told is None:
-            self._suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
+            self.suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if state.unrestored is not None:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
-            self._recorder.stop(fault, reason, finding, clock, restored)
+            self.recorder.stop(fault, reason, finding, clock, restored)
         if stop is not None and not context.settings.observe:
-            self._recorder.stop(fault, stop.reason, finding, clock, restored)
-        self._recorder.tried(found.fault, words)
+            self.recorder.stop(fault, stop.reason, finding, clock, restored)
+        self.recorder.tried(found.fault, words)
 
 
 def _rate_fitted(plan: Plan, finding: Finding | None, evidence: Evidence, rates: Sequence[float]) -> Plan:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from operator import itemgetter
-from typing import Any, final
+from typing import Any, Literal, final
 
 import torch
 from torch import Tensor
@@ -50,6 +50,7 @@ class Investigator:
         self._rehearsal = rehearsal
         self._trials = trials
         self._limits = context.thresholds.decision.evidence
+        self._blame = context.thresholds.decision.blame
         self._compare_allowed = not context.settings.observe
         self._finite_compared = self._compare_allowed and context.settings.act_on == "evidence"
         self.initial_norms: dict[str, float] = {}
@@ -68,8 +69,7 @@ class Investigator:
 
     def hindrance(self) -> str:
         """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""
-        certain_only = self._context.settings.act_on == "certain"
-        return self._trials.known_hindrance() if certain_only else self._trials.hindrance()
+        return self._trials.hindrance(run=self._context.settings.act_on == "evidence")
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
@@ -115,7 +115,9 @@ class Investigator:
         again = times > self._limits.known_batches and times & (times - 1) != 0
         return again and known.bad_in_a_row == 1 and not known.undo and not history.climbing()
 
-    def look_into(self, found: FoundFault, known: Evidence, *, at_hand: bool, before: Mapping[str, Tensor]) -> Evidence:
+    def look_into(
+        self, found: FoundFault, known: Evidence, *, at_hand: bool, before: Mapping[str, Tensor]
+    ) -> tuple[Evidence, tuple[int, ...]]:
         """Complete the evidence. A suspicion may begin a trial.
 
         Args:
@@ -123,10 +125,13 @@ class Investigator:
             known: The counts of the guard.
             at_hand: Whether the present batch is the faulty one.
             before: Buffers as they were before the faulty batch, if the batch has not been undone.
+
+        Returns:
+            The evidence; and the ranks whose state or batch is not finite, if not all are concerned.
         """
         fault, reading = found.fault, found.reading
         history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
-        target = self._ring.good(None, history.loss_unit())
+        target = self._ring.good(history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
         # If the faulty update was made, bad weights now do not prove that the weights were bad before it.
@@ -140,18 +145,15 @@ class Investigator:
         known = replace(
             known,
             corrupt=bad,
-            averages_alone=self._averages_alone(fault, unchanged, bad),
-            scale_alone=bad is None and fault.place == LOSS_SCALE,
+            alone=self._bad_alone(fault, unchanged, bad),
             batch_finite=batch_finite,
             batch_strange=self._batch_strange() if at_hand and batch_finite is not False else None,
-            ranks=corrupted or spoilt,
             comparable=self._replay.comparable(),
             clippable=reading.optimizer_index not in self._learner.quasi_newton,
-            snapshots=len(self._ring.certified),
             levels=tuple(snapshot.level for snapshot in self._ring.certified),
         )
         known = self._look_at_weights(found, history, known, target, at_hand=at_hand)
-        return self._look_at_rates(fault, history, known, target)
+        return self._look_at_rates(fault, history, known, target), corrupted or spoilt
 
     def _spoilt_buffer(self, leaves: list[tuple[StateKey, Any]], *, at_hand: bool) -> str | None:
         """Name of a buffer of the module's own that makes the loss of the present batch bad."""
@@ -173,6 +175,13 @@ class Investigator:
             loss = self._replay.probe()
         # If the loss is bad with the buffers of the snapshot, too, the batch is at fault.
         return spoilt if loss is None or math.isfinite(loss) else None
+
+    def _bad_alone(
+        self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None
+    ) -> Literal["averages", "scale"] | None:
+        if bad is None and fault.place == LOSS_SCALE:
+            return "scale"
+        return "averages" if self._averages_alone(fault, leaves, bad) else None
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
         """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""
@@ -213,19 +222,15 @@ class Investigator:
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             compared = self._compare(fault, found.reading, target, undo=known.undo, at_hand=at_hand)
-            blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._patience != 0
-            holds = self._holds_elsewhere(target, alone=alone) if blamed else None
-            return replace(known, comparison=compared, holds_elsewhere=holds)
+            blamed, alone = self._blames_learner(fault, known, compared), known.bad_in_a_row % self._blame.patience != 0
+            if compared is not None and blamed:
+                compared = replace(compared, holds_elsewhere=self._holds_elsewhere(target, alone=alone))
+            return replace(known, comparison=compared)
         return known
 
     def _try(self, found: FoundFault, known: Evidence, best: Snapshot) -> Evidence:
-        certified = self._ring.certified
-        self._trials.pursue(found, self._ranks.join_snapshot(certified[-1]), best)
-        if found.shown is None:
-            return known
-        trial = found.shown.trial
-        sound = certified.index(self._ring.good(None, known.loss_unit) or best) if trial.base == "best" else None
-        return replace(known, trial=trial, sound=len(certified) - 1 if sound is None else sound)
+        self._trials.pursue(found, self._ranks.join_snapshot(self._ring.certified[-1]), best)
+        return known if found.shown is None else replace(known, trial=found.shown.trial)
 
     def _look_at_rates(
         self, fault: Fault, history: ReadingHistory, known: Evidence, target: Snapshot | None
@@ -242,7 +247,7 @@ class Investigator:
             climbing=history.climbing(),
             burst=fault.scope == "learner" and history.burst(),
             usual_norm=history.usual_norm(),
-            rate_rose=rate is not None and before is not None and rate > self._limits.rate_risen * before,
+            rate_rose=rate is not None and before is not None and rate > self._blame.rate_risen * before,
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
             first_lr=self._context.state.first_rate,
@@ -288,12 +293,8 @@ class Investigator:
         """Whether the weights are to blame, by the loss of this batch or because several batches in a row were bad."""
         if found is None or not fault.certain or known.undo or not math.isfinite(found.then):
             return False
-        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit()
-        return known.bad_in_a_row % self._patience == 0 or worse(found, least)
-
-    @property
-    def _patience(self) -> int:
-        return self._context.thresholds.decision.blame.patience
+        least = self._blame.worse_for_batch * self._context.monitors.loss_unit()
+        return known.bad_in_a_row % self._blame.patience == 0 or worse(found, least)
 
     def _holds_elsewhere(self, target: Snapshot, *, alone: bool) -> bool | None:
         """Whether the present weights do no worse than older ones on most of the newest healthy batches.
@@ -303,7 +304,7 @@ class Investigator:
             alone: Whether few batches in a row were bad. Then the present weights count as worse only if they clearly
                 are.
         """
-        least = self._context.thresholds.decision.blame.worse_for_batch * self._context.monitors.loss_unit() * alone
+        least = self._blame.worse_for_batch * self._context.monitors.loss_unit() * alone
         with self._rehearsal.present() as present:
             pairs = [] if present is None else self._rehearsal.compare_each(present, target)
         holds = sum(math.isfinite(now) and now - then <= least for now, then in pairs)

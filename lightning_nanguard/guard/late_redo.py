@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
@@ -14,6 +15,7 @@ from lightning_nanguard.state.snapshot import Snapshot
 
 
 @final
+@dataclass(eq=False)
 class LateRedo:
     """Repeats an update that was not finite, and all updates that were made before its reading arrived.
 
@@ -25,19 +27,11 @@ class LateRedo:
         caution: Is told about the rollback.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        steps: StepParts,
-        skipper: StepSkipper,
-        snapshots: SnapshotManager,
-        caution: Caution,
-    ) -> None:
-        self._context = context
-        self._steps = steps
-        self._skipper = skipper
-        self._snapshots = snapshots
-        self._caution = caution
+    context: GuardContext
+    steps: StepParts
+    skipper: StepSkipper
+    snapshots: SnapshotManager
+    caution: Caution
 
     def redo(self, found: FoundFault) -> bool:
         """Make the updates since the last good state again; return whether the fault was gone.
@@ -47,25 +41,25 @@ class LateRedo:
         Args:
             found: The fault.
         """
-        snapshot, state = self._snapshot(found), self._context.state
+        snapshot, state = self._snapshot(found), self.context.state
         if snapshot is None or state.redo_since is None:
             return False
-        skipped = set(self._skipper.skipped)
-        self._skipper.skipped.clear()  # these updates must be made
+        skipped = set(self.skipper.skipped)
+        self.skipper.skipped.clear()  # these updates must be made
         if not state.redo_since(snapshot, found.reading):
-            self._skipper.skipped |= skipped
+            self.skipper.skipped |= skipped
             return False
-        self._snapshots.count_from(state.step)
-        self._caution.update_undone(found, buffers=False)
-        self._steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
+        self.snapshots.count_from(state.step)
+        self.caution.update_undone(found, buffers=False)
+        self.steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
         state.restored = snapshot
         return True
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:
         """The snapshot to begin at; ``None`` if the updates cannot be made again."""
-        fault, reading, certified = found.fault, found.reading, self._context.ring.certified
+        fault, reading, certified = found.fault, found.reading, self.context.ring.certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None
-        if not certified or certified[0].step >= reading.step or not self._steps.check.may_go_back(fault):
+        if not certified or certified[0].step >= reading.step or not self.steps.check.may_go_back(fault):
             return None
         return certified[0]

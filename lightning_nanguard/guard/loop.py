@@ -108,6 +108,10 @@ class BatchReplay(Protocol):
         """Loss of the present update under the present state, with its random numbers. Inside ``rehearsing``."""
         return None
 
+    def sizes_vary(self, updates: int) -> bool:
+        """Whether the batches of the newest updates differ in their number of samples, or are not stored."""
+        return True
+
     def bytes_kept(self) -> int:
         """Bytes of the batches that are stored to be run again."""
         return 0

@@ -15,7 +15,7 @@ from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.measure.norms import exact_norm, partial_norms, total_norm
-from lightning_nanguard.measure.readings import PendingReading, pending_reading
+from lightning_nanguard.measure.readings import PendingReading, sum_of
 from lightning_nanguard.measure.tensors import WIDER, dense_gradients, dense_values, is_on_host
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner
@@ -213,17 +213,12 @@ class Meter:
     def _pending(
         self, step: int, optimizer_index: int, norms: list[Tensor], losses: list[Tensor], *, scaled: bool = False
     ) -> PendingReading | None:
+        if not losses and not norms:
+            return None
         scale = self.loss_scale()
-        return pending_reading(
-            step=step,
-            optimizer_index=optimizer_index,
-            losses=losses,
-            loss_factor=self._divided_by / len(losses) if losses else 1.0,
-            norms=norms,
-            loss_scale=scale,
-            gradients_scaled=scale is not None
-            and (scaled or unscales_itself(self._learner.optimizers[optimizer_index])),
-        )
+        factor = self._divided_by / len(losses) if losses else 1.0
+        scaled = scale is not None and (scaled or unscales_itself(self._learner.optimizers[optimizer_index]))
+        return PendingReading(step, optimizer_index, sum_of(losses), norms, scale, factor, scaled)
 
     def _exact_norm(self, optimizer_index: int) -> float | None:
         values = self._gradients(optimizer_index)

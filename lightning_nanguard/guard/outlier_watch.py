@@ -49,7 +49,7 @@ class OutlierWatch:
         search = self._rates.get(optimizer_index)
         if search is None:
             far = times_off(limits.rate, limits.steady)
-            search = OutlierSearch(far, before=limits.rates, least=0, after=limits.rates)
+            search = OutlierSearch(far, before=limits.after, least=0, after=limits.after)
             self._rates[optimizer_index] = search
         found = search.add(self._context.state.step, self._context.rate.valid.rate(group, rate))
         if found is not None:
@@ -70,13 +70,28 @@ class OutlierWatch:
             other = None if loss is None else self._losses[index].add(reading.step, loss)
             if one is not None:
                 self._advise("gradient_spike", "gradient", one, "Look at the batch of that update")
-            elif other is not None and other.distance > self._context.monitors.loss_unit():
+            elif other is not None and self._shows_more_than_size(other):
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
         newest = next(iter(self._context.ring.certified), None)
         if newest is not None and newest.step != self._compared:
             self._compared = newest.step
             self._compare_averages(newest)
+
+    def finish(self) -> None:
+        """Look at the last updates of the run: a gradient norm or a learning rate far above those before it."""
+        limits = self._limits
+        for norms in self._norms.values():
+            if (found := norms.at_end(times_above(limits.norm))) is not None:
+                self._advise("gradient_spike", "gradient", found, "Look at the batch of that update")
+        for rates in self._rates.values():
+            if (found := rates.at_end(times_above(limits.rate))) is not None:
+                self._advise("learning_rate_outlier", "learning rate of group 0", found, "Look at what sets the rate")
+
+    def _shows_more_than_size(self, loss: Outlier) -> bool:
+        # A sum over samples is lower in a smaller batch, such as the last one of an epoch.
+        far = loss.distance > self._context.monitors.loss_unit()
+        return far and not self._context.replay.sizes_vary(self._limits.after + 1)
 
     def _compare_averages(self, snapshot: Snapshot) -> None:
         sizes: dict[str, list[float]] = {}
@@ -106,7 +121,7 @@ class OutlierWatch:
     def _advise(self, cause: str, place: str, found: Outlier, advice: str) -> None:
         suggestion = (
             f"the {place} of update {found.step} was {found.value:.4g}, and between {found.lowest:.4g} and "
-            f"{found.highest:.4g} in the updates before and after it. {advice}: it is finite, so nothing was changed."
+            f"{found.highest:.4g} in the other updates near it. {advice}: it is finite, so nothing was changed."
         )
         self._say(cause, place, suggestion, value=found.value, lowest=found.lowest, highest=found.highest)
 

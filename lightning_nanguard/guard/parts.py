@@ -17,7 +17,7 @@ from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.outlier_watch import OutlierWatch
 from lightning_nanguard.guard.plan_runner import PlanRunner
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.recovery import Recovery

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol, final
+from typing import ClassVar, TypeAlias, final
 
 from torch import Tensor
 
@@ -38,20 +38,41 @@ class Applied:
     redo_failed: bool = False
 
 
-class PlanRunner(Protocol):
-    """The interface of the classes that carry out what the guard decides."""
+@final
+@dataclass(eq=False)
+class ActingRunner:
+    """Carries plans out.
 
-    look: Look
+    Args:
+        context: Objects and settings that the parts of the guard share.
+        actions: What remedies may do to the run.
+        remedies: The remedy that carries out each kind of step.
+        skipper: Skips updates.
+        plausibility: Knows whether a batch made buffers bad.
+        caution: Is told about undone updates.
+    """
+
+    look: ClassVar[Look] = "replay"
     """How closely a diagnosis may examine a faulty batch."""
 
-    at_once: bool
+    at_once = False
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
+
+    context: GuardContext
+    actions: RemedyActions
+    remedies: Mapping[type[PlanStep], Remedy]
+    skipper: StepSkipper
+    plausibility: PlausibilityCheck
+    caution: Caution
 
     def block(self, optimizer_index: int) -> None:
         """Skip the update that an optimizer is about to make."""
+        self.skipper.skip(optimizer_index)
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
+        self.actions.undo(found)
+        return {}
 
     def apply(
         self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
@@ -65,59 +86,12 @@ class PlanRunner(Protocol):
             corrupt: A tensor that was not finite, and from which the fault came.
             may_redo: Whether updates may be made again after a rollback.
         """
-
-
-@final
-class ActingRunner:
-    """Carries plans out; a :class:`PlanRunner`.
-
-    Args:
-        context: Objects and settings that the parts of the guard share.
-        actions: What remedies may do to the run.
-        remedies: The remedy that carries out each kind of step.
-        skipper: Skips updates.
-        plausibility: Knows whether a batch made buffers bad.
-        caution: Is told about undone updates.
-    """
-
-    look: Look = "replay"
-    at_once = False
-
-    def __init__(
-        self,
-        context: GuardContext,
-        actions: RemedyActions,
-        remedies: Mapping[type[PlanStep], Remedy],
-        skipper: StepSkipper,
-        plausibility: PlausibilityCheck,
-        caution: Caution,
-    ) -> None:
-        self._context = context
-        self._actions = actions
-        self._remedies = remedies
-        self._skipper = skipper
-        self._plausibility = plausibility
-        self._caution = caution
-
-    def block(self, optimizer_index: int) -> None:
-        """Skip the update that an optimizer is about to make."""
-        self._skipper.skip(optimizer_index)
-
-    def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
-        """Undo what a faulty batch changed."""
-        self._actions.undo(found)
-        return {}
-
-    def apply(
-        self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
-    ) -> Applied:
-        """Carry out a plan."""
-        state, before = self._context.state, self._context.rate.effective()
-        self._actions.begin(found, known_until)
+        state, before = self.context.state, self.context.rate.effective()
+        self.actions.begin(found, known_until)
         if any(isinstance(step, Skip) for step in plan):
             state.skipped.append(found.reading.step)
         else:
-            self._actions.skip()  # undo the batch too if a restore follows
+            self.actions.skip()  # undo the batch too if a restore follows
         if any(isinstance(step, Stop) for step in plan):
             self._leave_good()
         made: list[PlanStep] = []
@@ -130,29 +104,29 @@ class ActingRunner:
                 averages_redone = True
                 made.append(Restore())
                 continue
-            self._remedies[type(step)].apply(step, self._actions)
+            self.remedies[type(step)].apply(step, self.actions)
             made.append(step)
             if isinstance(step, Restore) and may_redo and self._redo(found):
-                redo_failed = self._plausibility.is_far(found.fault.place)
+                redo_failed = self.plausibility.is_far(found.fault.place)
                 redone = state.redone = not redo_failed
                 if redo_failed and state.restored is not None:
-                    restore(self._context.learner, state.restored)
+                    restore(self.context.learner, state.restored)
         # After a restore no reading is pending.
         if state.restored is not None:
             if not redone:  # otherwise the fault happened by chance
-                self._plausibility.watch(corrupt or found.fault.place)
-            self._caution.update_undone(found, buffers=self._plausibility.watches)
-        kept = self._context.rate.effective() == before
+                self.plausibility.watch(corrupt or found.fault.place)
+            self.caution.update_undone(found, buffers=self.plausibility.watches)
+        kept = self.context.rate.effective() == before
         # If clipping alone is enough, the planned cut has not been made.
         steps = [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
         return Applied(steps, redone or averages_redone, redo_failed)
 
     def _redo(self, found: FoundFault) -> bool:
         """Make the updates since the restored snapshot again; return whether this was possible."""
-        state = self._context.state
+        state = self.context.state
         if state.restored is None or state.redo_since is None or found.arm is not None:
             return False  # an arm has made its own updates
-        self._skipper.skipped.clear()  # these updates must be made
+        self.skipper.skipped.clear()  # these updates must be made
         return state.redo_since(state.restored, found.not_again(state.restored.step))
 
     def _redo_averages(self, found: FoundFault) -> bool:
@@ -160,36 +134,36 @@ class ActingRunner:
 
         If it is not, nothing has changed.
         """
-        state, certified = self._context.state, self._context.ring.certified
+        state, certified = self.context.state, self.context.ring.certified
         if state.redo_since is None or not certified or not state.redo_since(certified[0], None):
             return False
-        if self._plausibility.is_far(found.fault.place):
+        if self.plausibility.is_far(found.fault.place):
             return False  # the updates that were made again have the same bits
-        self._actions.redone(certified[0])
+        self.actions.redone(certified[0])
         return True
 
     def _leave_good(self) -> None:
-        ring, learner = self._context.ring, self._context.learner
+        ring, learner = self.context.ring, self.context.learner
         if ring.certified:
-            self._actions.restore(0)
-        elif (pending := ring.newest()) is not None and self._context.corrupt()[0]:
+            self.actions.restore(0)
+        elif (pending := ring.newest()) is not None and self.context.corrupt()[0]:
             # No snapshot was ever certified, but the state at the start of the fit is at least finite.
             restore(learner, pending)
 
 
 @final
+@dataclass(eq=False)
 class ObservingRunner:
-    """Changes nothing; a :class:`PlanRunner`.
+    """Changes nothing. Its methods are called like those of :class:`ActingRunner`.
 
     Args:
         context: Objects and settings that the parts of the guard share.
     """
 
-    look: Look = "batch"
+    look: ClassVar[Look] = "batch"
     at_once = True
 
-    def __init__(self, context: GuardContext) -> None:
-        self._context = context
+    context: GuardContext
 
     def block(self, optimizer_index: int) -> None:
         """Let the update be made."""
@@ -202,5 +176,9 @@ class ObservingRunner:
         self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
     ) -> Applied:
         """Do nothing; return the steps that would have been made."""
-        self._context.state.restored = None
+        self.context.state.restored = None
         return Applied(plan)
+
+
+PlanRunner: TypeAlias = ActingRunner | ObservingRunner
+"""Carries out what the guard decides, or only says what it would do."""

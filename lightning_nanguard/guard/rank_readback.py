@@ -10,15 +10,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict
-from typing import Any, NamedTuple, final
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, TypeAlias, final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.distributed.ranks import PendingReports
 from lightning_nanguard.distributed.report import Report, combined_reading, outlier_ranks
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.local_readback import DeferredReadings, LocalReadback
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -33,14 +33,14 @@ class Sent(NamedTuple):
 
     Attributes:
         posted: The reports of all ranks about the update.
-        optimizer_index: Index of the optimizer.
+        reading: The reading of this rank.
         undo: Undoes what its batch changed.
         held_back: Whether the device itself skips a bad update.
         line_search: Whether it was a further closure of one step, as in the line search of LBFGS.
     """
 
     posted: PendingReports
-    optimizer_index: int
+    reading: Reading
     undo: BatchUndo
     held_back: bool
     line_search: bool
@@ -51,21 +51,9 @@ class Sent(NamedTuple):
 
 
 @final
-class Told(NamedTuple):
-    """An update that was reported before the loop could make it.
-
-    Attributes:
-        reading: The reading of this rank.
-        sent: The report to the other ranks.
-    """
-
-    reading: Reading
-    sent: Sent
-
-
-@final
+@dataclass(eq=False)
 class RankReadback:
-    """Readings that all ranks have reported; a :class:`~lightning_nanguard.guard.readback.Readback`.
+    """Readings that all ranks have reported. Its methods are called like those of :class:`LocalReadback`.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -74,34 +62,28 @@ class RankReadback:
         caution: Decides which updates are read before they are made.
         skipper: Skips an update that looks bad on this rank.
         snapshots: Exchanges reports about snapshots.
+
+    Attributes:
+        at_hand: Always ``None``: no rank decides by its own reading alone.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        meter: Meter,
-        readings: DeferredReadings,
-        caution: Caution,
-        skipper: StepSkipper,
-        snapshots: SnapshotManager,
-    ) -> None:
-        self._context = context
-        self._meter = meter
-        self._readings = readings
-        self._caution = caution
-        self._skipper = skipper
-        self._snapshots = snapshots
-        self._sent: deque[Sent] = deque()
-        self._late = False
-        # A fault that this rank found outside a step. The others are told of it with the next update.
-        self._outside: Fault | None = None
-        # The early report of the next update, if the update looked bad.
-        self._told: Told | None = None
-        self.at_hand: Reading | None = None
+    context: GuardContext
+    meter: Meter
+    readings: DeferredReadings
+    caution: Caution
+    skipper: StepSkipper
+    snapshots: SnapshotManager
+    _sent: deque[Sent] = field(default_factory=deque, init=False)
+    _late: bool = field(default=False, init=False)
+    # A fault that this rank found outside a step. The others are told of it with the next update.
+    _outside: Fault | None = field(default=None, init=False)
+    # The early report of the next update, if the update looked bad.
+    _told: Sent | None = field(default=None, init=False)
+    at_hand: Reading | None = field(default=None, init=False)
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
         """The reports of all ranks about earlier updates."""
-        self._late = self._caution.may_be_late(optimizer_index)
+        self._late = self.caution.may_be_late(optimizer_index)
         return self._heard()
 
     def tell_early(self, reading: Reading, undo: BatchUndo) -> tuple[Reading, tuple[int, ...]] | None:
@@ -115,11 +97,10 @@ class RankReadback:
             The reading of all ranks and the ranks that stand out, if the update looks bad to all ranks; else ``None``.
             In the first case all ranks have reported it by now.
         """
-        sent = self._tell(reading, undo, suspects=True)
-        self._told = Told(reading, sent)
+        sent = self._told = self._tell(reading, undo, suspects=True)
         if not sent.suspected_by_all():
             return None
-        reports, context = sent.posted(), self._context
+        reports, context = sent.posted(), self.context
         combined = combined_reading(reports, optimizer_index=reading.optimizer_index, sharded=context.ranks.sharded)
         return combined, outlier_ranks(reports, context.thresholds.distributed)
 
@@ -129,14 +110,14 @@ class RankReadback:
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
         """Report this update; return its reading only if it looks bad to all ranks."""
-        step = self._context.state.step
+        step = self.context.state.step
         told, self._told = self._told, None
         if told is not None and (told.reading.step, told.reading.optimizer_index) == (step, optimizer_index):
-            return self._wait_or_skip(told.reading, told.sent)
-        measured = (self._meter.measure_later if self._late else self._meter.measure_now)(step, optimizer_index)
-        line_search = self._meter.is_line_search(optimizer_index)
+            return self._wait_or_skip(told)
+        measured = (self.meter.measure_later if self._late else self.meter.measure_now)(step, optimizer_index)
+        line_search = self.meter.is_line_search(optimizer_index)
         if isinstance(measured, PendingReading):
-            self._readings.defer(measured, undo, line_search=line_search)
+            self.readings.defer(measured, undo, line_search=line_search)
             self._tell_queued(1)
             return None
         self._tell_queued(0)
@@ -144,16 +125,17 @@ class RankReadback:
         suspects = self._suspects(reading)
         sent = self._tell(reading, undo, suspects=suspects, line_search=line_search)
         if suspects:
-            return self._wait_or_skip(reading, sent)
+            return self._wait_or_skip(sent)
         self._sent.append(sent)
         return None
 
-    def _wait_or_skip(self, reading: Reading, sent: Sent) -> Arrived | None:
+    def _wait_or_skip(self, sent: Sent) -> Arrived | None:
         """Handle an update that looks bad here: return its reading if all ranks see it so, else skip it here."""
         if sent.suspected_by_all():
             return self._hear(sent, late=False)
-        if not reading.gradient_finite and not self._context.settings.observe:
-            self._skipper.skip(reading.optimizer_index)  # other ranks do not: they learn of it later, and all roll back
+        if not sent.reading.gradient_finite and not self.context.settings.observe:
+            # Other ranks do not: they learn of it later, and all roll back.
+            self.skipper.skip(sent.reading.optimizer_index)
         self._sent.append(sent)
         return None
 
@@ -168,9 +150,10 @@ class RankReadback:
     def _hear(self, sent: Sent, *, late: bool) -> Arrived:
         reports = sent.posted()
         outside = any(one.outside_fault for one in reports)
-        self._context.state.asks_hyperparameters |= outside
-        self._snapshots.hear(reports)
-        reading = combined_reading(reports, optimizer_index=sent.optimizer_index, sharded=self._context.ranks.sharded)
+        self.context.state.asks_hyperparameters |= outside
+        self.snapshots.hear(reports)
+        index, sharded = sent.reading.optimizer_index, self.context.ranks.sharded
+        reading = combined_reading(reports, optimizer_index=index, sharded=sharded)
         held_back = sent.held_back and not any(one.gradient_finite for one in reports)
         return Arrived(
             reading,
@@ -178,28 +161,28 @@ class RankReadback:
             reached=late and not held_back,
             late=late,
             line_search=sent.line_search,
-            ranks=lambda: outlier_ranks(reports, self._context.thresholds.distributed),
+            ranks=lambda: outlier_ranks(reports, self.context.thresholds.distributed),
             outside=self._ask_outside() if outside else None,
         )
 
     def _ask_outside(self) -> tuple[Fault, tuple[int, ...]] | None:
         # All ranks call this at the same time.
         mine, self._outside = self._outside, None
-        told: list[dict[str, Any] | None] = self._context.ranks.gather(None if mine is None else asdict(mine))
+        told: list[dict[str, Any] | None] = self.context.ranks.gather(None if mine is None else asdict(mine))
         ranks = tuple(rank for rank, one in enumerate(told) if one is not None)
         first = told[ranks[0]] if ranks else None
         return None if first is None else (Fault(**first), ranks if len(ranks) < len(told) else ())
 
     def _suspects(self, reading: Reading) -> bool:
         # Only the gradient counts, because it is the same on all ranks. Losses are not.
-        if self._context.learner.scaler is not None and not reading.gradient_finite:
+        if self.context.learner.scaler is not None and not reading.gradient_finite:
             return True  # the losses of all ranks show whether it is an overflow or comes from a loss
         gradient = reading._replace(loss=None, loss_finite=True, finite=reading.gradient_finite)
-        return self._context.monitors.check(gradient) is not None
+        return self.context.monitors.check(gradient) is not None
 
     def _tell_queued(self, left: int) -> None:
-        while len(self._readings) > left:
-            pending, undo, line_search = self._readings.next()
+        while len(self.readings) > left:
+            pending, undo, line_search = self.readings.next()
             held_back = pending.held_back
             self._sent.append(self._tell(pending.read(), undo, held_back=held_back, line_search=line_search))
 
@@ -212,7 +195,7 @@ class RankReadback:
         held_back: bool = False,
         line_search: bool = False,
     ) -> Sent:
-        interval, judged, objects, parameters, moments = self._snapshots.tell()
+        interval, judged, objects, parameters, moments = self.snapshots.tell()
         report = Report(
             loss=reading.loss or 0.0,
             norm=reading.grad_norm or 0.0,
@@ -228,11 +211,11 @@ class RankReadback:
             rejects_pending=objects,
             parameter_checksum=parameters,
             optimizer_checksum=moments,
-            outside_fault=self._outside is not None or self._context.rate.valid.any(),
-            snapshot_place=self._snapshots.wanted_place(),
+            outside_fault=self._outside is not None or self.context.rate.valid.any(),
+            snapshot_place=self.snapshots.placement.wanted(),
         )
-        posted = self._context.ranks.post(report)
-        return Sent(posted, reading.optimizer_index, undo, held_back, line_search)
+        posted = self.context.ranks.post(report)
+        return Sent(posted, reading, undo, held_back, line_search)
 
     def flush(self) -> Iterator[Arrived]:
         """Read what all ranks have reported, and what this rank has still to report."""
@@ -246,11 +229,15 @@ class RankReadback:
 
     def end_batch(self) -> bool:
         """Remove the flags from the optimizers; readings may still arrive."""
-        self._readings.drop_flags()
+        self.readings.drop_flags()
         return True
 
     def clear(self) -> None:
         """Forget all reports, all readings that have not arrived yet, and a fault that was found outside of a step."""
         self._outside = None
         self._sent.clear()
-        self._readings.clear()
+        self.readings.clear()
+
+
+Readback: TypeAlias = LocalReadback | RankReadback
+"""One way in which readings arrive."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from lightning_nanguard.distributed.ranks import first_over_ranks
@@ -21,6 +21,7 @@ from lightning_nanguard.types import Fault, Reading
 
 
 @final
+@dataclass(eq=False)
 class ReadingJudge:
     """Passes each reading to the detectors, and blocks the update if it is bad.
 
@@ -38,33 +39,20 @@ class ReadingJudge:
         non_finite: Updates so far whose loss or gradient was not finite, without overflows that a GradScaler skips.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        meter: Meter,
-        runner: PlanRunner,
-        interventions: Interventions,
-        suspicions: Suspicions,
-        plausibility: PlausibilityCheck,
-        late: LateRedo,
-    ) -> None:
-        self._context = context
-        self._monitors = context.monitors
-        self._curve = context.curve
-        self._meter = meter
-        self._runner = runner
-        self._interventions = interventions
-        self._suspicions = suspicions
-        self._patience = context.thresholds.decision.blame.patience
-        self._plausibility = plausibility
-        self._late = late
-        self._found: list[FoundFault] = []
-        self.readings: list[Reading] = []
-        self.non_finite = 0
+    context: GuardContext
+    meter: Meter
+    runner: PlanRunner
+    interventions: Interventions
+    suspicions: Suspicions
+    plausibility: PlausibilityCheck
+    late: LateRedo
+    _found: list[FoundFault] = field(default_factory=list, init=False)
+    readings: list[Reading] = field(default_factory=list, init=False)
+    non_finite: int = field(default=0, init=False)
 
     def weights_are_bad(self) -> bool:
         """Whether a bad update that was found since the last batch ended has reached the weights."""
-        return any(one.reached for one in self._found) and not self._context.settings.observe
+        return any(one.reached for one in self._found) and not self.context.settings.observe
 
     def add(self, found: FoundFault | None) -> None:
         """Add a fault that was not found in a reading; it is handled at the end of the batch."""
@@ -87,11 +75,11 @@ class ReadingJudge:
 
     def judge(self, arrived: Arrived, stepping: int | None) -> None:
         """Judge one reading."""
-        if self._curve is not None and not arrived.line_search:
-            rates = self._context.state.rates
-            self._curve.add(arrived.reading, rates[-1][1] if rates else None, self._context.clipper.value)
+        if self.context.curve is not None and not arrived.line_search:
+            rates = self.context.state.rates
+            self.context.curve.add(arrived.reading, rates[-1][1] if rates else None, self.context.clipper.value)
         # Further closures of one step (LBFGS) try bad points on purpose, so their readings do not enter the history.
-        if not arrived.line_search and self._monitors.passes(arrived.reading):
+        if not arrived.line_search and self.context.monitors.passes(arrived.reading):
             self.readings.append(arrived.reading)  # the usual case
         else:
             self._look_closer(arrived, stepping)
@@ -100,69 +88,69 @@ class ReadingJudge:
             self._found.append(FoundFault(fault, arrived.reading, late=True, ranks=ranks))
 
     def _look_closer(self, arrived: Arrived, stepping: int | None) -> None:
-        reading, learner = arrived.reading, self._context.learner
+        reading, learner = arrived.reading, self.context.learner
         if learner.scaler is not None and reading.loss_finite and not reading.finite:
             reading = reading._replace(scaler_skips=True)
         reading = self._unusual(reading, late=arrived.late)
         self.non_finite += not (reading.finite or reading.scaler_skips or arrived.line_search)
         quasi_newton = reading.optimizer_index in learner.quasi_newton
-        fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
+        fault = self.context.monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and not arrived.line_search and self._large_is_usual(fault, reading, late=arrived.late):
-            reading = self._context.state.unusual(reading)
-            fault = self._monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
+            reading = self.context.state.unusual(reading)
+            fault = self.context.monitors.check(reading, line_search=arrived.line_search, quasi_newton=quasi_newton)
         if fault is not None and not fault.certain and not self._is_pursued(fault, arrived):
             fault = None
         if fault is None:
             if not arrived.line_search:
                 self._accept(reading)
             return
-        if not reading.loss_finite and self._context.state.raised is not None:
-            fault = replace(fault, message=self._context.state.raised)
+        if not reading.loss_finite and self.context.state.raised is not None:
+            fault = replace(fault, message=self.context.state.raised)
         if fault.place == "gradient" and not reading.finite and not arrived.late:
-            named = self._meter.first_bad_gradient(reading.optimizer_index)
-            fault = replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
+            named = self.meter.first_bad_gradient(reading.optimizer_index)
+            fault = replace(fault, place=first_over_ranks(self.context.ranks, named)[0] or fault.place)
         reached = arrived.reached and fault.scope == "batch"
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
         # A suspicion is no reason to skip the update: it is finite, and a rollback would undo it.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
-        if self._runner.at_once and not suspicion and not arrived.late:
-            self._context.state.bad_in_a_row += 1
+        if self.runner.at_once and not suspicion and not arrived.late:
+            self.context.state.bad_in_a_row += 1
             # Handle it now: the update has not been made yet, as if an acting guard had skipped it.
             self.handle(replace(found, unmade=True))
             return
         self._found.append(found)
         if stepping is not None and not suspicion and (not arrived.late or arrived.reached):
-            self._runner.block(stepping)
+            self.runner.block(stepping)
 
     def _unusual(self, reading: Reading, *, late: bool) -> Reading:
         """Remove from a reading the numbers that are usual in this run; tell the user once about them."""
-        state = self._context.state
+        state = self.context.state
         new = reading.loss_is_bad_alone and not state.bad_losses_usual
-        if new and state.note_bad_loss(reading.step, self._patience):
-            self._suspicions.tell_of_bad_losses(reading, late=late)
+        if new and state.note_bad_loss(reading.step, self.context.thresholds.decision.blame.patience):
+            self.suspicions.tell_of_bad_losses(reading, late=late)
         return state.unusual(reading)
 
     def _large_is_usual(self, fault: Fault, reading: Reading, *, late: bool) -> bool:
         """Whether every gradient since the start was finite and too large, so that the update is made anyway."""
-        state, patience = self._context.state, self._context.thresholds.decision.blame.patience_with_chance
+        state, patience = self.context.state, self.context.thresholds.decision.blame.patience_with_chance
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False
-        self._suspicions.tell_of_large_gradients(fault, reading, late=late)
+        self.suspicions.tell_of_large_gradients(fault, reading, late=late)
         return True
 
     def _is_pursued(self, fault: Fault, arrived: Arrived) -> bool:
-        certain_only = self._context.settings.act_on == "certain"
+        certain_only = self.context.settings.act_on == "certain"
         looks = fault.scope == "batch" and (fault.extreme if certain_only else fault.doubtful)
         pursued = self._batch_is_strange(fault, arrived, extreme=certain_only) if looks else not certain_only
         if certain_only and not pursued and not fault.doubtful:
-            self._suspicions.advise(fault, arrived.reading, late=arrived.late)
+            self.suspicions.advise(fault, arrived.reading, late=arrived.late)
         return pursued
 
     def _batch_is_strange(self, fault: Fault, arrived: Arrived, *, extreme: bool) -> bool:
         found = FoundFault(fault, arrived.reading, arrived.undo, late=arrived.late)
-        ranks, replay = self._context.ranks, self._context.replay
-        with self._interventions.batch_of(found) as at_hand:
+        ranks, replay = self.context.ranks, self.context.replay
+        with self.interventions.batch_of(found) as at_hand:
             return True in ranks.gather(at_hand and replay.batch_strange(extreme=extreme) is True)
 
     def look_at_buffers(self, reading: Reading, undo: BatchUndo) -> None:
@@ -172,12 +160,12 @@ class ReadingJudge:
             reading: The reading of the present update.
             undo: Has the buffers as they were before the batch.
         """
-        if not self._plausibility.watches or self._found:
+        if not self.plausibility.watches or self._found:
             return
-        fault = self._plausibility.strange_buffers(undo.before(), self._context.state.healthy_steps)
+        fault = self.plausibility.strange_buffers(undo.before(), self.context.state.healthy_steps)
         # A value that occurs in many batches in a row is usual for the data.
-        if fault is not None and self._context.state.bad_in_a_row < self._patience:
-            self._runner.block(reading.optimizer_index)
+        if fault is not None and self.context.state.bad_in_a_row < self.context.thresholds.decision.blame.patience:
+            self.runner.block(reading.optimizer_index)
             self._found.append(FoundFault(fault, reading, undo))
 
     def take_found(self) -> list[FoundFault]:
@@ -185,7 +173,7 @@ class ReadingJudge:
         if not self._found:
             return []
         found, self._found = self._found, []
-        state = self._context.state
+        state = self.context.state
         state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
         if self.readings:
             state.good_beside = state.step
@@ -193,11 +181,11 @@ class ReadingJudge:
 
     def handle(self, found: FoundFault) -> None:
         """Handle a fault; if it proves to be none, keep its reading as a healthy one."""
-        if self._late.redo(found):
+        if self.late.redo(found):
             self.non_finite -= 1
-        elif self._interventions.handle(found):
+        elif self.interventions.handle(found):
             self._accept(found.reading)
 
     def _accept(self, reading: Reading) -> None:
-        self._monitors.accept(reading)
+        self.context.monitors.accept(reading)
         self.readings.append(reading)

@@ -31,6 +31,7 @@ class _Open:
 
 
 @final
+@dataclass(eq=False)
 class Receipts:
     """Trains the branch that an intervention gave up beside the run, on the same batches, and compares the two.
 
@@ -47,21 +48,12 @@ class Receipts:
         snapshots: Takes a new snapshot after that.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        branches: Branches,
-        control: Control,
-        recorder: InterventionRecorder,
-        snapshots: SnapshotManager,
-    ) -> None:
-        self._context = context
-        self._branches = branches
-        self._control = control
-        self._recorder = recorder
-        self._snapshots = snapshots
-        self._limits = context.thresholds.trial
-        self._open: _Open | None = None
+    context: GuardContext
+    branches: Branches
+    control: Control
+    recorder: InterventionRecorder
+    snapshots: SnapshotManager
+    _open: _Open | None = field(default=None, init=False)
 
     def before(self, global_step: int, *, skipped: bool, tried: bool = False) -> None:
         """Keep the branch that an intervention on finite evidence is about to give up.
@@ -72,9 +64,9 @@ class Receipts:
             tried: Whether a trial has compared the run with a better one.
         """
         self.close("another intervention was made")
-        branches, state = self._branches, self._context.state
+        branches, state = self.branches, self.context.state
         branch: Branch | None = None
-        if self._control.failed:
+        if self.control.failed:
             self._not_measured(global_step, 0, NOT_ALIKE)
             return
         hindrance = branches.hindrance()
@@ -87,8 +79,9 @@ class Receipts:
             self._not_measured(global_step, 0, hindrance or "a batch could not be run again, or memory is too short")
             return
         if not tried:
-            self._control.begin()
-        first = self._limits.updates // self._limits.judged_part if tried else self._limits.updates
+            self.control.begin()
+        limits = self.context.thresholds.trial
+        first = limits.updates // limits.judged_part if tried else limits.updates
         self._open = _Open(global_step, state.step, branch, state.policy, first)
 
     @property
@@ -104,7 +97,7 @@ class Receipts:
         """
         known, self._open = self._open, None
         if known is not None:
-            self._not_measured(known.global_step, self._context.state.step - known.step, reason)
+            self._not_measured(known.global_step, self.context.state.step - known.step, reason)
 
     def after(self, readings: Sequence[Reading]) -> None:
         """Continue the comparison after a healthy update.
@@ -118,15 +111,15 @@ class Receipts:
         reading = readings[-1]
         if reading.step <= known.step:
             return  # a late reading from before the intervention
-        if self._context.state.rolled_back_since(known.step):
+        if self.context.state.rolled_back_since(known.step):
             self.close("the run was rolled back again")
             return
-        with self._context.replay.showing(reading.step) as shown, self._branches.beside(reading.step) as possible:
-            at_hand = all(self._context.ranks.gather(shown and reading.loss is not None))
-            alike = at_hand and possible and self._control.follow(reading.step)
-            found = self._branches.train(known.branch) if alike else None
+        with self.context.replay.showing(reading.step) as shown, self.branches.beside(reading.step) as possible:
+            at_hand = all(self.context.ranks.gather(shown and reading.loss is not None))
+            alike = at_hand and possible and self.control.follow(reading.step)
+            found = self.branches.train(known.branch) if alike else None
         if found is None or reading.loss is None:
-            self.close(NOT_ALIKE if self._control.failed else "a batch could not be run again")
+            self.close(NOT_ALIKE if self.control.failed else "a batch could not be run again")
             return
         known.run.append(reading.loss)
         known.without.append(found)
@@ -134,10 +127,11 @@ class Receipts:
             self._compare(known)
 
     def _compare(self, known: _Open) -> None:
-        limits, early = self._limits, known.due < self._limits.updates
+        limits = self.context.thresholds.trial
+        early = known.due < limits.updates
         newest = -(max(known.due, limits.updates) // limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
-        history = self._context.monitors.history(0)
+        history = self.context.monitors.history(0)
         judged = judge_receipt(run, without, None if history is None else history.first, limits)
         known.verdicts += [] if early else [judged.verdict]
         known.due = limits.updates if early else 2 * known.due
@@ -146,7 +140,7 @@ class Receipts:
         self._open = None
         receipt = Receipt(
             known.global_step,
-            self._recorder.now()[0],
+            self.recorder.clock(unmade=False)[0],
             judged.verdict,
             median(run),
             median(without),
@@ -154,25 +148,25 @@ class Receipts:
             judged.take_back,
             judged.reason,
         )
-        self._context.receipts.give(receipt)
+        self.context.receipts.give(receipt)
         if judged.take_back:
             self._take_back(known, receipt)
 
     def _take_back(self, known: _Open, receipt: Receipt) -> None:
-        context, state = self._context, self._context.state
+        context, state = self.context, self.context.state
         before = context.rate.effective()
-        self._branches.take(known.branch)
-        self._control.begin()
+        self.branches.take(known.branch)
+        self.control.begin()
         context.ring.drop_pending()  # it belongs to the branch that was just left
-        self._snapshots.continue_from(known.branch.state)
-        self._snapshots.want()
+        self.snapshots.continue_from(known.branch.state)
+        self.snapshots.want()
         # Of the policy's memory only the budgets are still valid.
         spent = state.policy
         state.policy = replace(known.policy, restores=spent.restores, skips=spent.skips, trials_confirmed=0)
         message = f"the intervention of step {known.global_step} {receipt.in_words()}"
         fault = Fault("intervention_cost", "learner", "loss", receipt.loss, message)
-        self._recorder.record(fault, ("take back",), before)
+        self.recorder.record(fault, ("take back",), before)
 
     def _not_measured(self, global_step: int, updates: int, reason: str) -> None:
-        now = self._recorder.now()[0]
-        self._context.receipts.give(Receipt(global_step, now, "not measured", updates=updates, reason=reason))
+        now = self.recorder.clock(unmade=False)[0]
+        self.context.receipts.give(Receipt(global_step, now, "not measured", updates=updates, reason=reason))

@@ -45,19 +45,19 @@ class InterventionRecorder:
         """Store the clock of the batch that ends, for faults that are found late."""
         self._clocks.append((self._context.state.step, self._loop.clock()))
 
-    def now(self, *, unmade: bool = False) -> Clock:
-        """Return the present clock for a record.
+    def clock(self, late: int | None = None, *, unmade: bool = True) -> Clock:
+        """The clock for a record.
 
         Args:
+            late: Number of the update, if its reading was late. Its record has the clock of its own batch, if this is
+                stored.
             unmade: Whether the present update is still to be made. A record has the step after its update.
         """
-        global_step, epoch, batch_idx = self._loop.clock()
+        now = self._loop.clock()
+        if late is not None:
+            return next((clock for last, clock in self._clocks if last >= late), now)
+        global_step, epoch, batch_idx = now
         return global_step + unmade, epoch, batch_idx
-
-    def clock_of(self, step: int) -> Clock:
-        """The clock of the batch of an update; the present clock if that is not stored."""
-        past = (clock for last, clock in self._clocks if last >= step)
-        return next(past, self._loop.clock())
 
     def record(
         self,

@@ -131,7 +131,8 @@ class Recovery:
         before, ratio = self._rate.effective(), self._rate.ratio()
         if not before:
             return
-        may_rise = ratio <= limits.raised_below and limits.larger * before[0] < state.policy.bad_rate
+        larger = before[0] / self._context.thresholds.rate_search.cut.ratio
+        may_rise = ratio * limits.raised <= 1 and larger < state.policy.bad_rate
         # If the loss falls, this rate is good enough. If it has never fallen, it says nothing about the rate.
         rests = history.learning() and not history.falling() and not self._tried
         rests &= self._may_lower and self._lowered < limits.most_lowered and before[0] > reduce.min_lr

@@ -73,6 +73,7 @@ class Rehearsal:
         self._rate = context.rate
         self._replay = context.replay
         self._limits = context.thresholds.rate_search.rehearsal
+        self._cut = context.thresholds.rate_search.cut
         self._reviews = context.thresholds.rate_search.review
         # The losses of single batches under the base state, if measured: batches may have different losses.
         self._base: tuple[int, int] = (0, 0)
@@ -91,8 +92,7 @@ class Rehearsal:
             unseen: Whether to train on every other batch and measure the loss on the rest, so that memorised batches do
                 not count.
         """
-        count = self._replay.rehearsal_batches()
-        batches = range(max(0, count - self._limits.batches), count)
+        batches = range(self._replay.rehearsal_batches())
         if not batches:
             return None
         trained, measured = (batches[::2], batches[1::2]) if unseen and len(batches) > 1 else (batches, batches)
@@ -171,15 +171,15 @@ class Rehearsal:
             if present is None:
                 return 1.0
 
-            def loss(factor: float, updates: int = self._limits.updates) -> float | None:
+            def loss(factor: float, updates: int = self._cut.updates) -> float | None:
                 return self.loss_after(present, factor, updates, unseen=True)
 
             before, same = loss(1.0, 0), loss(1.0)
             if before is None or same is None:
                 return 1.0
             if untrained is not None and 0 < reviews.forgotten * (untrained - before) < same - before:
-                return reviews.lowered
-            larger = loss(reviews.larger) if at_most > 1 else None
+                return self._cut.ratio
+            larger = loss(1 / self._cut.ratio) if at_most > 1 else None
             more = larger is not None and larger < before and before - larger > reviews.clearly_more * (before - same)
             return at_most if more else 1.0
 
@@ -189,12 +189,9 @@ class Rehearsal:
             if present is None:
                 return False
             before = self.loss_after(present, 1.0, 0)
-            after = self.loss_after(present, factor, 2 * self._limits.updates)
-        return (
-            before is not None
-            and after is not None
-            and after > before + self._limits.harmful * self._context.monitors.loss_unit()
-        )
+            after = self.loss_after(present, factor, 2 * self._cut.updates)
+        least = self._cut.harm * self._context.monitors.loss_unit()
+        return before is not None and after is not None and after > before + least
 
     @contextmanager
     def present(self, switch: StateSwitch | None = None, reuse: Snapshot | None = None) -> Iterator[Snapshot | None]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from typing import Literal, final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.recovery import Recovery
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
@@ -21,6 +22,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 @final
+@dataclass(eq=False)
 class RemedyActions:
     """Does what remedies ask for; a :class:`~lightning_nanguard.act.base.RunControl`.
 
@@ -33,23 +35,14 @@ class RemedyActions:
         readback: Is told about a restore.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        recovery: Recovery,
-        rehearsal: Rehearsal,
-        skipper: StepSkipper,
-        snapshots: SnapshotManager,
-        readback: Readback,
-    ) -> None:
-        self._context = context
-        self._recovery = recovery
-        self._rehearsal = rehearsal
-        self._skipper = skipper
-        self._snapshots = snapshots
-        self._readback = readback
-        self._found: FoundFault | None = None
-        self._known_until = 0
+    context: GuardContext
+    recovery: Recovery
+    rehearsal: Rehearsal
+    skipper: StepSkipper
+    snapshots: SnapshotManager
+    readback: Readback
+    _found: FoundFault | None = field(default=None, init=False)
+    _known_until: int = field(default=0, init=False)
 
     def begin(self, found: FoundFault, known_until: int) -> None:
         """Begin an intervention.
@@ -59,7 +52,7 @@ class RemedyActions:
             known_until: Last update whose reading is kept even if a state from before it is restored.
         """
         self._found, self._known_until = found, known_until
-        self._context.state.restored = self._context.state.unrestored = None
+        self.context.state.restored = self.context.state.unrestored = None
 
     def undo(self, found: FoundFault) -> None:
         """Undo what the batch of a fault changed."""
@@ -68,11 +61,11 @@ class RemedyActions:
             found.undo.undo(buffers=not found.late or found.reached)
             if not found.late:
                 self._restore_buffers(found.undo.written())
-            self._skipper.undo()
+            self.skipper.undo()
 
     def _restore_buffers(self, names: Collection[str]) -> None:
         """Restore those buffers that hold NaN from the newest snapshot. The present batch has changed them first."""
-        context, snapshot = self._context, self._context.ring.newest()
+        context, snapshot = self.context, self.context.ring.newest()
         if not names or snapshot is None:
             return
         leaves = [(key, leaf) for key, leaf in context.learner.weights() if key[0] == "buffer" and key[1] in names]
@@ -87,7 +80,7 @@ class RemedyActions:
 
     def restore(self, depth: int) -> None:
         """Go back to a certified snapshot, or to the start of the fit if nothing was certified yet."""
-        context, ring = self._context, self._context.ring
+        context, ring = self.context, self.context.ring
         if ring.certified:
             ring.drop_pending()
             snapshot = context.ranks.join_snapshot(ring.discard_newer(depth))
@@ -102,7 +95,7 @@ class RemedyActions:
         arm = None if self._found is None else self._found.arm
         if arm is not None:
             left = restore(context.learner, arm)  # keep what the arm has learned since
-            self._snapshots.continue_from(arm)
+            self.snapshots.continue_from(arm)
         self._look_at_restored(left)
         context.state.healthy_since_restore, context.state.redone = 0, False
         self._forget(snapshot)
@@ -115,7 +108,7 @@ class RemedyActions:
 
         Copies that it does not have are set to the weights.
         """
-        context, certified = self._context, self._context.ring.certified
+        context, certified = self.context, self.context.ring.certified
         learner, corrupt = context.learner, context.finite.corrupt
         place = "" if self._found is None else self._found.fault.place
         snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
@@ -124,22 +117,22 @@ class RemedyActions:
             restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
             mend_statistics(learner, snapshot)
         mend_averages(learner, corrupt)
-        self._snapshots.mend_pending(place)
+        self.snapshots.mend_pending(place)
 
     def restore_scale(self) -> None:
         """Restore the scale of the GradScaler from the newest snapshot. No update has been made since it went bad."""
-        snapshot = self._context.ring.newest()
+        snapshot = self.context.ring.newest()
         if snapshot is not None:
-            restore(self._context.learner, snapshot, keep=lambda key: key == ("scaler",))
-        self._readback.clear()  # what is not read yet has the bad scale, too
+            restore(self.context.learner, snapshot, keep=lambda key: key == ("scaler",))
+        self.readback.clear()  # what is not read yet has the bad scale, too
 
     def redone(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
-        self._context.state.restored, self._context.state.redone = snapshot, True
+        self.context.state.restored, self.context.state.redone = snapshot, True
         self._forget(snapshot)
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:
-        context, state = self._context, self._context.state
+        context, state = self.context, self.context.state
         if context.corrupt()[0] is not None:
             mend_averages(context.learner, context.finite.corrupt)  # no snapshot has an average that began later
         state.unrestored, _ = context.corrupt()
@@ -153,34 +146,34 @@ class RemedyActions:
 
     def _forget(self, snapshot: Snapshot) -> None:
         # Forget everything that was read about states after this one.
-        self._snapshots.restored(self._context.state.step)
-        self._readback.clear()
+        self.snapshots.restored(self.context.state.step)
+        self.readback.clear()
         # An arm has learned already. So the loss of the untrained model is still the first one of the run.
         continues = self._found is not None and self._found.arm is not None
-        self._context.monitors.rewind(max(snapshot.step, self._known_until), keep_first=continues)
+        self.context.monitors.rewind(max(snapshot.step, self._known_until), keep_first=continues)
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
-        self._recovery.scale(factor, min_lr, limit=limit, tried=tried)
+        self.recovery.scale(factor, min_lr, limit=limit, tried=tried)
 
     def clip(self, value: float, algorithm: Literal["norm", "value"]) -> None:
         """Clip gradients from now on; ``inf`` ends clipping."""
-        self._recovery.clip(value, algorithm)
+        self.recovery.clip(value, algorithm)
 
     def drop_moments(self) -> None:
         """Empty the optimizers' state."""
-        for optimizer in self._context.learner.optimizers:
+        for optimizer in self.context.learner.optimizers:
             optimizer.state.clear()
 
     def rehearse(self, factor: float, updates: int) -> float | None:
         """Try a rate from the state that was just restored."""
-        restored = self._context.state.restored
+        restored = self.context.state.restored
         if restored is None:
             return None
-        self._skipper.skipped.clear()  # rehearsed updates must be made
-        loss = self._rehearsal.loss_after(restored, factor, updates)
-        return None if loss is None else loss / self._context.monitors.loss_unit()
+        self.skipper.skipped.clear()  # rehearsed updates must be made
+        loss = self.rehearsal.loss_after(restored, factor, updates)
+        return None if loss is None else loss / self.context.monitors.loss_unit()
 
     def rehearsal_batches(self) -> int:
         """Number of batches on which rates can be tried."""
-        return self._context.replay.rehearsal_batches()
+        return self.context.replay.rehearsal_batches()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from typing import Any, final
 
 from lightning_nanguard.distributed.checksum import checksums
@@ -15,22 +15,6 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Fault
 
 _logger = logging.getLogger("lightning_nanguard")
-
-
-@final
-@dataclass(frozen=True, slots=True)
-class SnapshotVerdict:
-    """The verdict of one rank about the pending snapshot.
-
-    Attributes:
-        step: Step of the snapshot.
-        objection: Why it cannot be certified; ``None`` if it can.
-        checksums: Checksums of its parameters and of its moments.
-    """
-
-    step: int = -1
-    objection: Fault | None = None
-    checksums: tuple[int, int] = (0, 0)
 
 
 @final
@@ -46,7 +30,11 @@ class SnapshotAgreement:
         self._ranks = ranks
         self.interval = interval
         """The longest interval that a rank has chosen. All ranks use it."""
-        self._verdict = SnapshotVerdict()
+        # What this rank says of the pending snapshot: its step, why it cannot be certified, and the checksums of its
+        # parameters and moments.
+        self._step = -1
+        self._objection: Fault | None = None
+        self._sums = (0, 0)
         self._heard: Sequence[Report] = ()
         self._equal = False
         self._were_equal: set[str] = set()
@@ -60,13 +48,12 @@ class SnapshotAgreement:
             leaves: The present leaves of the learner. They equal the snapshot, whose copy may not have arrived yet.
             objection: Why it cannot be certified.
         """
-        sums = (0, 0) if self._ranks.sharded else checksums(leaves)
-        self._verdict = SnapshotVerdict(pending.step, objection, sums)
+        self._step, self._objection = pending.step, objection
+        self._sums = (0, 0) if self._ranks.sharded else checksums(leaves)
 
     def tell(self) -> tuple[int, bool, int, int]:
         """For a :class:`Report`: step of the snapshot judged, whether this rank objects, and the two checksums."""
-        verdict = self._verdict
-        return verdict.step, verdict.objection is not None, *verdict.checksums
+        return self._step, self._objection is not None, *self._sums
 
     def hear(self, reports: Sequence[Report]) -> bool:
         """Take the reports of all ranks; return whether the interval has changed."""
@@ -85,7 +72,7 @@ class SnapshotAgreement:
         """
         objecting = tuple(rank for rank, one in enumerate(self._heard) if one.rejects_pending)
         if objecting:
-            mine = self._verdict.objection
+            mine = self._objection
             told: list[dict[str, Any]] = self._ranks.gather(None if mine is None else asdict(mine))
             return Fault(**told[objecting[0]]), objecting
         return (None, ()) if self._ranks.sharded else self._parted(pending)

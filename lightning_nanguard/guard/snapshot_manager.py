@@ -6,8 +6,6 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, final
 
-import torch
-
 from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.snapshot_agreement import SnapshotAgreement
@@ -32,6 +30,9 @@ class SnapshotManager:
     Args:
         context: Objects and settings that the parts of the guard share.
         plausibility: Finds finite tensors that are far out of range.
+
+    Attributes:
+        placement: Where snapshots are kept.
     """
 
     def __init__(self, context: GuardContext, plausibility: PlausibilityCheck) -> None:
@@ -45,7 +46,7 @@ class SnapshotManager:
         self._plausibility = plausibility
         self._clock = settings.clock
         self._interval = Interval(settings.snapshot_every, limits.interval, settings.clock)
-        self._placement = SnapshotPlacement(
+        self.placement = SnapshotPlacement(
             learner,
             context.ring,
             settings.snapshot_device,
@@ -151,15 +152,7 @@ class SnapshotManager:
     def close(self) -> None:
         """Release all snapshots and their memory."""
         self._ring.clear()
-        self._placement.close()
-
-    def where(self) -> torch.device | None:
-        """Where copies of a part of the learner are kept: where snapshots are; ``None`` for beside the original."""
-        return self._placement.where()
-
-    def wanted_place(self) -> int:
-        """For a :class:`Report`: where this rank alone would keep snapshots; ``-1`` if that is open."""
-        return self._placement.wanted()
+        self.placement.close()
 
     def look_at_room(self) -> None:
         """Keep fewer snapshots, or move them, if the run needs more memory than before.
@@ -167,7 +160,7 @@ class SnapshotManager:
         It decides nothing before the first measured snapshot.
         """
         if self._measured:
-            self._placement.look_at_room()
+            self.placement.look_at_room()
 
     def capture(self, step: int, global_step: int, rate: float | None) -> Snapshot | None:
         """Take a snapshot and make it the pending one; ``None`` if there is no room for it.
@@ -182,11 +175,11 @@ class SnapshotManager:
         self._wanted = False
         leaves = dict(self._learner.leaves())
         if since > 0:
-            self._placement.look_at_room(leaves)
+            self.placement.look_at_room(leaves)
         pinned = self._learner.device.pinning
         self._device_timer = self._learner.device.timer(leaves.values())
         # Copies in the background only without other ranks: one rank alone may see that its copy was disturbed.
-        snapshot = self._placement.copy(step, global_step, leaves, beside_run=since > 0 and not self._many)
+        snapshot = self.placement.copy(step, global_step, leaves, beside_run=since > 0 and not self._many)
         if snapshot is None:
             self.count_from(step)
             return None
@@ -209,17 +202,13 @@ class SnapshotManager:
         state.typical = self._screens(state.leaves)[0].typical
         self._ring.beside = state
 
-    def settle(self) -> None:
-        """Let the next update, or other write to the learner, wait for copies that are under way."""
-        self._placement.settle()
-
     def tell(self) -> tuple[int, int, bool, int, int]:
         """For a :class:`Report`: the interval chosen here, then the values of :meth:`SnapshotAgreement.tell`."""
         return self._interval.updates, *self._agreement.tell()
 
     def hear(self, reports: Sequence[Report]) -> None:
         """Take the reports of all ranks about their snapshots."""
-        self._placement.hear([one.snapshot_place for one in reports])
+        self.placement.hear([one.snapshot_place for one in reports])
         if self._agreement.hear(reports):
             self.count_from(self._last)
 
@@ -235,7 +224,7 @@ class SnapshotManager:
         """Whether nothing wrote to the learner while it was copied. If something did, a new snapshot is due at once."""
         whole = pending.intact() if pending.check.events else True
         if not whole:
-            self._placement.torn()
+            self.placement.torn()
             self._wanted = True
         return whole
 
@@ -244,7 +233,7 @@ class SnapshotManager:
         if self._many:
             return self._agreement.objection(pending)
         started = self._clock()
-        waited, took = self._placement.waited(), self._device_timer.seconds()
+        waited, took = self.placement.waited(), self._device_timer.seconds()
         if waited is not None and took is not None:
             self._interval.took_device(took + waited)
         self._looked = max(self._looked, pending.step)
@@ -294,7 +283,7 @@ class SnapshotManager:
     def _check(self, pending: Snapshot) -> Fault | None:
         pending.typical = self._screen.typical
         before = self._ring.certified[0].typical if self._ring.certified else {}
-        self._placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
+        self.placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
         if not self._ring.certified:
             self._plausibility.moments.exempt(self._moments)
         return self._fault_in(pending.leaves, self._screen, self._moments, pending)
@@ -328,6 +317,6 @@ class SnapshotManager:
                 "snapshot_every_n_steps, snapshot_device, max_snapshots or max_snapshot_memory.",
                 snapshot.nbytes() / 1e6,
                 self._interval.updates,
-                "on the device of the weights" if self._placement.beside else "in host memory",
+                "on the device of the weights" if self.placement.beside else "in host memory",
                 self._ring.capacity + 1,
             )

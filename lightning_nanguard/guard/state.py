@@ -13,6 +13,17 @@ from lightning_nanguard.state.learner import scheduled_values
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Reading
 
+# Plain values that last from one fit to the next.
+_LASTING = (
+    "step",
+    "healthy_steps",
+    "healthy_since_restore",
+    "bad_in_a_row",
+    "bad_losses_usual",
+    "large_gradients_usual",
+    "too_large",
+)
+
 
 @final
 @dataclass(slots=True)
@@ -77,28 +88,14 @@ class GuardState:
 
     def state_dict(self) -> dict[str, Any]:
         """The state that lasts from one step to the next, in plain containers."""
-        return {
-            "step": self.step,
-            "healthy_steps": self.healthy_steps,
-            "healthy_since_restore": self.healthy_since_restore,
-            "bad_in_a_row": self.bad_in_a_row,
-            "policy": self.policy.to_dict(),
-            "rates": [list(one) for one in self.rates],
-            "bad_losses_usual": self.bad_losses_usual,
-            "large_gradients_usual": self.large_gradients_usual,
-            "too_large": self.too_large,
-        }
+        lasting = {name: getattr(self, name) for name in _LASTING}
+        return lasting | {"policy": self.policy.to_dict(), "rates": [list(one) for one in self.rates]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack the rates."""
-        self.step = int(state["step"])
-        self.healthy_steps = int(state["healthy_steps"])
-        self.healthy_since_restore = state["healthy_since_restore"]
-        self.bad_in_a_row = int(state["bad_in_a_row"])
+        """The inverse of :meth:`state_dict`. Entries that another version did not save keep their values."""
+        for name in _LASTING:
+            setattr(self, name, state.get(name, getattr(self, name)))
         self.policy = PolicyState.from_dict(state["policy"])
-        self.bad_losses_usual = bool(state.get("bad_losses_usual", False))
-        self.large_gradients_usual = bool(state.get("large_gradients_usual", False))
-        self.too_large = int(state.get("too_large", 0))
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
 
@@ -122,6 +119,16 @@ class GuardState:
     def rolled_back_since(self, step: int) -> bool:
         """Whether the run was rolled back after update ``step``."""
         return any(at > step for at, _ in self.policy.restores)
+
+    @property
+    def last_rollback(self) -> int:
+        """The update after which the run was rolled back last; 0 if it never was."""
+        return max((step for step, _ in self.policy.restores), default=0)
+
+    def highest_rate(self, since: int) -> float:
+        """The highest effective learning rate since update ``since``; 0 if no rate is known."""
+        before = [rate for step, rate in self.rates if step <= since]
+        return max([*before[-1:], *(rate for step, rate in self.rates if step > since)], default=0.0)
 
     def note_bad_loss(self, step: int, patience: int) -> bool:
         """Note an update whose loss alone was not finite; return whether so many in a row make this usual."""
@@ -158,9 +165,3 @@ class GuardState:
     def first_rate(self) -> float | None:
         """Effective learning rate of the first update that is known; ``None`` if none is."""
         return self.rates[0][1] if self.rates else None
-
-    def highest_rate(self) -> float | None:
-        """Highest effective learning rate since the last rollback, or since the start; ``None`` if none is known."""
-        begun = 1 + max((step for step, _ in self.policy.restores), default=0)
-        before = [rate for step, rate in self.rates if step <= begun][-1:]  # in force when it began
-        return max([*before, *(rate for step, rate in self.rates if step > begun)], default=None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from torch import Tensor
@@ -14,8 +14,7 @@ from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.meter import Meter
-from lightning_nanguard.guard.rank_readback import RankReadback
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import RankReadback, Readback
 from lightning_nanguard.measure.tensors import is_on_host
 from lightning_nanguard.record.text import shortened
 from lightning_nanguard.state.snapshot import Snapshot
@@ -27,6 +26,7 @@ _OPTIMIZER = 0
 
 
 @final
+@dataclass(eq=False)
 class StepCheck:
     """Tells a loop whether the next update is certainly bad, before it is made.
 
@@ -44,23 +44,13 @@ class StepCheck:
         seen_by: The ranks that saw the fault of the newest bad update; empty with one process.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        meter: Meter,
-        caution: Caution,
-        policy: Policy,
-        undos: BatchUndos,
-        readback: Readback,
-    ) -> None:
-        self._context = context
-        self._meter = meter
-        self._caution = caution
-        self._policy = policy
-        self._undos = undos
-        self._ranks = readback if isinstance(readback, RankReadback) else None
-        self._limits = context.thresholds.batches.repeated
-        self.seen_by: tuple[int, ...] = ()
+    context: GuardContext
+    meter: Meter
+    caution: Caution
+    policy: Policy
+    undos: BatchUndos
+    readback: Readback
+    seen_by: tuple[int, ...] = field(default=(), init=False)
 
     def share_skipped(self, least: int) -> float:
         """Share of skipped updates within the budget's window; 0.0 before ``least`` updates.
@@ -68,18 +58,18 @@ class StepCheck:
         Args:
             least: Number of updates from which the share is given.
         """
-        seen = min(self._policy.budget.window, self._context.state.step)
-        return 0.0 if seen < least else len(self._context.state.policy.skips) / seen
+        seen = min(self.policy.budget.window, self.context.state.step)
+        return 0.0 if seen < least else len(self.context.state.policy.skips) / seen
 
     def together(self) -> bool:
         """Whether several ranks make steps again together: with whole parameters, one optimizer and no GradScaler."""
-        context, learner = self._context, self._context.learner
+        context, learner = self.context, self.context.learner
         plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
         return context.many and not (context.ranks.sharded or context.settings.observe) and plain
 
     def reads_in_time(self) -> bool:
         """Whether the next update is read before it is made."""
-        return not self._caution.may_be_late(_OPTIMIZER)
+        return not self.caution.may_be_late(_OPTIMIZER)
 
     def fault(self, *, careful: bool, extreme: bool = False) -> Fault | None:
         """The certain fault of the next update; ``None`` if there is none, or if the update is read late.
@@ -90,13 +80,13 @@ class StepCheck:
         """
         if not self.reads_in_time():
             return None
-        reading = self._meter.measure_early(self.number, _OPTIMIZER, careful=careful)
-        if reading is None or (reading.finite and self._context.monitors.calm(reading)):
+        reading = self.meter.measure_early(self.number, _OPTIMIZER, careful=careful)
+        if reading is None or (reading.finite and self.context.monitors.calm(reading)):
             return None
-        reading = self._context.state.unusual(reading)
-        if self._context.learner.scaler is not None and reading.loss_finite and not reading.finite:
+        reading = self.context.state.unusual(reading)
+        if self.context.learner.scaler is not None and reading.loss_finite and not reading.finite:
             return None  # an overflow, which the scaler skips
-        if self._ranks is None:
+        if not self.context.many:
             return self._fault_of(reading, extreme=extreme)
         return None if reading.gradient_finite else self._fault_of_all(reading)
 
@@ -111,33 +101,33 @@ class StepCheck:
         """
         if not self.reads_in_time():
             return None
-        reading = self._meter.measure_early(self.number, _OPTIMIZER, careful=careful)
-        reading = self._context.state.unusual(reading or Reading(self.number, _OPTIMIZER, None, None))
-        return self._fault_of_all(reading) if any(self._context.ranks.gather(not reading.gradient_finite)) else None
+        reading = self.meter.measure_early(self.number, _OPTIMIZER, careful=careful)
+        reading = self.context.state.unusual(reading or Reading(self.number, _OPTIMIZER, None, None))
+        return self._fault_of_all(reading) if any(self.context.ranks.gather(not reading.gradient_finite)) else None
 
     def _fault_of_all(self, reading: Reading) -> Fault | None:
         """The fault of an update that looks bad to all ranks; ``None`` if only some ranks see it."""
-        assert self._ranks is not None
-        heard = self._ranks.tell_early(reading, self._undos.present)
+        assert isinstance(self.readback, RankReadback)
+        heard = self.readback.tell_early(reading, self.undos.present)
         if heard is None:
             return None
         combined, self.seen_by = heard
-        fault = self._context.monitors.check(combined)
+        fault = self.context.monitors.check(combined)
         if fault is None or fault.place != "gradient":
             return fault
-        named = self._meter.first_bad_gradient(reading.optimizer_index)
-        return replace(fault, place=first_over_ranks(self._context.ranks, named)[0] or fault.place)
+        named = self.meter.first_bad_gradient(reading.optimizer_index)
+        return replace(fault, place=first_over_ranks(self.context.ranks, named)[0] or fault.place)
 
     def _fault_of(self, reading: Reading, *, extreme: bool = False) -> Fault | None:
         index = reading.optimizer_index
-        line_search = self._meter.is_line_search(index)
-        fault = self._context.monitors.check(reading, line_search=line_search)
+        line_search = self.meter.is_line_search(index)
+        fault = self.context.monitors.check(reading, line_search=line_search)
         if fault is None or fault.scope != "batch":
             return None
         if not fault.certain:
-            strange = extreme and fault.extreme and self._context.replay.batch_strange(extreme=True)
+            strange = extreme and fault.extreme and self.context.replay.batch_strange(extreme=True)
             return fault if strange else None
-        named = self._meter.first_bad_gradient(index) if fault.place == "gradient" and not reading.finite else None
+        named = self.meter.first_bad_gradient(index) if fault.place == "gradient" and not reading.finite else None
         return fault if named is None else replace(fault, place=named)
 
     def fault_of_loss(self, loss: Tensor | None) -> Fault | None:
@@ -145,44 +135,44 @@ class StepCheck:
         if loss is None or not is_on_host(loss) or loss.numel() != 1:
             return None
         value = float(loss.detach())
-        if value - value == 0.0 or self._context.state.bad_losses_usual:
+        if value - value == 0.0 or self.context.state.bad_losses_usual:
             return None
         reading = Reading(self.number, _OPTIMIZER, value, None, finite=False, loss_finite=False)
-        return self._context.monitors.check(reading)
+        return self.context.monitors.check(reading)
 
     def fault_of_gradients(self) -> Fault | None:
         """The certain fault of the gradients accumulated so far; ``None`` without one. Reads from the device."""
-        norm = self._meter.gradient_norm(_OPTIMIZER)
-        finite = self._meter.first_bad_gradient(_OPTIMIZER) is None
+        norm = self.meter.gradient_norm(_OPTIMIZER)
+        finite = self.meter.first_bad_gradient(_OPTIMIZER) is None
         return self._fault_of(Reading(self.number, _OPTIMIZER, None, norm, finite=finite))
 
     def pass_over(self) -> None:
         """Leave the present update out without a record: every sample of it is known to be bad."""
-        self._context.state.passed_over = True
+        self.context.state.passed_over = True
 
     def drop_losses(self) -> None:
         """Forget the losses that were seen, because their micro-batches are run again."""
-        self._meter.drop_early()
-        self._meter.drop_losses()
-        if self._ranks is not None:
-            self._ranks.forget_told()
+        self.meter.drop_early()
+        self.meter.drop_losses()
+        if isinstance(self.readback, RankReadback):
+            self.readback.forget_told()
 
     def drop_last_loss(self) -> None:
         """Forget the newest loss, because its micro-batch is left out."""
-        self._meter.drop_last_loss()
+        self.meter.drop_last_loss()
 
     def may_go_back(self, fault: Fault) -> bool:
         """Whether a rollback for a fault is allowed."""
-        return self._policy.may_repeat_updates(fault, self.number, self._context.state.policy)
+        return self.policy.may_repeat_updates(fault, self.number, self.context.state.policy)
 
     def state_is_finite(self) -> bool:
         """Whether the learner is finite, so that the batch or the step is at fault."""
-        return self._context.corrupt()[0] is None
+        return self.context.corrupt()[0] is None
 
     @property
     def number(self) -> int:
         """Number of the update that is about to be made."""
-        return self._context.state.next_step
+        return self.context.state.next_step
 
     def in_words(self, error: BaseException | None) -> str | None:
         """The words for an exception of ``training_step`` in a record; ``None`` without one."""
@@ -197,11 +187,11 @@ class StepCheck:
         Args:
             words: The result of :meth:`in_words` on that rank; ``None`` without an exception.
         """
-        self._context.state.raised = words
+        self.context.state.raised = words
 
     def spoilt_since(self, snapshot: Snapshot) -> tuple[str, str]:
         """A tensor that became bad by itself since a snapshot, and how; empty if none is known."""
-        context = self._context
+        context = self.context
         corrupt = context.corrupt()[0] or context.finite.spoilt_buffer(context.learner.leaves(), snapshot.leaves)
         if corrupt is not None:
             return corrupt, "is no longer finite"

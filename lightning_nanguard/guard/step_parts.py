@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import final
 
-from lightning_nanguard.guard.accumulation import Accumulation
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.guard.step_records import StepRecords
@@ -21,12 +20,10 @@ class StepParts:
         check: Checks an update before it is made.
         undos: Undo what the present batch changed.
         records: Records steps that the loop made again, or made from a part of their data.
-        unused: Undoes batches from which no update is made.
-        accumulation: Leaves batches out of an update that is made in a later batch.
+        unused: Undoes batches in which no optimizer steps.
     """
 
     check: StepCheck
     undos: BatchUndos
     records: StepRecords
     unused: UnusedBatch
-    accumulation: Accumulation

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field, replace
 from typing import final
 
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
-from lightning_nanguard.guard.readback import Readback
+from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
@@ -18,6 +18,7 @@ from lightning_nanguard.types import Evidence, Fault, Finding
 
 
 @final
+@dataclass(eq=False)
 class StepRecords:
     """Records what a loop did about a bad step before the guard saw its update.
 
@@ -29,28 +30,19 @@ class StepRecords:
         readback: Forgets readings of undone states.
     """
 
-    def __init__(
-        self,
-        context: GuardContext,
-        loop: TrainingLoop,
-        recorder: InterventionRecorder,
-        policy: Policy,
-        readback: Readback,
-    ) -> None:
-        self._context = context
-        self._loop = loop
-        self._recorder = recorder
-        self._policy = policy
-        self._readback = readback
-        self._limits = context.thresholds.batches.repeated
-        # How often the fault at a place was gone when its step was made again.
-        self._transient: Counter[str] = Counter()
+    context: GuardContext
+    loop: TrainingLoop
+    recorder: InterventionRecorder
+    policy: Policy
+    readback: Readback
+    # How often the fault at a place was gone when its step was made again.
+    _transient: Counter[str] = field(default_factory=Counter, init=False)
 
     def diagnosis(self, fault: Fault) -> Finding | None:
         """The cause of a fault of the present update."""
-        state = self._context.state
+        state = self.context.state
         known = Evidence(step=state.next_step, healthy_steps=state.healthy_steps)
-        return self._loop.diagnose(fault, known, "replay", state.next_step)
+        return self.loop.diagnose(fault, known, "replay", state.next_step)
 
     def transient(
         self,
@@ -73,11 +65,11 @@ class StepRecords:
             counters: Attributes that had to be reset for the fault to go.
             ranks: The ranks that saw the fault, if not all did.
         """
-        state = self._context.state
+        state = self.context.state
         if since is not None:
-            state.policy = self._policy.count_repeated_updates(fault, state.next_step, state.policy)
-            self._readback.clear()  # they belong to undone states, like the pending snapshot
-            self._context.ring.drop_pending()
+            state.policy = self.policy.count_repeated_updates(fault, state.next_step, state.policy)
+            self.readback.clear()  # they belong to undone states, like the pending snapshot
+            self.context.ring.drop_pending()
         tensor, how = spoilt
         if tensor:
             fault = replace(fault, place=tensor)
@@ -91,10 +83,10 @@ class StepRecords:
         if counters:
             names = ", ".join(counters[:NUMBERS_PER_MESSAGE])
             suggestion = f"The fault depends on what the step itself changes: look at how {names} is used."
-        elif times >= self._limits.test_device:
+        elif times >= self.context.thresholds.batches.repeated.test_device:
             suggestion = f"{again}, and the fault was gone. It keeps happening at this place: test the device."
         cause = "corrupted_state" if tensor else "transient"
-        confidence = self._context.thresholds.diagnosis.confidence.transient
+        confidence = self.context.thresholds.diagnosis.confidence.transient
         finding = Finding(cause, confidence, {"times": float(times)}, fault.place, suggestion=suggestion)
         words = ("redo",) if since is None else ("restore", "redo")
         self._record(fault, *words, finding=finding, ranks=ranks, restored=since, late=late)
@@ -115,7 +107,7 @@ class StepRecords:
 
     def undone(self, fault: Fault, finding: Finding | None) -> None:
         """Record that a batch from which no update was made, was undone."""
-        self._recorder.record(fault, ("undo",), self._context.rate.effective(), finding)
+        self.recorder.record(fault, ("undo",), self.context.rate.effective(), finding)
 
     def _record(
         self,
@@ -126,8 +118,6 @@ class StepRecords:
         restored: Snapshot | None = None,
         late: int | None = None,
     ) -> None:
-        # Without ``late`` the update is still to be made. The step of a record is that after its update.
-        clock = self._recorder.now(unmade=True) if late is None else self._recorder.clock_of(late)
-        rates = self._context.rate.effective()
-        self._recorder.record(fault, words, rates, finding, ranks, clock, restored)
-        self._recorder.tried(fault, words)
+        rates, clock = self.context.rate.effective(), self.recorder.clock(late)
+        self.recorder.record(fault, words, rates, finding, ranks, clock, restored)
+        self.recorder.tried(fault, words)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from statistics import quantiles
 from typing import final
 
@@ -16,6 +16,7 @@ from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
 
 @final
+@dataclass(eq=False)
 class Suspicions:
     """Tells the user of suspicions that the guard does not act on, and remembers the newest one.
 
@@ -26,13 +27,10 @@ class Suspicions:
         recorder: Knows the causes that were found so far.
     """
 
-    def __init__(
-        self, context: GuardContext, loop: TrainingLoop, investigator: Investigator, recorder: InterventionRecorder
-    ) -> None:
-        self._context = context
-        self._loop = loop
-        self._investigator = investigator
-        self._recorder = recorder
+    context: GuardContext
+    loop: TrainingLoop
+    investigator: Investigator
+    recorder: InterventionRecorder
 
     def advise(self, fault: Fault, reading: Reading, *, late: bool) -> None:
         """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while.
@@ -42,7 +40,7 @@ class Suspicions:
             reading: Its reading.
             late: Whether the update was made before its reading was judged. Otherwise it is about to be made.
         """
-        self._context.monitors.dismiss(reading)
+        self.context.monitors.dismiss(reading)
         self.tell(fault, reading, self._clock(reading, late=late))
 
     def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
@@ -58,24 +56,24 @@ class Suspicions:
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
         if found is not None:
             suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(tried=tried)}"
-            self._loop.advise(replace(found, suggestion=suggestion), clock)
+            self.loop.advise(replace(found, suggestion=suggestion), clock)
             return
         evidence = {} if fault.value is None else {"value": fault.value}
         if fault.scope == "learner" and not self._is_above_noise(fault, reading.optimizer_index):
             return
-        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        confidence = self.context.thresholds.diagnosis.confidence.suspicion
         remedy = (
             "Look for what changed the weights or the data"
             if tried
             else "If the run diverges, start it again with a lower learning rate"
         )
         suggestion = f"{fault.message}. {remedy}. {self._unchanged(tried=tried)}"
-        several = len(self._context.learner.optimizers) > 1
+        several = len(self.context.learner.optimizers) > 1
         place = f"the {fault.place} of optimizer {reading.optimizer_index}" if several else fault.place
-        self._loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
+        self.loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
 
     def _clock(self, reading: Reading, *, late: bool) -> Clock:
-        return self._recorder.clock_of(reading.step) if late else self._recorder.now(unmade=True)
+        return self.recorder.clock(reading.step if late else None)
 
     def remember(self, fault: Fault, clock: Clock, why: str, advice: str) -> None:
         """Remember a fault whose update was made, because it may explain a state that becomes bad later.
@@ -87,7 +85,7 @@ class Suspicions:
             advice: What the user may do.
         """
         words = f"an earlier fault may be the reason (step {clock[0]}: {fault.message}; {why}). {advice}"
-        self._context.state.told = self._context.state.step, words
+        self.context.state.told = self.context.state.step, words
 
     def tell_of_bad_losses(self, reading: Reading, *, late: bool) -> None:
         """Tell the user once that losses are not finite while gradients are."""
@@ -97,22 +95,22 @@ class Suspicions:
             if infinite
             else ("NaN", "Look for the term that is NaN and has no gradient: a detached or a masked one.")
         )
-        known = self._recorder.best_finding(Fault("non_finite_loss", "batch", "loss"))
+        known = self.recorder.best_finding(Fault("non_finite_loss", "batch", "loss"))
         if known is not None and known.place:
             remedy = f"They come from {known.place}: {known.suggestion}"
-        _, times = self._context.state.bad_alone
+        _, times = self.context.state.bad_alone
         suggestion = (
             f"the loss of {times} updates in a row is not finite (the last is {what}), and their gradients are finite. "
             f"{self._from_now_on('because they do not harm the weights')} {remedy}"
         )
-        confidence = self._context.thresholds.diagnosis.confidence.suspicion
+        confidence = self.context.thresholds.diagnosis.confidence.suspicion
         cause = "infinite_loss" if infinite else "nan_loss"
         finding = Finding(cause, confidence, {}, "loss", suggestion=suggestion)
-        self._loop.advise(finding, self._clock(reading, late=late))
+        self.loop.advise(finding, self._clock(reading, late=late))
 
     def tell_of_large_gradients(self, fault: Fault, reading: Reading, *, late: bool) -> None:
         """Tell the user once that every gradient so far was finite and too large."""
-        state, confidence = self._context.state, self._context.thresholds.diagnosis.confidence.suspicion
+        state, confidence = self.context.state, self.context.thresholds.diagnosis.confidence.suspicion
         suggestion = (
             f"{fault.message}. The same is true of all {state.step} updates so far. "
             f"{self._from_now_on('because otherwise no update would ever be made')} "
@@ -120,29 +118,29 @@ class Suspicions:
         )
         evidence = {} if fault.value is None else {"value": fault.value}
         finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
-        self._loop.advise(finding, self._clock(reading, late=late))
+        self.loop.advise(finding, self._clock(reading, late=late))
 
     def _unchanged(self, *, tried: bool) -> str:
         nothing = "Nothing was changed: every number is finite"
         if tried:
             return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
-        hindrance = self._investigator.hindrance()
-        if hindrance or self._context.settings.act_on == "evidence":
+        hindrance = self.investigator.hindrance()
+        if hindrance or self.context.settings.act_on == "evidence":
             return f"{nothing}, and no trial can be made{f', because {hindrance}' if hindrance else ''}."
         return f'{nothing}. NaNGuard(act_on="evidence") would look for further evidence and act on it.'
 
     def _from_now_on(self, why: str) -> str:
-        return "" if self._context.settings.observe else f"From now on the guard makes such updates, {why}."
+        return "" if self.context.settings.observe else f"From now on the guard makes such updates, {why}."
 
     def _is_above_noise(self, fault: Fault, optimizer_index: int) -> bool:
         """Whether the loss is above the first loss of the run by more than the middle half of the newest losses spans.
 
         Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
         """
-        history = self._context.monitors.history(optimizer_index)
+        history = self.context.monitors.history(optimizer_index)
         if history is None or history.first is None or fault.value is None or fault.value <= history.first:
             return True
-        newest = history.losses(self._context.thresholds.detection.diverging_loss.readings)
+        newest = history.losses(self.context.thresholds.detection.diverging_loss.readings)
         if len(newest) < 2:
             return True
         lower, _, upper = quantiles(newest)
@@ -152,7 +150,7 @@ class Suspicions:
         """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""
         if fault.scope != "learner":
             return None
-        context, growth = self._context, self._investigator.growth()
+        context, growth = self.context, self.investigator.growth()
         if growth <= context.thresholds.diagnosis.learner.ruined:
             return None
         rates, unit = context.rate.effective(), context.monitors.loss_unit()
@@ -161,18 +159,18 @@ class Suspicions:
             growth=growth,
             loss_unit=unit,
             lr=next(iter(rates), None),
-            highest_lr=context.state.highest_rate(),
+            highest_lr=context.state.highest_rate(context.state.last_rollback + 1) or None,
             first_lr=context.state.first_rate,
             group_lr=max(rates, default=None),
         )
-        mine = self._loop.diagnose(fault, evidence, "nothing", context.state.step)
+        mine = self.loop.diagnose(fault, evidence, "nothing", context.state.step)
         found = most_confident_over_ranks(context.ranks, mine)
         told = context.thresholds.diagnosis.confidence.told
         return found if found is not None and found.confidence > told else None
 
     def _moved_outside(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if code outside of the optimizer's step moves the weights."""
-        moved, known = self._investigator.outside, self._context.thresholds.diagnosis.confidence
+        moved, known = self.investigator.outside, self.context.thresholds.diagnosis.confidence
         if fault.scope != "learner" or moved is None or not moved.parameters:
             return None
         suggestion = (

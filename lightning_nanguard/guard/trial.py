@@ -11,7 +11,6 @@ from typing import Any, final
 
 from lightning_nanguard.decide.trial import (
     TrialLosses,
-    has_fallen,
     is_enough,
     judge_trial,
     lead,
@@ -145,18 +144,19 @@ class TrialRunner:
         """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
         return self._control.outside
 
-    def hindrance(self) -> str:
-        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it."""
+    def hindrance(self, *, run: bool = True) -> str:
+        """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it.
+
+        Args:
+            run: Whether the present batch may be run once to find out. Otherwise only what is known of the run is said.
+        """
         if self._control.failed:
             return NOT_ALIKE
-        if hindrance := self._branches.hindrance():
+        hindrance = self._branches.hindrance(run=run)
+        if hindrance or not run:
             return hindrance
         left = min(self._context.ranks.gather(self._loop.updates_left()))
         return "the run ends before a trial would" if left < self._limits.updates else ""
-
-    def known_hindrance(self) -> str:
-        """Why no trial can be made in this run, as far as that is known without running a batch; ``""`` if one may."""
-        return self._branches.hindrance(run=False)
 
     def pursue(self, found: FoundFault, start: Snapshot, best: Snapshot) -> None:
         """Begin the trial that a suspicion calls for.
@@ -245,7 +245,9 @@ class TrialRunner:
         return cut or highest > rate <= highest / self._limits.changed
 
     def _has_fallen(self, since: int) -> bool:
-        return has_fallen(self._context.state.rates, since, self._context.rate.first(), self._limits)
+        """Whether the rate was far higher since an update than it is now, as after a peak of a schedule."""
+        highest, rate = self._context.state.highest_rate(since), self._context.rate.first()
+        return rate is not None and highest > 0 and highest >= self._limits.changed * rate
 
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
@@ -369,7 +371,7 @@ class TrialRunner:
             running.start.append(found)
         if left == 0:
             return self._pick(running)
-        for end in (limits.early, limits.updates):
+        for end in (limits.updates // 2, limits.updates):
             # Decide by other batches than those that the arm is picked by.
             batches = self._judged(end)
             if running.updates == end - batches + 1:

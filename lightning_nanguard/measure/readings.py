@@ -33,7 +33,7 @@ class PendingReading:
     Attributes:
         step: Number of the update.
         optimizer_index: Index of the optimizer.
-        loss: Sum of the losses that were passed to ``backward``, 0-dim; ``None`` without one.
+        loss: Sum of the losses that were passed to ``backward``, from :func:`sum_of`; ``None`` without one.
         norms: Partial gradient norms, 0-dim, from :func:`partial_norms`; empty without a gradient.
         loss_scale: The loss scale of a GradScaler; ``None`` without one.
         loss_factor: Factor that undoes the division of the loss by the number of micro-batches.
@@ -125,33 +125,8 @@ class PendingReading:
         )
 
 
-def pending_reading(
-    *,
-    step: int,
-    optimizer_index: int,
-    losses: Sequence[Tensor],
-    loss_factor: float,
-    norms: Sequence[Tensor],
-    loss_scale: Tensor | None = None,
-    gradients_scaled: bool = False,
-) -> PendingReading | None:
-    """Collect the measurements of one update without reading them; ``None`` if nothing was measured.
-
-    Args:
-        step: Number of the update.
-        optimizer_index: Index of the optimizer.
-        losses: The losses of the update's micro-batches, as passed to ``backward``.
-        loss_factor: Factor that undoes the division by the number of micro-batches.
-        norms: Partial norms of its gradients, from :func:`partial_norms`.
-        loss_scale: The loss scale of a GradScaler. Losses are multiplied by it, and so are gradients if
-            ``gradients_scaled``.
-    """
-    if not losses and not norms:
-        return None
-    return PendingReading(step, optimizer_index, _sum(losses), norms, loss_scale, loss_factor, gradients_scaled)
-
-
-def _sum(losses: Sequence[Tensor]) -> Tensor | None:
+def sum_of(losses: Sequence[Tensor]) -> Tensor | None:
+    """Sum of some losses, 0-dim, on the device of the first one; ``None`` without one."""
     if not losses:
         return None
     first = losses[0]

@@ -17,10 +17,10 @@ from lightning_nanguard.state.attributes import (
     PLAIN,
     LearnedMemory,
     Reached,
-    attributes_of,
     content,
     give_back,
     is_content,
+    own_attributes,
     reach,
     same,
 )
@@ -205,7 +205,7 @@ class AttributeMemory:
         if not checked:
             return self.now()
         found = reach(self._root, self._limits.copied_bytes, self._limits)
-        owners = [(one, set(attributes_of(one))) for one in found.owners if not self._is_undone(one)]
+        owners = [(one, set(own_attributes(one))) for one in found.owners if not self._is_undone(one)]
         self._learned = LearnedMemory(self._root)
         self._checked = found, Attributes(owners, found.items, self._limits, self._learned)
         return self._checked[1]
@@ -218,9 +218,9 @@ class AttributeMemory:
         changed, known = before.changed(), {id(owner): names for owner, names in self._changing}
         self._changing = []
         for owner in found.owners:
-            written = {name for name, value in attributes_of(owner).items() if id(value) in changed}
+            written = {name for name, value in own_attributes(owner).items() if id(value) in changed}
             if id(owner) in known or written or id(vars(owner)) in changed:
-                containers = {name for name, value in attributes_of(owner).items() if type(value) in CONTAINERS}
+                containers = {name for name, value in own_attributes(owner).items() if type(value) in CONTAINERS}
                 self._changing.append((owner, known.get(id(owner), set()) | written | containers))
         kept = changed | {id(one) for one in self._items}
         self._items = [one for one in found.items if id(one) in kept]

@@ -179,7 +179,7 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
     items: list[Any] = []
     streams, seen = False, {id(one) for one in owners}
     most = len(owners) + limits.reached_objects
-    queue = deque((value, 0, False) for one in owners for value in _values(attributes_of(one).values()))
+    queue = deque((value, 0, False) for one in owners for value in _values(own_attributes(one).values()))
     while queue and len(seen) < most:
         value, level, is_item = queue.popleft()
         if isinstance(value, PLAIN) or id(value) in seen:
@@ -194,7 +194,7 @@ def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFA
         inner, within = _items(value, limits.copied_items), True
         if not inner and _is_plain_object(value):
             owners += _parts(value)
-            inner, within = list(attributes_of(value).values()), False
+            inner, within = list(own_attributes(value).values()), False
         if level < limits.depth:
             queue.extend((one, level + 1, within) for one in _values(inner))
     return Reached(owners, items, streams)
@@ -215,7 +215,7 @@ def _items(value: Any, most: int) -> list[Any]:
     return list(value.values() if isinstance(value, dict) else value)
 
 
-def attributes_of(owner: Any) -> Mapping[str, Any]:
+def own_attributes(owner: Any) -> Mapping[str, Any]:
     """The attributes of an object. For a module, only those that are not torch's own."""
     attributes = getattr(owner, "__dict__", None)
     if not isinstance(attributes, dict):
@@ -287,7 +287,7 @@ def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[
     found = reach(owner, left, limits)
     values = found.items
     for one in found.owners:
-        before = attributes_of(one)
+        before = own_attributes(one)
         yield partial(_rebind, one, before)
         values += [value for value in _values(before.values()) if is_content(value, left, learned)]
     for value in values:
@@ -298,7 +298,7 @@ def _remember(owner: Any, limits: RepeatedStepsThresholds) -> Iterator[Callable[
 
 
 def _rebind(owner: Any, before: Mapping[str, Any]) -> None:
-    now = attributes_of(owner)
+    now = own_attributes(owner)
     if now.keys() == before.keys() and all(map(is_, now.values(), before.values())):
         return
     attributes = getattr(owner, "__dict__", {})

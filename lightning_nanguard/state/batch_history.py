@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Container
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
@@ -18,13 +17,12 @@ from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
-_Stored = tuple[int, int, Any, RandomState | None, BatchOrigin | None, tuple[int, int] | None]
 
 
 @final
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class MicroBatch:
-    """One micro-batch.
+    """One micro-batch. Only :meth:`BatchHistory.begin_step` changes it.
 
     Attributes:
         update: Number of the update it belongs to.
@@ -39,7 +37,7 @@ class MicroBatch:
     update: int
     index: int
     batch: Any
-    random: tuple[Tensor, ...]
+    random: tuple[Tensor, ...] = ()
     streams: RandomState | None = None
     origin: BatchOrigin | None = None
     clock: tuple[int, int] | None = None
@@ -80,13 +78,13 @@ class BatchHistory:
         updates_small: int = 0,
         thresholds: BatchesThresholds = _DEFAULTS,
     ) -> None:
-        self._streams = RandomStreams(device, thresholds.random)
+        self._streams = RandomStreams(device, thresholds.repeated)
         self._limits = thresholds.micro_batches
         self._healthy_limits = thresholds.healthy
+        self._measured_every = thresholds.repeated.measured_every
         self._updates = updates
         self._updates_small = max(updates_small, updates)
-        # The fields of MicroBatch objects. These are made only on request, because this runs in every step.
-        self._micros: deque[_Stored] = deque()
+        self._micros: deque[MicroBatch] = deque()
         # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
@@ -109,14 +107,14 @@ class BatchHistory:
         micros, updates, limits = self._micros, self._updates, self._limits
         if self._updates_small > updates and (_samples(batch) or limits.small + 1) <= limits.small:
             updates = self._updates_small
-        while micros and (micros[0][0] <= update - updates or len(micros) >= updates * limits.per_update):
+        while micros and (micros[0].update <= update - updates or len(micros) >= updates * limits.per_update):
             self._let_go()
         if micros:
             if len(self._sizes) < len(micros):  # a single micro-batch is not measured
-                self._sizes.append(_bytes(micros[-1][2]))
+                self._sizes.append(_bytes(micros[-1].batch))
             while micros and sum(self._sizes) > limits.most_bytes:
                 self._let_go()
-        micros.append((update, index, batch, None, origin, clock))
+        micros.append(MicroBatch(update, index, batch, origin=origin, clock=clock))
 
     def _let_go(self) -> None:
         self._micros.popleft()
@@ -125,7 +123,7 @@ class BatchHistory:
 
     def bytes_kept(self) -> int:
         """Bytes of the tensors that the stored batches keep in memory, each counted once."""
-        batches = [one[2] for one in self._micros] + [batch for batch, _ in self._healthy]
+        batches = [one.batch for one in self._micros] + [batch for batch, _ in self._healthy]
         tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
         return sum(map(size, tensors.values()))
 
@@ -139,16 +137,15 @@ class BatchHistory:
     def begin_step(self) -> RandomState:
         """Store the random streams before the step of the newest micro-batch, and return their positions."""
         state = self._streams.open()
-        if self._micros:
-            update, index, batch, known, *rest = self._micros[-1]
-            if known is None:  # if one step evaluates several times (LBFGS), the first evaluation counts
-                self._micros[-1] = update, index, batch, state, *rest
+        if self._micros and self._micros[-1].streams is None:
+            # If one step evaluates several times (LBFGS), the first evaluation counts.
+            self._micros[-1].streams, self._micros[-1].random = state, state.torch
         return state
 
     def begin_from(self, attributes: Attributes) -> None:
         """Store the module's attributes before the step of the newest micro-batch, such as a hidden state."""
         if self._micros:
-            self._begun = self._micros[-1][2], attributes
+            self._begun = self._micros[-1].batch, attributes
 
     def end_step(self) -> None:
         """Note the end of that step."""
@@ -163,9 +160,9 @@ class BatchHistory:
             origin: Where the part came from.
         """
         self._exchanged = batch, part
-        for place, (update, index, known, state, _, clock) in enumerate(self._micros):
-            if known is batch:
-                self._micros[place] = update, index, part, state, origin, clock
+        for place, one in enumerate(self._micros):
+            if one.batch is batch:
+                self._micros[place] = replace(one, batch=part, origin=origin)
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
@@ -178,7 +175,7 @@ class BatchHistory:
             batch, self._exchanged = part, (None, None)
         if healthy and healthy[-1][0] is batch:
             return
-        if self._accepted % limits.measured_every == 0:
+        if self._accepted % self._measured_every == 0:
             room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
@@ -192,9 +189,9 @@ class BatchHistory:
 
     def accept_update(self, update: int) -> None:
         """Store the newest micro-batch of a healthy update, if it is still here."""
-        for known, index, batch, _, origin, _ in reversed(self._micros):
-            if known <= update and not (origin is not None and origin.nothing_left):
-                self.accept(batch, index)
+        for one in reversed(self._micros):
+            if one.update <= update and not (one.origin is not None and one.origin.nothing_left):
+                self.accept(one.batch, one.index)
                 return
 
     @property
@@ -202,11 +199,26 @@ class BatchHistory:
         """The newest healthy batches and their indices in the epoch, the newest last."""
         return list(self._healthy)
 
+    def to_try_on(self, batch: Any, batch_idx: int) -> list[tuple[Any, int]]:
+        """The newest healthy batches and their indices; if there is only one, the present batch, too.
+
+        Args:
+            batch: The present batch.
+            batch_idx: Its index in the epoch.
+        """
+        healthy = self.healthy
+        return healthy if len(healthy) > 1 else [*healthy, (batch, batch_idx)]
+
+    def sizes_vary(self, count: int) -> bool:
+        """Whether the newest healthy batches differ in their number of samples, or fewer than ``count`` are stored."""
+        newest = self.healthy[-count:]
+        return len(newest) < count or len({_samples(batch) for batch, _ in newest}) > 1
+
     def earlier(self) -> Any:
         """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
         if self._healthy:
             return self._healthy[-1][0]
-        return next((one[2] for one in reversed(self._micros) if one[0] < self._micros[-1][0]), None)
+        return next((one.batch for one in reversed(self._micros) if one.update < self._micros[-1].update), None)
 
     def healthy_before(self) -> list[Any]:
         """The newest healthy batches before the present update, the newest last."""
@@ -234,21 +246,22 @@ class BatchHistory:
 
     def of(self, update: int) -> list[MicroBatch]:
         """The micro-batches of an update, the newest last. A batch with several updates belongs to each of them."""
-        known = max((one[0] for one in self._micros if one[0] <= update), default=None)
-        return self._made(() if known is None else (known,))
+        known = max((one.update for one in self._micros if one.update <= update), default=None)
+        return [one for one in self._micros if one.update == known]
 
     def nothing_left(self) -> bool:
         """Whether every sample of the newest micro-batch is known to be bad."""
-        *_, origin, _ = self._micros[-1] if self._micros else (None, None)
+        origin = self._micros[-1].origin if self._micros else None
         return origin is not None and origin.nothing_left
 
     def since(self, update: int) -> list[MicroBatch]:
         """The micro-batches of all updates after ``update``."""
-        return self._made({one[0] for one in self._micros if one[0] > update})
+        return [one for one in self._micros if one.update > update]
 
     def newest(self, updates: int = 1) -> list[MicroBatch]:
         """The micro-batches of the last updates."""
-        return self._made(sorted({one[0] for one in self._micros})[-updates:])
+        known = sorted({one.update for one in self._micros})[-updates:]
+        return [one for one in self._micros if one.update in known]
 
     def clear(self) -> None:
         """Drop the micro-batches of a finished update, if those of no earlier update are needed."""
@@ -264,13 +277,6 @@ class BatchHistory:
         batch, attributes = self._begun
         if attributes is not None and micro.batch is batch:
             attributes.restore()
-
-    def _made(self, updates: Container[int]) -> list[MicroBatch]:
-        return [
-            MicroBatch(update, index, batch, () if streams is None else streams.torch, streams, origin, clock)
-            for update, index, batch, streams, origin, clock in self._micros
-            if update in updates
-        ]
 
 
 def _bytes(batch: Any) -> int:

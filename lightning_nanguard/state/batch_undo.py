@@ -22,13 +22,13 @@ from torchmetrics import Metric
 from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.state.attributes import reach
 from lightning_nanguard.state.snapshot import clone, put, writable
-from lightning_nanguard.thresholds.batches import BatchUndoThresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
 
 Undo = Callable[[], None]
 
-_DEFAULTS = BatchUndoThresholds()
+_DEFAULTS = RepeatedStepsThresholds()
 # Begins the names of modules that torch does not list. No attribute has such a name.
 _HIDDEN = "hidden module "
 
@@ -51,7 +51,7 @@ class BatchUndo:
         others: Sequence[Callable[[], Undo]] = (),
         *,
         thorough: bool = False,
-        thresholds: BatchUndoThresholds = _DEFAULTS,
+        thresholds: RepeatedStepsThresholds = _DEFAULTS,
     ) -> None:
         self._limits = thresholds
         self._thorough = thorough

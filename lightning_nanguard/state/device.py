@@ -48,57 +48,26 @@ class DeviceMemory:
     peak: int
 
 
-class Driver(Protocol):
-    """The operations of the hardware that a :class:`Device` needs. Tests use an implementation of their own."""
-
-    def where(self, tensor: Tensor) -> torch.device | None:
-        """The device of a tensor, if it works asynchronously to the host; else ``None``, as for the host itself."""
-
-    def own_stream(self, device: torch.device) -> Any:
-        """The stream on which the run works."""
-
-    def side_stream(self, device: torch.device) -> Any:
-        """A stream beside that of the run."""
-
-    def launch(self, stream: Any, work: Callable[[], None]) -> None:
-        """Run a function on a stream."""
-
-    def to_host(self, stream: Any, targets: Sequence[Tensor], sources: Sequence[Tensor]) -> None:
-        """Copy tensors to pinned memory on a stream, without waiting."""
-
-    def record(self, stream: Any, *, timed: bool = False) -> Event:
-        """Record an event after all work that a stream was given so far."""
-
-    def wait(self, stream: Any, event: Any) -> None:
-        """Let a stream wait for an event. The host does not wait."""
-
-    def pinned_like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised pinned memory with a tensor's dtype, shape and strides; RuntimeError if there is none."""
-
-    def memory(self, device: torch.device) -> DeviceMemory:
-        """The present memory of a device."""
-
-    def release(self) -> None:
-        """Return unused pinned memory to the host."""
-
-
 @final
-class TorchDriver:
-    """CUDA, through torch. Copies from other devices are synchronous."""
+class Driver:
+    """The operations of the hardware that a :class:`Device` needs: CUDA, through torch.
+
+    Copies from other devices are synchronous. Tests have a driver of their own with the same methods.
+    """
 
     def __init__(self) -> None:
         self._sides: dict[torch.device, Any] = {}
 
     def where(self, tensor: Tensor) -> torch.device | None:
-        """The CUDA device of a tensor."""
+        """The device of a tensor, if it works asynchronously to the host; else ``None``, as for the host itself."""
         return tensor.device if tensor.is_cuda else None
 
     def own_stream(self, device: torch.device) -> Any:
-        """The current stream."""
+        """The stream on which the run works."""
         return torch.cuda.current_stream(device)
 
     def side_stream(self, device: torch.device) -> Any:
-        """One stream for each device, made when first needed."""
+        """A stream beside that of the run."""
         if device not in self._sides:
             self._sides[device] = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         return self._sides[device]
@@ -119,11 +88,11 @@ class TorchDriver:
         return event
 
     def wait(self, stream: Any, event: Any) -> None:
-        """Let a stream wait for an event."""
+        """Let a stream wait for an event. The host does not wait."""
         stream.wait_event(event)
 
     def pinned_like(self, tensor: Tensor) -> Tensor:
-        """Uninitialised pinned memory like a tensor."""
+        """Uninitialised pinned memory with a tensor's dtype, shape and strides; RuntimeError if there is none."""
         return torch.empty_like(tensor, device="cpu", pin_memory=True, requires_grad=False)
 
     def memory(self, device: torch.device) -> DeviceMemory:
@@ -190,7 +159,7 @@ class Device:
         host_memory: Callable[[], int] = available_host_memory,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
-        self.driver: Driver = TorchDriver() if driver is None else driver
+        self.driver = Driver() if driver is None else driver
         self.host_memory = host_memory
         self._clock = clock
         self.pinning = 0.0

@@ -60,7 +60,8 @@ class FiniteCheck:
     """
 
     def __init__(self) -> None:
-        self._allowed: dict[StateKey, Tensor] = {}
+        self.allowed: Mapping[StateKey, Tensor] = {}
+        """The elements that may be non-finite, as :func:`allowances` gives them."""
         self._shapes: dict[StateKey, tuple[Any, ...]] = {}
         self._nan: set[StateKey] = set()
         self.own: frozenset[str] = frozenset()
@@ -70,16 +71,11 @@ class FiniteCheck:
     def begin(self, learner: Learner) -> None:
         """Note the elements of the learner's weights and buffers that are not finite now: they are so by design."""
         weights = dict(learner.weights())
-        self._allowed = allowances(weights.items())
-        self._nan = {key for key in self._allowed if has_nan(weights[key])}
+        self.allowed = allowances(weights.items())
+        self._nan = {key for key in self.allowed if has_nan(weights[key])}
         self._shapes = {key: shape_of(leaf) for key, leaf in weights.items() if key[0] == "buffer"}
         self.own = own_buffers(learner.module)
         self._variances = variances(learner.module)
-
-    @property
-    def allowed(self) -> Mapping[StateKey, Tensor]:
-        """The elements allowed to be non-finite, as :func:`allowances` gives them."""
-        return self._allowed
 
     def corrupt(self, leaves: Iterable[tuple[StateKey, Any]]) -> str | None:
         """Name of the first tensor with a non-finite element that is not allowed, ``None`` if there is none."""
@@ -130,7 +126,7 @@ class FiniteCheck:
     def to_be_finite(self, leaves: Iterable[tuple[StateKey, Any]]) -> Iterator[tuple[StateKey, Tensor]]:
         """The tensors that :meth:`corrupt` checks, set to zero where they may be non-finite. Waits for no device."""
         for key, tensor in self._checked(leaves):
-            if any(source in self._allowed for source in _sources(key)):
+            if any(source in self.allowed for source in _sources(key)):
                 values = dense_values(tensor)
                 known = self._known(key, values)
                 if known is not None:
@@ -150,7 +146,7 @@ class FiniteCheck:
 
     def _known(self, key: StateKey, values: Tensor) -> tuple[StateKey, Tensor] | None:
         for source in _sources(key):
-            mask = self._allowed.get(source)
+            mask = self.allowed.get(source)
             if mask is not None and mask.shape == values.shape:
                 return source, mask
         return None

@@ -11,6 +11,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, M
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
@@ -49,16 +50,6 @@ def give_scheduled(groups: Iterable[dict[str, Any]], values: Iterable[Mapping[st
     """Write values of :func:`scheduled_values` into as many parameter groups."""
     for group, known in zip(groups, values, strict=True):
         group.update(known)
-
-
-class Scaler(Protocol):
-    """The methods of a ``torch.amp.GradScaler`` that the learner uses."""
-
-    def state_dict(self) -> dict[str, Any]:
-        """The loss scale and the growth tracker."""
-
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Set the loss scale and the growth tracker."""
 
 
 class Partitions(Protocol):
@@ -113,7 +104,7 @@ class Learner:
         self,
         module: nn.Module,
         optimizers: Sequence[Optimizer],
-        scaler: Scaler | None = None,
+        scaler: GradScaler | None = None,
         averages: Callable[[], Mapping[str, Mapping[str, Tensor]]] = dict,
         partitions: Partitions | None = None,
         device: Device | None = None,

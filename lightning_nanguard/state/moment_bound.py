@@ -13,6 +13,7 @@ from torch.optim import Adam, AdamW, NAdam, Optimizer, RAdam
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import Device, OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey
+from lightning_nanguard.thresholds.fixed import ELEMENTS_AT_ONCE
 from lightning_nanguard.thresholds.snapshots import MomentThresholds
 
 _DEFAULTS = MomentThresholds()
@@ -139,7 +140,7 @@ class MomentBound:
         limits = self._limits
         ratio *= limits.slack**2
         floor = least * torch.finfo(first.dtype).tiny
-        pieces = zip(*(torch.split(one.reshape(-1), limits.piece) for one in (first, second)), strict=True)
+        pieces = zip(*(torch.split(one.reshape(-1), ELEMENTS_AT_ONCE) for one in (first, second)), strict=True)
         # A second moment of exactly 0 was reset or pruned. A flipped bit does not give 0.
         counts = [
             (one.square().sub_(other, alpha=ratio) > ratio * floor).logical_and_(other > 0).sum()

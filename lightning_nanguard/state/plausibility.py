@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
+from functools import partial
 from typing import Any, final
 
 import torch
@@ -114,6 +115,7 @@ class PlausibilityCheck:
         self._weight_growth = limits.certain_weight_growth if certain_only else limits.weight_growth
         self._state_growth = limits.early_growth if certain_only else limits.state_growth
         self._largest_norm = largest_norm
+        self._first_jump = partial(first_jump, least=limits.least_magnitude)
         self._jumps: Counter[str] = Counter()
         self.watches_statistics = False
         """Whether a batch may have made running statistics bad, so that they are checked for each batch."""
@@ -182,16 +184,16 @@ class PlausibilityCheck:
         usual = self._growth(healthy_steps, self._state_growth)
         for keys, factor in ((weights, self._weight_growth), (others, usual)):
             most = {key: self._limits.early_growth * size for key, size in self._of_gradients(keys).items()}
-            far = self._first_jump(leaves, then, keys, factor, most)
+            far = self._first_jump(leaves, then, keys, factor, most=most)
             if far is not None and keys is others:
                 rest = others - self._in_proportion(leaves, others)
-                far = self._first_jump(leaves, then, rest, factor, most)
+                far = self._first_jump(leaves, then, rest, factor, most=most)
             if far is None:
                 continue
             # A tensor that is out of range again after a restore may belong there. Some weights grow far at first, if
             # data are not scaled. The loss then decides, but it says something about weights only.
             doubtful = far in self._jumps or (
-                factor < sure and self._first_jump(leaves, then, keys, sure, most) is None
+                factor < sure and self._first_jump(leaves, then, keys, sure, most=most) is None
             )
             if doubtful and not (keys is weights and self._is_ruin(far, state, newest)):
                 continue
@@ -222,13 +224,12 @@ class PlausibilityCheck:
         Args:
             place: The tensor, as :func:`~lightning_nanguard.state.learner.describe` names it.
         """
-        now, limits = dict(self._learner.leaves()), self._limits
+        now = dict(self._learner.leaves())
         keys = [key for key in now if describe(key) == place]
         origin = self._ring.origin()
         if not keys or origin is None:
             return False
-        far = first_jump(now, _bounded(origin), keys, limits.weight_growth, limits.least_magnitude)
-        return far is not None
+        return self._first_jump(now, _bounded(origin), keys, self._limits.weight_growth) is not None
 
     def strange_buffers(self, before: Mapping[str, Tensor], healthy_steps: int) -> Fault | None:
         """The fault of the present batch if it made a buffer that is checked bad; else ``None``.
@@ -273,16 +274,6 @@ class PlausibilityCheck:
             for (key, _, _), moment, size in zip(found, moments, sizes, strict=True)
             if moment <= self._limits.times_gradient * size ** (2 if key[3] in _SECOND_MOMENTS else 1)
         }
-
-    def _first_jump(
-        self,
-        now: Mapping[StateKey, Any],
-        then: Mapping[StateKey, Any],
-        keys: Collection[StateKey],
-        factor: float,
-        most: Mapping[StateKey, float] | None = None,
-    ) -> str | None:
-        return first_jump(now, then, keys, factor, self._limits.least_magnitude, most)
 
     def _of_gradients(self, keys: Collection[StateKey]) -> dict[StateKey, float]:
         """About the largest size that past gradients can give each moment of torch's optimizers among ``keys``."""

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.state.device import random_generator
-from lightning_nanguard.thresholds.batches import RandomStreamsThresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
-_DEFAULTS = RandomStreamsThresholds()
+_DEFAULTS = RepeatedStepsThresholds()
 
 
 def is_checked(count: int, every: int) -> bool:
@@ -117,7 +117,7 @@ class RandomStreams:
         True
     """
 
-    def __init__(self, device: torch.device, thresholds: RandomStreamsThresholds = _DEFAULTS) -> None:
+    def __init__(self, device: torch.device, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
         self._streams = _streams(device)
         self._limits = thresholds
         self._opened = 0

@@ -9,11 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, Scaler, StateKey, describe, states_of, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, StateKey, describe, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, capture, clone, copy_all, fits, put, writable
 from lightning_nanguard.thresholds.fixed import LEAST_LOSS_SCALE
 
@@ -271,7 +272,7 @@ def _sharded_like(value: Any, parameter: Tensor) -> Any:
     )  # fmt: skip
 
 
-def restore_scaler(scaler: Scaler, saved: Mapping[str, Any]) -> None:
+def restore_scaler(scaler: GradScaler, saved: Mapping[str, Any]) -> None:
     """Restore a GradScaler, except that its scale is never raised."""
     now = scaler.state_dict()
     if not now:

@@ -7,6 +7,7 @@ from typing import final
 
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.snapshots import RingThresholds
+from lightning_nanguard.types import Evidence
 
 _DEFAULTS = RingThresholds()
 
@@ -106,21 +107,24 @@ class Ring:
         self.pending = self.beside = self._spare = None
         self.certified.clear()
 
-    def good(self, sound: int | None, loss_unit: float) -> Snapshot | None:
-        """The certified snapshot to compare with; ``None`` without one.
+    def good(self, loss_unit: float) -> Snapshot | None:
+        """The newest certified snapshot whose loss was about the best; ``None`` without one.
 
         Args:
-            sound: Depth of the snapshot to take; ``None`` takes the newest whose loss was about the best.
             loss_unit: The unit of the loss.
         """
         certified = self.certified
         if not certified:
             return None
-        if sound is not None and sound < len(certified):
-            return certified[sound]
         known = [snapshot.level for snapshot in certified if snapshot.level is not None]
         limit = min(known, default=0.0) + self._limits.about_best * loss_unit
         return next((one for one in certified if one.level is None or one.level <= limit), certified[0])
+
+    def good_for(self, evidence: Evidence) -> Snapshot | None:
+        """The certified snapshot to go on from by some evidence: the start if a trial shows so, else a good one."""
+        if evidence.trial is not None and evidence.trial.base == "start":
+            return self.certified[-1] if self.certified else None
+        return self.good(evidence.loss_unit)
 
     def discard_newer(self, depth: int) -> Snapshot:
         """Drop the ``depth`` newest and return the one that is then newest."""

@@ -129,7 +129,7 @@ class SnapshotPlacement:
             self._take(wanted)
 
     def wanted(self) -> int:
-        """Where this rank alone would keep snapshots, as :meth:`Place.code`; ``-1`` if that is open."""
+        """Where this rank alone would keep snapshots, as :meth:`Place.code`, for a report; ``-1`` if that is open."""
         return -1 if self._wanted is None else self._wanted.code()
 
     def hear(self, wanted: Sequence[int]) -> None:
@@ -236,7 +236,10 @@ class SnapshotPlacement:
         self._learner.device.driver.release()
 
     def settle(self) -> None:
-        """Let the next update wait for copies under way. At regular intervals check whether a device is too full."""
+        """Let the next update, or other write to the learner, wait for copies that are under way.
+
+        At regular intervals check whether a device is too full.
+        """
         self._side_copy.settle()
         self._settled += 1
         on_device = self._place is not None and self._one is not None and self._one.beside
@@ -262,7 +265,7 @@ class SnapshotPlacement:
         # The first updates may need all memory. Only after them is it known how much room there is.
         device = self._learner.device
         return any(
-            nbytes > self._limits.negligible_share * device.driver.memory(where).total
+            nbytes > self._limits.memory_reserve * device.driver.memory(where).total
             for where, nbytes in SnapshotSize.of(leaves, device).beside.items()
         )
 

@@ -66,13 +66,16 @@ class StepStart:
         attributes: The module's plain attributes.
         batch: The batch. Steps may remove entries from its dictionaries and lists.
         depth: Levels of its nested containers that are stored.
+
+    Attributes:
+        attributes: The module's plain attributes.
     """
 
-    __slots__ = ("_attributes", "_contents", "_random")
+    __slots__ = ("_contents", "_random", "attributes")
 
     def __init__(self, random: RandomState, attributes: Attributes, batch: Any, depth: int) -> None:
         self._random = random
-        self._attributes = attributes
+        self.attributes = attributes
         self._contents = list(_containers(batch, depth))
 
     def restore(self, *, carried: bool = True) -> None:
@@ -84,7 +87,7 @@ class StepStart:
         """
         for container, held in self._contents:
             refill(container, held)
-        (self._attributes.restore if carried else self._attributes.restore_plain)()
+        (self.attributes.restore if carried else self.attributes.restore_plain)()
         self._random.restore()
 
     def carried_back(self) -> None:
@@ -92,16 +95,7 @@ class StepStart:
 
         Numbers, strings and flags count steps, and belong to the clock.
         """
-        self._attributes.restore(plain=False)
-
-    @property
-    def attributes(self) -> Attributes:
-        """The module's plain attributes."""
-        return self._attributes
-
-    def not_in(self, other: StepStart) -> list[Any]:
-        """The values that attributes keep in memory for this step, and not for another one."""
-        return self._attributes.not_in(other._attributes)
+        self.attributes.restore(plain=False)
 
     def emptied(self) -> StepStart:
         """A copy without the batch and the attributes, whose tensors may be large."""
@@ -109,7 +103,7 @@ class StepStart:
 
     def clock_now(self) -> StepClock:
         """The present state of random streams and counters, which belong to the clock."""
-        return StepClock(self._random.now(), self._attributes.plain_now())
+        return StepClock(self._random.now(), self.attributes.plain_now())
 
 
 def _containers(batch: Any, depth: int) -> Iterator[tuple[Any, Any]]:

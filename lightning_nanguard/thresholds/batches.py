@@ -5,11 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 __all__ = [
-    "BatchUndoThresholds",
     "BatchesThresholds",
     "HealthyBatchesThresholds",
     "MicroBatchesThresholds",
-    "RandomStreamsThresholds",
     "RepeatedStepsThresholds",
 ]
 
@@ -19,8 +17,6 @@ class MicroBatchesThresholds:
     """How many micro-batches are kept with their random state, to be run again as they were.
 
     Attributes:
-        updates: Updates kept if each update is read before it is made.
-        updates_late: Updates kept if a reading may be two updates late.
         updates_examined: Updates kept if a loss that does not move is examined.
         updates_small: Updates kept for an examination if batches are small, because eight small batches say little.
         small: Largest number of samples of a small batch.
@@ -29,8 +25,6 @@ class MicroBatchesThresholds:
             batches do not fit, no healthy batches are kept either.
     """
 
-    updates: int = 1
-    updates_late: int = 4
     updates_examined: int = 8
     updates_small: int = 256
     small: int = 4
@@ -46,8 +40,6 @@ class HealthyBatchesThresholds:
         most: Batches kept. Four choose a learning rate far better than one does (97 % against 91 % of 130 tries); more
             than four are hardly better.
         most_bytes: Bytes that these batches may hold together.
-        measured_every: Batches after which their size is measured again. Batches of a run are of similar size, and to
-            measure each would cost more than to keep it.
         strange_factor: Factor on the largest number in all other batches. A batch with a larger number is strange.
         extreme_factor: Factor on the same number. A batch with a number above it may be skipped without further
             evidence if its gradient is far too large, too.
@@ -56,52 +48,27 @@ class HealthyBatchesThresholds:
 
     most: int = 4
     most_bytes: int = 64 << 20
-    measured_every: int = 16
     strange_factor: float = 100.0
     extreme_factor: float = 1e4
     least_compared: int = 2
 
 
 @dataclass(frozen=True)
-class BatchUndoThresholds:
-    """What is copied before a batch, so that the batch can be undone.
+class RepeatedStepsThresholds:
+    """What is stored before a step so that the step can be undone or run again, and when this is done.
 
     Attributes:
-        copied_bytes: Largest size of a buffer that is copied before every batch. A larger buffer is copied only after
-            it was seen to change.
+        checked_every: Steps after which the guard checks again what a step changes besides the gradients, and which
+            random streams it draws from (80 µs). Steps whose number is a power of two are checked, too.
+        quiet_checks: Checked steps in a row without a draw, after which a random stream is no longer stored before
+            steps.
         modules_counted_every: Batches after which the modules are listed again. To list them before each batch would
             cost more than to copy the buffers.
-    """
-
-    copied_bytes: int = 1 << 16
-    modules_counted_every: int = 64
-
-
-@dataclass(frozen=True)
-class RandomStreamsThresholds:
-    """Which steps are checked for the random streams they draw from.
-
-    Attributes:
-        checked_every: Steps after which one more step is checked, in addition to steps whose number is a power of two.
-            A check takes 80 µs, most of it for the stream of NumPy.
-        quiet_checks: Checked steps in a row without a draw, after which a stream is no longer stored before steps.
-    """
-
-    checked_every: int = 256
-    quiet_checks: int = 4
-
-
-@dataclass(frozen=True)
-class RepeatedStepsThresholds:
-    """What is stored before a step so that the step can be run again, and when this is done.
-
-    Attributes:
-        checked_every: Steps after which the guard checks again what a step changes besides the gradients. Steps whose
-            number is a power of two are checked, too.
         copied_items: Largest number of items of a list, dictionary or set among the module's attributes that is copied
             before each step. Of a longer list only the length is stored.
-        copied_bytes: Largest size of a tensor or array among the attributes that is copied before each step, once it
-            was seen to be written in place.
+        copied_bytes: Largest size of a buffer that is copied before each step, and of a tensor or array among the
+            attributes once it was seen to be written in place. A larger buffer is copied only after it was seen to
+            change.
         copied_bytes_rarely: Largest size of all tensors and arrays among the attributes together that are copied when
             batches are run again beside the run, which is rare.
         reached_objects: Objects besides modules that are examined, because a step may change something through them.
@@ -113,7 +80,8 @@ class RepeatedStepsThresholds:
             again if the state goes bad by itself.
         updates_again: Largest number of updates that are made again in this case; more would take too long. With 0 none
             are.
-        measured_every: Updates after which the size of one is measured again.
+        measured_every: Updates after which the size of their batches is measured again. Batches of a run are of similar
+            size, and to measure each would cost more than to keep it.
         same_losses: Losses that must have the same bits as the first time before another one may differ. The second one
             shows that a whole update was made again exactly.
         squared: Gradient norm above which the square of a gradient overflows in 32-bit moments. If an update with a
@@ -123,6 +91,8 @@ class RepeatedStepsThresholds:
     """
 
     checked_every: int = 256
+    quiet_checks: int = 4
+    modules_counted_every: int = 64
     copied_items: int = 256
     copied_bytes: int = 1 << 16
     copied_bytes_rarely: int = 1 << 24
@@ -145,13 +115,9 @@ class BatchesThresholds:
     Attributes:
         micro_batches: Micro-batches kept to be run again.
         healthy: Healthy batches kept.
-        undo: What is copied before a batch.
-        random: When random streams are stored before a step.
-        repeated: What else is stored before a step, and when a step is run again.
+        repeated: What is stored before a step, and when a step is run again.
     """
 
     micro_batches: MicroBatchesThresholds = field(default_factory=MicroBatchesThresholds)
     healthy: HealthyBatchesThresholds = field(default_factory=HealthyBatchesThresholds)
-    undo: BatchUndoThresholds = field(default_factory=BatchUndoThresholds)
-    random: RandomStreamsThresholds = field(default_factory=RandomStreamsThresholds)
     repeated: RepeatedStepsThresholds = field(default_factory=RepeatedStepsThresholds)

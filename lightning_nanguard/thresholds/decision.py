@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-__all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "LateReadingThresholds", "RecoveryThresholds"]
+__all__ = ["BlameThresholds", "DecisionThresholds", "EvidenceThresholds", "RecoveryThresholds"]
 
 
 @dataclass(frozen=True)
@@ -15,7 +15,9 @@ class BlameThresholds:
         calm: Updates accepted after a restore, after which the learner is trusted again.
         calm_when_late: The same for a fault whose update was made before its reading arrived, so that the weights are
             no evidence.
-        beginning: Updates accepted since the start, up to which the learner is blamed if nothing else is.
+        beginning: Updates accepted since the start, up to which the learner is blamed if nothing else is. After a
+            restore that does not blame the learner, the readings of as many first updates are kept, so that detectors
+            still know the usual values.
         patience: Faulty updates in a row before the learner is suspected.
         patience_with_chance: Faulty updates in a row that the data alone may cause: if four of five batches are bad,
             chance gives so many in a row once in a million runs. After so many the learner is suspected even if the
@@ -49,7 +51,6 @@ class RecoveryThresholds:
         proven_sooner: Number by which the wait is divided if the rate is raised to a proven one.
         wait_doubled: How often the wait is doubled before the rate reaches one that failed; once more each time this
             rate fails again.
-        most_doubled: How often the wait is doubled at most.
     """
 
     same_rate: float = 0.75
@@ -57,7 +58,6 @@ class RecoveryThresholds:
     progress: float = 0.2
     proven_sooner: int = 20
     wait_doubled: int = 2
-    most_doubled: int = 10
 
 
 @dataclass(frozen=True)
@@ -69,7 +69,6 @@ class EvidenceThresholds:
             accepted update makes a weight so large.
         known_batches: Consecutive verdicts against the batch, after which most faults of that kind and place are not
             investigated.
-        rate_risen: Ratio to the snapshot's learning rate above which the rate has clearly risen.
         clearly_worse: Share of a loss (or of the loss unit, if smaller) by which another loss must exceed it to be
             clearly worse.
         nothing: Difference of losses that is ignored: in loss units or absolute, whichever is less.
@@ -77,26 +76,8 @@ class EvidenceThresholds:
 
     jump: float = 1e4
     known_batches: int = 4
-    rate_risen: float = 1.5
     clearly_worse: float = 0.3
     nothing: float = 0.01
-
-
-@dataclass(frozen=True)
-class LateReadingThresholds:
-    """When updates are read before they are made although readings are deferred.
-
-    Attributes:
-        careful: Number of updates that are read before they are made after one had to be undone. Faults come in groups,
-            and each undone update costs what was learned since the snapshot.
-        most_doubled: How often this number is doubled, once for each further update that is undone.
-        beginning: First updates of a run whose readings are kept after a restore that does not blame the learner, so
-            that detectors still know the usual values.
-    """
-
-    careful: int = 1000
-    most_doubled: int = 10
-    beginning: int = 20
 
 
 @dataclass(frozen=True)
@@ -107,15 +88,14 @@ class DecisionThresholds:
         blame: When the learner is blamed.
         recovery: When a cut is given back.
         evidence: When a fault is investigated, and which differences are clear.
-        late: When updates are read before they are made although readings are deferred.
-        same_level: Loss units up to which the levels of two snapshots count as equal.
         depth_by_state: Recent restores, after which the next restore of bad state goes one snapshot deeper.
-        deepest: Largest number of snapshots that it goes deeper.
         same_restores: Rollbacks for the same fault at the same place, without a correction and without a snapshot
             certified in between. The run is stopped instead of a further one, because it would have the same result.
-        corrected_restores: The same for rollbacks that each have a larger correction than the one before.
-        same_updates: Rollbacks within the budget's window for a tensor that becomes bad each time an update is made
-            again. The run is stopped instead of a further one.
+        corrected_restores: The same for rollbacks that each have a larger correction than the one before, and for those
+            within the budget's window for a tensor that becomes bad each time an update is made again.
+        careful: In deferred readback, number of updates that are read before they are made after one had to be undone.
+            Faults come in groups, and each undone update costs what was learned since the snapshot. The number doubles
+            each time.
         few_skips: Number of skips after which ``Budget(max_skip_share=…)`` applies. Of fewer skips, a share means
             little.
     """
@@ -123,11 +103,8 @@ class DecisionThresholds:
     blame: BlameThresholds = field(default_factory=BlameThresholds)
     recovery: RecoveryThresholds = field(default_factory=RecoveryThresholds)
     evidence: EvidenceThresholds = field(default_factory=EvidenceThresholds)
-    late: LateReadingThresholds = field(default_factory=LateReadingThresholds)
-    same_level: float = 0.1
     depth_by_state: int = 2
-    deepest: int = 8
     same_restores: int = 2
     corrected_restores: int = 6
-    same_updates: int = 6
+    careful: int = 1000
     few_skips: int = 32

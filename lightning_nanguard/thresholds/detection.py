@@ -15,13 +15,11 @@ class NonFiniteThresholds:
     Attributes:
         max_norm: Largest gradient norm. Adam squares the gradient in float32: beyond this norm a second moment becomes
             Inf and stays so.
-        largest_with_square: Largest norm whose square float32 can hold. It affects only the message.
         scale_growth: Factor by which the scale of a GradScaler cannot grow in one update, because a GradScaler only
             doubles it. If a scale that the user has raised overflows, the guard may restore the one before.
     """
 
     max_norm: float = 1e18
-    largest_with_square: float = 1.844e19
     scale_growth: float = 16.0
 
 
@@ -40,7 +38,6 @@ class SpikeThresholds:
         warmup_above_largest: During warm-up, factor on the largest norm so far that a spike has to exceed.
         warmup_doubtful: During warm-up, factor on the largest norm so far above which a norm is a spike if its batch is
             strange, too.
-        warmup_min_norms: Fewest accepted norms with which a norm can be doubtful.
     """
 
     above_largest: float = 10.0
@@ -49,7 +46,6 @@ class SpikeThresholds:
     min_deviation: float = 0.1
     warmup_above_largest: float = 1e6
     warmup_doubtful: float = 100.0
-    warmup_min_norms: int = 2
 
 
 @dataclass(frozen=True)
@@ -93,20 +89,16 @@ class ClimbThresholds:
     """When the newest losses or norms are above their usual range.
 
     Attributes:
-        readings: Newest readings that are compared.
-        newest: Number of the newest of these that have to be above the range of the others.
+        newest: Number of the newest of these that have to be above the range of the others. The one before them does
+            not count, because it may be part of the climb.
         min_others: Fewest others. With fewer, the usual range is not known.
-        gap_readings: Number of readings at which the one before the newest is no longer counted among the others,
-            because it may be part of the climb.
         noise: Deviations of the others by which the newest have to exceed their median.
         loss: Loss units by which losses have to exceed it at least.
         norm: Factor on the median that gradient norms have to exceed at least.
     """
 
-    readings: int = 32
     newest: int = 2
     min_others: int = 3
-    gap_readings: int = 8
     noise: float = 4.0
     loss: float = 0.5
     norm: float = 5.0
@@ -134,28 +126,25 @@ class HistoryThresholds:
 
     Attributes:
         readings: Readings that are kept.
-        losses: Newest losses that are used if no number is given.
-        noise_losses: Newest losses whose deviation is the noise in the loss unit.
+        recent: Newest readings that show a trend: the noise of the loss, a climb, or whether the newer half of the
+            losses is below the older half.
         min_noise_losses: Fewest losses from which the noise is computed.
         level_losses: Newest losses whose mean, without the highest, is the loss level.
         learning: A run learns if its loss is below the first one by this share of what was learned.
         learning_noise: Deviations of the noise by which it also has to be below the first one, because that is a single
             loss.
-        falling_losses: Newest losses that are compared with as many before them.
-        falling: Standard errors by which the newest have to be below those before to be falling.
+        falling: Standard errors by which the newer half has to be below the older half to be falling.
         usual_norm: Which gradient norm is usual.
         climb: When losses or norms climb.
         burst: When a norm counts as a burst.
     """
 
     readings: int = 128
-    losses: int = 64
-    noise_losses: int = 32
+    recent: int = 32
     min_noise_losses: int = 8
     level_losses: int = 8
     learning: float = 0.1
     learning_noise: float = 3.0
-    falling_losses: int = 16
     falling: float = 2.0
     usual_norm: UsualNormThresholds = field(default_factory=UsualNormThresholds)
     climb: ClimbThresholds = field(default_factory=ClimbThresholds)
@@ -172,12 +161,12 @@ class OutlierThresholds:
     Attributes:
         before: Most losses and norms before an outlier that it is compared with.
         least: Fewest of them.
-        after: Losses and norms after it that it is compared with.
+        after: Losses and norms after it that it is compared with. A learning rate is compared with as many before and
+            after it, because before the first update there are none.
         norm: Factor on the largest of the other norms.
         loss: Ranges of the other losses by which an outlier is below them. It also has to be farther from them than all
             that the run has learned. Above them there is no outlier, because the tails of losses are heavy there.
-        rates: Learning rates before it, and after it. Before the first update there are none.
-        rate: Factor on the largest of the other rates, and divisor of the smallest.
+        rate: Factor on the largest of the other learning rates, and divisor of the smallest.
         steady: Factor by which the other rates differ less. In a warm-up, or at a step of a schedule, they differ more.
         average: Factor on the largest norm of the weights in any snapshot. An average of weights has no larger norm
             than the largest of them, and between two snapshots the norm changes by less.
@@ -188,7 +177,6 @@ class OutlierThresholds:
     after: int = 3
     norm: float = 20.0
     loss: float = 2.0
-    rates: int = 3
     rate: float = 10.0
     steady: float = 2.0
     average: float = 1.5

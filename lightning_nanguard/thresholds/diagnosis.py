@@ -119,8 +119,6 @@ class LearnerThresholds:
         grown_told: Growth above which the finding names it.
         ruined: Growth above which the model is ruined, so that the operation that overflowed in the end is not the
             cause.
-        bad_loss_units: Loss units above the untrained model's loss. If the loss of a batch under good weights is
-            higher, the batch is bad under good weights, too.
         untrained_units: Loss units above the untrained model's loss. If the loss is higher, the model is ruined.
         spike_factor: Factor on the usual gradient norm. If the batch gives at least this norm when it is run again, it
             is the cause of a spike.
@@ -141,7 +139,6 @@ class LearnerThresholds:
     grown: float = 4.0
     grown_told: float = 2.0
     ruined: float = 12.0
-    bad_loss_units: float = 10.0
     untrained_units: float = 0.1
     spike_factor: float = 10.0
     clip_factor: float = 2.0
@@ -271,7 +268,6 @@ class ExaminationThresholds:
         level_losses: Newest losses whose median is a level.
         min_batches: Batches whose gradients are compared, however much memory this takes.
         max_elements: Largest number of elements in all gradients that are compared, if there are more batches.
-        max_updates: Newest updates whose batches are run again, if they are kept.
     """
 
     levels: int = 8
@@ -279,7 +275,6 @@ class ExaminationThresholds:
     level_losses: int = 32
     min_batches: int = 8
     max_elements: int = 2**23
-    max_updates: int = 256
 
 
 @dataclass(frozen=True)

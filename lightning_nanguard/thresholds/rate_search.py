@@ -16,9 +16,9 @@ class CutThresholds:
         most_escalated: How often the planned cut is squared at most.
         largest_untried: Largest cut if no rate can be tried.
         grown_unproven: Growth of a weight matrix above which it alone determines the cut, if no rate can be tried.
-        updates: Updates of each try.
+        updates: Updates of each try, before their number is adapted to the optimizer.
         tries: Rates tried at most.
-        ratio: Ratio of each rate tried to the one before.
+        ratio: Ratio of each rate tried to the one before. A review divides and multiplies by it, too.
         missing: Share of the best gain that a lower rate may lack.
         missing_of_much: The same if the best rate takes the loss below ``halved``.
         halved: Share of the loss before. If the best rate takes the loss below it, ``missing_of_much`` applies.
@@ -62,22 +62,16 @@ class RehearsalThresholds:
     """How a rate is tried on the newest batches.
 
     Attributes:
-        batches: Newest batches that a rate is tried on.
-        updates: Updates of a try.
         momentum: Factor on the number of updates with momentum, which has its effect only after some updates.
         adaptive: Factor on the number of updates with an adaptive optimizer.
         diverged: A try ends if two losses in a row exceed the loss at its start by more than this multiple of that
             loss, or of the loss unit if it is larger. With clipping, one update may go too far and the loss may
             recover.
-        harmful: Loss units by which a rate that does harm raises the loss.
     """
 
-    batches: int = 4
-    updates: int = 8
     momentum: float = 2.0
     adaptive: float = 1.5
     diverged: float = 2.0
-    harmful: float = 0.1
 
 
 @dataclass(frozen=True)
@@ -87,24 +81,19 @@ class ReviewThresholds:
     Attributes:
         first_after: Healthy updates from the change of the rate to the first review.
         wait_ratio: Factor on the number of healthy updates before each further review.
-        larger: Factor of the larger rate tried.
         clearly_more: Factor on the gain of the present rate that the larger rate must exceed.
-        raised: Factor by which the rate is then raised.
-        raised_below: Learning-rate multiplier up to which the rate may be raised.
-        forgotten: Share of all that was learned that learning some batches may cost on others.
-        lowered: Factor by which the rate is changed if it costs more.
+        raised: Factor by which the rate is then raised, if it stays below the scheduled rate.
+        forgotten: Share of all that was learned that learning some batches may cost on others. If it costs more, the
+            rate is lowered.
         most_lowered: How often in a row the rate is lowered.
         tensor_rate_every: Healthy updates after which a rate that is a tensor is read, because the host waits for it.
     """
 
     first_after: int = 50
     wait_ratio: int = 4
-    larger: float = 4.0
     clearly_more: float = 2.0
     raised: float = 2.0
-    raised_below: float = 0.5
     forgotten: float = 0.1
-    lowered: float = 0.25
     most_lowered: int = 3
     tensor_rate_every: int = 16
 

@@ -44,9 +44,8 @@ class PlacementThresholds:
 
     Attributes:
         memory_reserve: Share of a device's memory that stays free. Batches differ in size, and blocks of the allocator
-            do not fit exactly.
-        negligible_share: Share of a device's memory. A snapshot below it is put on the device before the peak of the
-            memory is known.
+            do not fit exactly. A snapshot smaller than this is put on the device before the peak of the memory is
+            known.
         host_reserve: Share of the host's free memory that stays free, because loaders and other programs need more.
         looked_every: Updates after which the free memory of a device is measured again. A longer sequence or a first
             validation needs more, and snapshots may be thousands of updates apart. It takes less than 1 ms.
@@ -55,7 +54,6 @@ class PlacementThresholds:
     """
 
     memory_reserve: float = 0.05
-    negligible_share: float = 0.05
     host_reserve: float = 0.1
     looked_every: int = 64
     staging_bytes: int = 64 << 20
@@ -90,14 +88,12 @@ class MomentThresholds:
         least_decay: Smallest 1 − β₂ with which rounding is small in comparison.
         most_elements: Elements of all first moments that may exceed the bound at once to count as a fault. If there are
             more, code has rewritten the moments.
-        piece: Elements that are compared at a time, to save memory on the device.
     """
 
     slack: float = 1.1
     underflows: float = 4.0
     least_decay: float = 1e-5
     most_elements: int = 8
-    piece: int = 1 << 24
 
 
 @dataclass(frozen=True)

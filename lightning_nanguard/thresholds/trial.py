@@ -18,13 +18,13 @@ class TrialThresholds:
         factors: Factor on the learning rate in each arm. There are as many arms as memory allows, and the factors that
             were best most often come first.
         least_factor: The lowest factor that is tried, if even the lowest of these makes the loss worse.
-        picked_after: Updates after which the best arms are picked.
+        picked_after: Updates after which the best arms are picked. As many updates a copy at the present rate makes
+            beside the run, to be compared with it.
         picked: Number of arms that go on from there: the best one, and those at the next lower rates, because a larger
             rate is ahead early more often than late. If there is none, those at the next higher rates.
-        updates: Updates after which a trial is judged. A receipt is decided after as many updates for the first time,
-            and then at doubling distances.
-        early: Updates after which a trial ends early if the run lacks a plain share already, and one arm is clearly the
-            best.
+        updates: Updates after which a trial is judged. After half of them it ends early if the run lacks a plain share
+            already, and one arm is clearly the best. A receipt is decided after as many updates for the first time, and
+            then at doubling distances.
         judged_part: The newest batches, one in so many, on which the states are compared.
         left_out: Share of the batches that a comparison of two states leaves out: those that speak most for the better
             one. So a few outliers decide nothing, and a loss that is 0 on half of the batches can be compared, too. Of
@@ -40,10 +40,8 @@ class TrialThresholds:
         changed: Factor by which the rate has to have risen since the newest trial for another one, or fallen since the
             best state for an arm that continues from it. It is the ratio of neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
-        controlled: Updates that a copy at the present rate makes beside the run, to be compared with it. They are over
-            before a trial can end.
-        alike: Share of the way of the run in one update by which the copy may be off. On the CPU it is 0 in practice;
-            kernels that are not deterministic, and sums over ranks, add rounding.
+        alike: Share of the way of the run in one update by which a copy at the present rate may be off. On the CPU it
+            is 0 in practice; kernels that are not deterministic, and sums over ranks, add rounding.
     """
 
     factors: tuple[float, ...] = (1 / 64, 1 / 16, 1 / 256, 1 / 4)
@@ -51,7 +49,6 @@ class TrialThresholds:
     picked_after: int = 16
     picked: int = 2
     updates: int = 64
-    early: int = 32
     judged_part: int = 3
     left_out: float = 0.2
     left_out_early: float = 0.5
@@ -63,5 +60,4 @@ class TrialThresholds:
     most_share: float = 0.02
     changed: float = 4.0
     memory_share: float = 0.25
-    controlled: int = 16
     alike: float = 0.05

@@ -85,7 +85,8 @@ class TrainerBatchReplay:
         # Its epoch. The trainer's own counter is one ahead once the last epoch is over.
         self.epoch = 0
         kept = thresholds.micro_batches
-        updates = kept.updates_examined if examined else kept.updates_late if delay else kept.updates
+        # After a late fault the updates since it are needed, too.
+        updates = kept.updates_examined if examined else delay + 2 if delay else 1
         self.batches = BatchHistory(module.device, updates, kept.updates_small if examined else 0, thresholds)
         self._shown: list[MicroBatch] = []
         self._trace: StepTrace | None = None
@@ -93,7 +94,7 @@ class TrainerBatchReplay:
     def make_undo(self, *, thorough: bool = False) -> BatchUndo:
         """An object that remembers what a batch may change, and undoes it; see :class:`BatchUndo`."""
         others = [partial(remember_running_means, self._trainer)]
-        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.undo)
+        return BatchUndo(self._module, others, thorough=thorough, thresholds=self._limits.repeated)
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
@@ -143,6 +144,10 @@ class TrainerBatchReplay:
     def batch_strange(self, *, extreme: bool = False) -> bool | None:
         """Whether the values of the present batch are far outside the range of the batches before, or far larger."""
         return None if self.batch is None else self.batches.strange(self.batch, extreme=extreme)
+
+    def sizes_vary(self, updates: int) -> bool:
+        """Whether the batches of the newest updates differ in their number of samples, or are not kept."""
+        return self.batches.sizes_vary(updates)
 
     def bytes_kept(self) -> int:
         """Bytes of the batches that are kept for replays."""
@@ -198,12 +203,12 @@ class TrainerBatchReplay:
         """Number of batches for a rehearsal; 0 if no rehearsal is possible."""
         if not self._repeatable() or (self._ranks.world > 1 and 0 in self._learner.quasi_newton):
             return 0
-        counts: list[int] = self._ranks.gather(len(self._at_hand()))
+        counts: list[int] = self._ranks.gather(len(self.batches.to_try_on(self.batch, self.batch_idx)))
         return min(counts)
 
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a batch; return the loss before the update."""
-        batch, batch_idx = self._at_hand()[index]
+        batch, batch_idx = self.batches.to_try_on(self.batch, self.batch_idx)[index]
         optimizer = self._learner.optimizers[0]
         return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
 
@@ -276,18 +281,11 @@ class TrainerBatchReplay:
 
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the present weights."""
-        return self._loss(*self._at_hand()[index])
+        return self._loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
-
-    def _at_hand(self) -> list[tuple[Any, int]]:
-        healthy = self.batches.healthy
-        if len(healthy) > 1:
-            return healthy
-        # There are too few healthy batches, so the present one is used, although it may be bad.
-        return [*healthy, (self.batch, self.batch_idx)]
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
         run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)

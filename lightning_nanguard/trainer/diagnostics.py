@@ -113,7 +113,7 @@ class Diagnostics:
         """Find the cause of a fault, and write the incident to disk if the user asked for it."""
         if look == "replay" and (not self._replay.comparable() or self._ranks.sharded):
             look = "batch"
-        good = self._context.ring.good(evidence.sound, evidence.loss_unit) if look == "replay" else None
+        good = self._context.ring.good_for(evidence) if look == "replay" else None
         if good is not None:
             good = self._ranks.join_snapshot(good)  # all ranks must take part, so not in a branch
         batches = self._replay.batches
@@ -222,7 +222,7 @@ class Diagnostics:
             loss_unit=history.loss_unit(),
             lr=rates[0] if rates else None,
         )
-        micros = self._replay.batches.newest(self._thresholds.examination.max_updates)
+        micros = self._replay.batches.since(-1)
         for finding in self._examination.findings(micros, course, evidence, asked=asked):
             if finding.confidence > self._thresholds.confidence.told:
                 self.advise("asked" if asked else "loss does not move", finding)

@@ -15,11 +15,15 @@ class Comparison:
             read before that update.
         then: Loss under the last good weights.
         then_finite: Whether the gradient is finite under the last good weights; ``None`` if it was not computed.
+        holds_elsewhere: Whether the present weights do no worse than the good ones on most of the newest healthy
+            batches, or not clearly worse if only this batch is bad; ``None`` if not measured. Weights that have
+            diverged are clearly worse on all.
     """
 
     now: float
     then: float
     then_finite: bool | None = None
+    holds_elsewhere: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +56,9 @@ class Evidence:
         good_beside: ``step`` of the newest of these updates for which another optimizer's update on the same batch was
             accepted; ``None`` if there is none.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
-        averages_alone: Whether only averages are bad, from which no update is made: averaged copies of the weights, or
-            running statistics of layers that normalise by the batch.
-        scale_alone: Whether only the scale of the GradScaler is bad. It skips every update with such a scale.
+        alone: What alone is bad, so that only it has to be restored; ``None`` if more may be bad. ``"averages"`` are
+            averaged copies of the weights, or running statistics of layers that normalise by the batch: no update is
+            made from them. ``"scale"`` is the scale of the GradScaler, which skips every update with such a scale.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether the batch holds numbers far larger than those of the stored batches; ``None`` if this is
             not known.
@@ -62,9 +66,6 @@ class Evidence:
         comparable: Whether a batch could be run again at all (automatic optimization).
         clippable: Whether the optimizer works with clipped gradients; LBFGS, which estimates curvature, does not.
         comparison: Loss of the batch under the present weights and the snapshot's; ``None`` if not measured.
-        holds_elsewhere: Whether the present weights do no worse than the snapshot's on most of the newest healthy
-            batches, or not clearly worse if only this batch is bad; ``None`` if not measured. Weights that have
-            diverged are clearly worse on all.
         first: Loss of the first healthy update of the run ("the untrained model's loss"); 0 before it.
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         redo_failed: Whether the fault was there again when the updates since a snapshot were made again. So it did not
@@ -76,9 +77,7 @@ class Evidence:
         climbing: Whether losses or gradient norms rose above their usual range just before the fault.
         burst: Whether, before a fault of the learner, a recent gradient norm was suddenly far above those before it.
         rate_rose: Whether the effective learning rate is clearly above that of the snapshot.
-        snapshots: Number of certified snapshots.
-        levels: Loss level of every certified snapshot, newest first.
-        sound: Depth (0 is the newest) of the certified snapshot from which a trial says to go on; ``None`` without one.
+        levels: Loss level of every certified snapshot, newest first; ``None`` for a level that is not known.
         usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.
@@ -87,7 +86,6 @@ class Evidence:
         group_lr: Highest effective rate of any parameter group now; ``None`` if it is not known.
         multiplier: The learning-rate multiplier in force.
         undo: True if a batch's faulty update was made before its reading arrived, so that a restore has to undo it.
-        ranks: Ranks whose state or batch is not finite; empty if all are concerned, or there is one process.
         redo_cause: If the state became bad again when the updates since the last good state were made again: the cause
             (``"optimizer_update"`` or ``"forward_writes_buffer"``) and the place; otherwise two empty words.
         told: A fault since the last good state that the guard did not act on, in words; ``""`` without one.
@@ -99,15 +97,13 @@ class Evidence:
     bad_in_a_row: int = 1
     good_beside: int | None = None
     corrupt: str | None = None
-    averages_alone: bool = False
-    scale_alone: bool = False
+    alone: Literal["averages", "scale"] | None = None
     jump: str | None = None
     batch_strange: bool | None = None
     batch_finite: bool | None = None
     comparable: bool = True
     clippable: bool = True
     comparison: Comparison | None = None
-    holds_elsewhere: bool | None = None
     redo_failed: bool = False
     redone: bool = False
     first: float = 0.0
@@ -117,9 +113,7 @@ class Evidence:
     climbing: bool = False
     burst: bool = False
     rate_rose: bool = False
-    snapshots: int = 0
     levels: tuple[float | None, ...] = ()
-    sound: int | None = None
     usual_norm: float | None = None
     lr: float | None = None
     highest_lr: float | None = None
@@ -128,6 +122,5 @@ class Evidence:
     group_lr: float | None = None
     multiplier: float = 1.0
     undo: bool = False
-    ranks: tuple[int, ...] = ()
     redo_cause: tuple[str, str] = ("", "")
     told: str = ""

@@ -15,6 +15,7 @@ from lightning_nanguard.types import Comparison, Evidence, Scope, Trial
 LIMITS = BlameThresholds()
 CALM = Evidence(step=500, healthy_steps=480, first=2.3, loss_unit=2.3, lr=0.1)
 LOST = Comparison(math.nan, 1.0)
+HOLDS = Comparison(math.nan, 1.0, holds_elsewhere=True)
 FAILED = {"redo_failed": True}
 OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
 
@@ -33,17 +34,17 @@ OWN = Fault("something_of_my_own", "learner", "loss", 5.0, certain=False)
         ({"scope": "batch", "certain": True}, {"comparison": LOST, "healthy_steps": 9}, "learner"),
         (
             {"scope": "batch", "certain": True},
-            {"comparison": LOST, "healthy_steps": 9, "holds_elsewhere": True},
+            {"comparison": HOLDS, "healthy_steps": 9},
             "batch",
         ),
         (
             {"scope": "batch", "certain": True},
-            {"bad_in_a_row": 8, "comparison": LOST, "holds_elsewhere": True},
+            {"bad_in_a_row": 8, "comparison": HOLDS},
             "batch",
         ),
         (
             {"scope": "batch", "certain": True},
-            {"bad_in_a_row": 64, "comparison": LOST, "holds_elsewhere": True},
+            {"bad_in_a_row": 64, "comparison": HOLDS},
             "learner",
         ),
         # The batch is a little harder than the first one, which is all that is known of how losses differ.

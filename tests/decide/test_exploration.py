@@ -45,9 +45,9 @@ FAULTS: dict[str, tuple[Fault, dict[str, Any]]] = {
     "ruined learner": (LOSS, {"comparison": Comparison(math.nan, 0.5), "climbing": True, "growth": 30.0}),
     "lost weights": (LOSS, {"corrupt": "parameter w", "climbing": True}),
     "lost buffer": (BUFFER, {"corrupt": "buffer bn.running_var"}),
-    "lost average": (BUFFER, {"corrupt": "w of an average", "averages_alone": True}),
-    "lost scale": (SCALE, {"scale_alone": True}),
-    "bad batch beside a lost average": (LOSS, {"corrupt": "w", "averages_alone": True, "batch_finite": False}),
+    "lost average": (BUFFER, {"corrupt": "w of an average", "alone": "averages"}),
+    "lost scale": (SCALE, {"alone": "scale"}),
+    "bad batch beside a lost average": (LOSS, {"corrupt": "w", "alone": "averages", "batch_finite": False}),
     "spike": (SPIKE, {"comparison": Comparison(1.0, 1.0)}),
     "behind": (STUCK, {"trial": Trial(1.1, "start", 1 / 16)}),
     "beside": (STUCK, {"trial": Trial()}),
@@ -106,7 +106,7 @@ def faulty(world: World, decides: Policy, event: str) -> tuple[World, Plan]:
     bad = world.bad_in_a_row + 1
     evidence = Evidence(
         step=world.step + 1, healthy_steps=world.healthy, healthy_since_restore=world.since_restore, bad_in_a_row=bad,
-        first=2.3, loss_unit=1.0, snapshots=world.snapshots, levels=(0.5,) * world.snapshots, usual_norm=1.0,
+        first=2.3, loss_unit=1.0, levels=(0.5,) * world.snapshots, usual_norm=1.0,
         lr=0.1 * world.multiplier, highest_lr=0.1 * world.multiplier, lowest_lr=0.1 * world.multiplier,
         multiplier=world.multiplier, **known,
     )  # fmt: skip
@@ -131,15 +131,15 @@ def check(plan: Plan, evidence: Evidence, world: World, event: str, *, may_resto
     """What holds of every plan."""
     for one in plan:
         if isinstance(one, Restore):
-            assert 0 <= one.depth < max(1, evidence.snapshots), "only a certified snapshot is gone back to"
-            assert evidence.snapshots > 0 or evidence.undo
+            assert 0 <= one.depth < max(1, len(evidence.levels)), "only a certified snapshot is gone back to"
+            assert evidence.levels or evidence.undo
         if isinstance(one, Scale):
             assert 0 < one.factor <= 1, "a fault never raises the rate"
             assert 0 <= one.least <= 1
     if evidence.corrupt is not None and not any(isinstance(one, Stop) for one in plan):
         back = any(isinstance(one, Restore) for one in plan)
-        part = evidence.averages_alone and any(isinstance(one, RestoreAverages) for one in plan)
-        spared = evidence.averages_alone and not may_restore
+        part = evidence.alone == "averages" and any(isinstance(one, RestoreAverages) for one in plan)
+        spared = evidence.alone == "averages" and not may_restore
         assert back or part or spared, "lost weights are never trained on, or skipped for"
     if event == "lost average":
         assert not any(isinstance(one, (Restore, Scale, Skip, Stop)) for one in plan), "averages cost the run nothing"

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from lightning_nanguard import Budget, ClipGradients, Fault, ReduceLR, Remedy, ResetMoments, Rollback, StopTraining
 from lightning_nanguard.act.base import RunControl
 from lightning_nanguard.act.defaults import default_remedies
-from lightning_nanguard.decide.policy import Policy
+from lightning_nanguard.decide.policy import Policy, depth_by_level
 from lightning_nanguard.decide.recovery import prove
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.thresholds.decision import RecoveryThresholds
@@ -40,7 +40,7 @@ EXPLODING = Fault("exploding_loss", "learner", "loss", 1e6, "the loss is 1e6", c
 STUCK = Fault("stuck_loss", "learner", "loss", 2.3, "the loss is 2.3", certain=False)
 CORRUPTED = Fault("corrupted_state", "state", "buffer bn.running_var", None, "it is not finite")
 
-GOOD = Evidence(step=500, healthy_steps=480, snapshots=3, levels=(0.5, 0.6, 0.7), first=2.3, loss_unit=2.3,
+GOOD = Evidence(step=500, healthy_steps=480, levels=(0.5, 0.6, 0.7), first=2.3, loss_unit=2.3,
                 usual_norm=1.0, lr=0.1)  # fmt: skip
 # Clipping that begins with a cut may do without it.
 CUT = Scale(0.5, clipped=True)
@@ -69,13 +69,13 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("a corrupt weight after a rise of the rate", EXPLODING, {"corrupt": "parameter w", "rate_rose": True},
      (Restore(0), Scale(0.5, limit=True))),
     ("corrupted state", CORRUPTED, {}, (Restore(0),)),
-    ("the loss scale alone is bad", CORRUPTED, {"scale_alone": True}, (RestoreScale(),)),
-    ("averages alone are bad", CORRUPTED, {"corrupt": "w of an average", "averages_alone": True}, (RestoreAverages(),)),
+    ("the loss scale alone is bad", CORRUPTED, {"alone": "scale"}, (RestoreScale(),)),
+    ("averages alone are bad", CORRUPTED, {"corrupt": "w of an average", "alone": "averages"}, (RestoreAverages(),)),
     ("averages alone are bad at a peak of the rate", CORRUPTED,
-     {"corrupt": "w of an average", "averages_alone": True, "rate_rose": True}, (RestoreAverages(),)),
+     {"corrupt": "w of an average", "alone": "averages", "rate_rose": True}, (RestoreAverages(),)),
     ("a bad batch beside a bad average", BATCH,
-     {"corrupt": "w of an average", "averages_alone": True, "comparison": THE_BATCH}, (RestoreAverages(), Skip())),
-    ("a divergence beside a bad average", EXPLODING, {"corrupt": "w of an average", "averages_alone": True},
+     {"corrupt": "w of an average", "alone": "averages", "comparison": THE_BATCH}, (RestoreAverages(), Skip())),
+    ("a divergence beside a bad average", EXPLODING, {"corrupt": "w of an average", "alone": "averages"},
      (Restore(0), Clip(2.0), CUT)),
     ("a divergence", EXPLODING, {}, (Restore(0), Clip(2.0), CUT)),
     ("a bad update that was made, and is back at once", BATCH,
@@ -93,13 +93,13 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
      {"levels": (0.3, 0.2, 2.3), "first": 2.3, "healthy_since_restore": 5}, (Restore(0), Clip(2.0), CUT)),
     ("a suspicion that nothing confirms, whatever has grown", STUCK, {"growth": 50.0}, ()),
     ("one that a trial does not confirm", STUCK, {"trial": Trial(), "growth": 50.0}, ()),
-    ("a run that lacks a share", STUCK, {"trial": BEHIND, "sound": 2}, ()),
-    ("a run that lacks nearly all", STUCK, {"trial": RUINED, "levels": (2.3, 2.3, 2.3), "sound": 2},
+    ("a run that lacks a share", STUCK, {"trial": BEHIND}, ()),
+    ("a run that lacks nearly all", STUCK, {"trial": RUINED, "levels": (2.3, 2.3, 2.3)},
      (Restore(2), Scale(1 / 64, tried=True))),
-    ("the same where the rate has just risen", STUCK, {"trial": RUINED, "sound": 1, "rate_rose": True},
-     (Restore(1), Scale(1 / 64, limit=True, tried=True))),
+    ("the same where the rate has just risen", STUCK, {"trial": RUINED, "rate_rose": True},
+     (Restore(2), Scale(1 / 64, limit=True, tried=True))),
     ("a state gone bad that was found by looking at a loss: the newest snapshot", STUCK,
-     {"corrupt": "optimizer state exp_avg_sq of w", "levels": (1.0, 1.1, 2.3), "sound": 2}, (Restore(0),)),
+     {"corrupt": "optimizer state exp_avg_sq of w", "levels": (1.0, 1.1, 2.3), "trial": RUINED}, (Restore(0),)),
     ("never good: stop", BATCH, {"healthy_steps": 0, "bad_in_a_row": 64}, (Stop("…"),)),
     ("never good, but for another optimizer's updates: wait", BATCH,
      {"healthy_steps": 0, "bad_in_a_row": 64, "good_beside": 500, "comparison": THE_BATCH}, (Skip(),)),
@@ -108,7 +108,7 @@ ROWS: list[tuple[str, Fault, dict[str, object], Plan]] = [
     ("not good for a while: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 63, "comparison": THE_BATCH}, (Skip(),)),
     ("bad for a whole window: stop", BATCH, {"batch_finite": False, "bad_in_a_row": 1001}, (Stop("…"),)),
     ("bad for almost as long: wait", BATCH, {"batch_finite": False, "bad_in_a_row": 1000}, (Skip(),)),
-    ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "snapshots": 0}, (Skip(),)),
+    ("not good yet: wait", BATCH, {"healthy_steps": 0, "bad_in_a_row": 3, "levels": ()}, (Skip(),)),
     ("a bad update that reached the weights", BATCH, {"undo": True}, (Restore(0),)),
     ("deeper where an older snapshot was better", EXPLODING, {"levels": (5.0, 4.0, 0.5)},
      (Restore(2), Clip(2.0), CUT)),
@@ -311,7 +311,7 @@ class Halve(Remedy):
 @pytest.mark.parametrize("place", range(4))
 @pytest.mark.parametrize(
     ("fault", "evidence"),
-    [(BATCH, {}), (EXPLODING, {}), (CORRUPTED, {}), (EXPLODING, {"corrupt": "parameter w", "snapshots": 0})],
+    [(BATCH, {}), (EXPLODING, {}), (CORRUPTED, {}), (EXPLODING, {"corrupt": "parameter w", "levels": ()})],
     ids=["skipped", "learner", "state", "stopped"],
 )
 def test_who_notifies_is_asked_at_every_fault(place: int, fault: Fault, evidence: dict[str, object]) -> None:
@@ -343,10 +343,30 @@ def test_stopping_makes_no_later_remedy_unheard() -> None:
 
 def test_averages_are_restored_as_often_as_they_go_bad() -> None:
     """Averages cost the budget nothing and never end a run. Where no remedy may restore, they are left alone."""
-    averages = dataclasses.replace(GOOD, corrupt="w of an average", averages_alone=True)
+    averages = dataclasses.replace(GOOD, corrupt="w of an average", alone="averages")
     policy, state = Policy(default_remedies(), Budget(max_rollbacks=1)), PolicyState()
     for _ in range(50):
         plan, state = policy.decide(CORRUPTED, averages, state)
         assert plan == (RestoreAverages(),)
     assert state == PolicyState()
     assert Policy(()).decide(CORRUPTED, averages, PolicyState())[0] == ()
+
+
+@pytest.mark.parametrize(
+    ("levels", "depth", "keeps", "expected"),
+    [
+        ((0.5, 0.5, 0.5), 0, True, 0),
+        ((2.0, 0.5, 0.5), 0, True, 1),
+        ((2.0, 0.5, 0.5), 2, True, 2),
+        ((0.5, 0.5, 2.2), 2, True, 1),
+        ((0.5, 0.5, 2.2), 2, False, 2),
+        ((None, None), 1, True, 1),
+        ((0.5,), 7, True, 0),
+    ],
+    ids=["equal", "a newer one is worse", "asked for", "half is kept", "not kept", "no level known", "no deeper one"],
+)
+def test_depth_by_level(levels: tuple[float | None, ...], depth: int, keeps: bool, expected: int) -> None:
+    """At least the depth asked for, deeper while the level is clearly worse, and short of losing half of what was
+    learned."""
+    evidence = Evidence(step=1, first=2.3, loss_unit=2.3, levels=levels)
+    assert depth_by_level(depth, evidence, same_level=0.1, keeps=keeps) == expected

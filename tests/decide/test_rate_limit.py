@@ -39,7 +39,7 @@ def test_a_finding_bounds_the_cut(evidence: dict[str, float | str], lr: float | 
         (Finding("log_of_zero", 0.85, scope="batch"), {"comparison": Comparison(math.inf, 0.4)}, True),
         (
             Finding("log_of_zero", 0.85, scope="batch"),
-            {"comparison": Comparison(math.inf, 0.4), "holds_elsewhere": True},
+            {"comparison": Comparison(math.inf, 0.4, holds_elsewhere=True)},
             False,
         ),
         (Finding("log_of_zero", 0.85, scope="batch"), {"climbing": True}, True),

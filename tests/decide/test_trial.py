@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_nanguard.decide.trial import TrialLosses, has_fallen, is_enough, judge_trial, lead, pick_arm
+from lightning_nanguard.decide.trial import TrialLosses, is_enough, judge_trial, lead, pick_arm
 from lightning_nanguard.thresholds.trial import TrialThresholds
 from lightning_nanguard.types import Trial
 
@@ -70,32 +70,6 @@ def test_an_arm_from_the_best_state_goes_on() -> None:
     assert judge_trial(replace(one, factor=0.5), LIMITS).continues is False
     assert is_enough(trial, 1, LIMITS)
     assert [is_enough(replace(trial, factor=0.25), shown, LIMITS) for shown in (1, 2)] == [False, True]
-
-
-@pytest.mark.parametrize(
-    ("rates", "rate", "fallen"),
-    [
-        ([(1, 0.1), (50, 3.0), (70, 0.1)], 0.1, True),
-        ([(1, 0.1), (50, 3.0)], 3.0, False),
-        ([(1, 0.1), (50, 0.3), (70, 0.1)], 0.1, False),
-        ([(1, 3.0), (30, 0.1)], 0.1, False),
-        ([(1, 3.0), (60, 0.1)], 0.1, True),
-        ([(1, 0.0), (60, 0.0)], 0.0, False),
-        ([(1, 0.1), (50, 3.0), (70, 0.1)], None, False),
-    ],
-    ids=[
-        "after a peak",
-        "in a peak",
-        "a small peak",
-        "before that update",
-        "since that update",
-        "always zero",
-        "unknown",
-    ],
-)
-def test_a_rate_that_was_higher(rates: list[tuple[int, float]], rate: float | None, fallen: bool) -> None:
-    """A rate has fallen if it was far higher after an update than it is now."""
-    assert has_fallen(rates, 40, rate, LIMITS) == fallen
 
 
 def test_of_arms_that_are_about_as_good_the_highest_rate_goes_on() -> None:

@@ -24,7 +24,6 @@ def test_only_a_check_is_required() -> None:
     detector.load_state_dict(detector.state_dict())
     assert detector.check(one) is None
     assert not detector.uneasy(one)
-    assert not detector.undecided()
     assert not detector.judges_line_search
     assert (detector.limits(), detector.state_dict()) == (None, {})
 

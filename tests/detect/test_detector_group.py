@@ -45,9 +45,6 @@ class Raises(Detector):
     def uneasy(self, reading: Reading) -> bool:
         raise RuntimeError("uneasy")
 
-    def undecided(self) -> bool:
-        raise RuntimeError("undecided")
-
     def limits(self) -> Limits | None:
         raise RuntimeError("limits")
 
@@ -72,7 +69,6 @@ def test_a_detector_that_raises_is_left_out_and_logged_once(caplog: pytest.LogCa
         assert found is not None
         assert found == expected
         assert not group.uneasy(overflow)
-        assert not group.undecided()
         # Nothing is known of the limits of a detector that does not tell them: each reading is looked at.
         assert group.limits() == Limits(-math.inf, -math.inf)
         known = {"overflows": [0, 0], "scale": 64.0, "updated": True}

@@ -11,6 +11,7 @@ import pytest
 
 from lightning_nanguard import DivergingLoss
 from lightning_nanguard.detect.base import AT_ONCE
+from lightning_nanguard.thresholds.detection import DivergingLossThresholds
 from tests.detect.readings import learning_curve, looked_into, reading
 
 SHAPES: list[tuple[str, Callable[[int], float], set[str]]] = [
@@ -115,6 +116,30 @@ def test_uneasy_above_the_middle() -> None:
     detector.accept(reading(60, 9.0))
     assert not detector.uneasy(reading(60, 9.0))
     assert [detector.uneasy(reading(61, loss)) for loss in (1.0, 1.9, 2.1, 9.0)] == [False, False, True, True]
+
+
+def test_first_and_best() -> None:
+    """The best loss is a level, the median of some; before there is one, it is the untrained model's loss."""
+    detector, bests = DivergingLoss(thresholds=DivergingLossThresholds(level_readings=3)), []
+    for step, loss in enumerate([5.0, 1.0, 4.0, 3.0, 2.0, 9.0, 9.0]):
+        detector.accept(reading(step, loss))
+        bests.append(detector._best_level())
+    # A loss above the best level cannot lower it, and is no reason to look.
+    assert bests == [5.0, 5.0, 4.0, 3.0, 3.0, 3.0, 3.0]
+    assert (detector._first, detector._since) == (5.0, 7)
+
+
+def test_what_a_rewind_leaves() -> None:
+    """A rollback keeps the best level and the untrained loss, unless everything was rewound, and counts anew."""
+    detector = DivergingLoss(thresholds=DivergingLossThresholds(level_readings=2))
+    for step, loss in enumerate([5.0, 1.0, 4.0], start=3):
+        detector.accept(reading(step, loss))
+    for step, kept, best in ((4, [5.0, 1.0], 3.0), (2, [], 5.0)):
+        detector.rewind(step)
+        assert (detector._losses.values(), detector._first, detector._best_level()) == (kept, 5.0, best)
+        assert detector._since == 0
+    detector.accept(reading(9, 7.0))
+    assert (detector._first, detector._best_level()) == (7.0, 7.0)
 
 
 def test_losses_that_are_not_there_are_left_out() -> None:

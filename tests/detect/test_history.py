@@ -131,9 +131,9 @@ def test_what_is_not_finite_or_not_there_is_left_out() -> None:
 
 def test_thresholds() -> None:
     """What is kept and looked at are thresholds."""
-    history = ReadingHistory(replace(HistoryThresholds(), readings=6, losses=4, falling_losses=2))
+    history = ReadingHistory(replace(HistoryThresholds(), readings=6, recent=4))
     for step in range(10):
         history.accept(reading(step, 10.0 - step))
-    assert history.losses() == [4.0, 3.0, 2.0, 1.0]
-    assert history.losses(99) == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
+    assert history.losses(4) == [4.0, 3.0, 2.0, 1.0]
+    assert history.losses() == [6.0, 5.0, 4.0, 3.0, 2.0, 1.0]
     assert history.falling()

@@ -97,7 +97,7 @@ def test_traits() -> None:
             "gradient_overflow",
             *gradient,
             1e19,
-            "the gradient norm is 1e+19; its square comes close to overflowing float32",
+            "the gradient norm is 1e+19; its square overflows float32, or nearly does",
             clipping_helps=True,
         ),
         Fault(

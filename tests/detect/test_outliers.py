@@ -33,6 +33,32 @@ def test_an_outlier_stands_alone(values: Sequence[float], outliers: list[float])
     assert found(times_above(10.0), values) == outliers
 
 
+@pytest.mark.parametrize(
+    ("values", "outlier"),
+    [
+        ([*CALM, 50.0], Outlier(4, 50.0, 0.9, 1.2)),
+        ([*CALM, 50.0, 1.0], Outlier(4, 50.0, 0.9, 1.2)),
+        ([*CALM, 50.0, 60.0], None),
+        ([*CALM, 50.0, 1.0, 1.0], None),  # found before
+        ([1.0, 50.0], None),  # too few before it
+        (CALM, None),
+    ],
+)
+def test_an_outlier_at_the_end(values: Sequence[float], outlier: Outlier | None) -> None:
+    """A number that is far above the others is found at the end although too few follow it."""
+    search = OutlierSearch(times_above(10.0), before=4, least=2, after=2)
+    for step, value in enumerate(values):
+        search.add(step, value)
+    assert search.at_end(times_above(10.0)) == outlier
+
+
+def test_a_single_number_is_no_outlier() -> None:
+    """Without others to compare with, nothing is far."""
+    search = OutlierSearch(times_above(10.0), before=3, least=0, after=3)
+    search.add(0, 50.0)
+    assert search.at_end(times_above(10.0)) is None
+
+
 def test_what_is_said_of_an_outlier() -> None:
     """Its step and value, and between which values the others lie; after a rewind nothing is compared."""
     search = OutlierSearch(times_above(10.0), before=2, least=1, after=1)

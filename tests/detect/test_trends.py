@@ -6,6 +6,8 @@ import math
 from dataclasses import replace
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lightning_nanguard.detect.trends import (
     climbs,
@@ -13,6 +15,7 @@ from lightning_nanguard.detect.trends import (
     loss_falls,
     loss_level,
     loss_noise,
+    spread,
     usual_norm,
 )
 from lightning_nanguard.thresholds.detection import (
@@ -46,6 +49,16 @@ def test_loss_falls() -> None:
     """The noise is that within the halves, so a clear fall is not taken for noise."""
     assert loss_falls([2.0, 2.1, 2.0, 2.1, 1.0, 1.1, 1.0, 1.1], errors=2.0)
     assert not loss_falls([2.0, 3.1, 1.0, 2.1, 1.9, 3.0, 0.9, 2.0], errors=2.0)
+    assert not loss_falls([1.0, 1.1, 1.0, 1.1, 2.0, 2.1, 2.0, 2.1], errors=2.0)
+    quick = [2.0, 3.0, 2.0, 3.0, 2.0, 2.0, 1.0, 1.0]
+    assert loss_falls(quick, errors=2.0)
+    assert not loss_falls(quick, errors=3.0)
+
+
+@given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=50), st.floats(-1e3, 1e3))
+def test_spread_does_not_depend_on_where_the_values_lie(values: list[float], shift: float) -> None:
+    """The spread of shifted values is that of the values."""
+    assert spread([value + shift for value in values]) == pytest.approx(spread(values), abs=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -60,17 +73,15 @@ def test_usual_norm(norms: list[float], first: float, usual: float | None) -> No
 
 
 def test_climbs() -> None:
-    """All of the newest have to lie above the range of the others, and one before them may be part of the climb."""
+    """All of the newest have to lie above the range of the others. The one before them may be part of the climb."""
     thresholds = ClimbThresholds(noise=4.0, min_others=1)
     assert not climbs([1.0, 1.0, 9.0, 9.0], 0.5, replace(thresholds, min_others=3))
-    assert not climbs([1.0, 9.0], 0.5, thresholds)
-    assert climbs([1.0, 9.0, 9.0], 0.5, thresholds)
-    assert not climbs([1.0, 9.0, 9.0], 8.0, thresholds)
-    assert not climbs([1.0, 1.0, 9.0, 1.0], 0.5, thresholds)
-    few, many = [0.0, 0.0, 0.0, 1.2, 9.0, 9.0], [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.2, 9.0, 9.0]
-    assert climbs(few, 0.5, thresholds)
-    assert climbs(many, 0.5, thresholds)
-    assert not climbs([1.0, 9.0, 9.0], 0.5, replace(thresholds, newest=3))
+    assert not climbs([1.0, 9.0, 9.0], 0.5, thresholds)
+    for between in (1.0, 9.0):
+        assert climbs([1.0, between, 9.0, 9.0], 0.5, thresholds)
+        assert not climbs([1.0, between, 9.0, 9.0], 8.0, thresholds)
+        assert not climbs([1.0, between, 9.0, 1.0], 0.5, thresholds)
+    assert not climbs([1.0, 9.0, 9.0, 9.0], 0.5, replace(thresholds, newest=3))
 
 
 def test_has_burst() -> None:

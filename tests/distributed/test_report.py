@@ -112,7 +112,7 @@ def test_the_decision_is_the_same_in_any_order_of_ranks(sharded: bool) -> None:
         for order in permutations(reports):
             reading = combined_reading(order, optimizer_index=0, sharded=sharded)
             fault = NonFinite().check(reading)
-            evidence = Evidence(step=9, healthy_steps=8, snapshots=1, levels=(1.0,), usual_norm=1.0, lr=0.1)
+            evidence = Evidence(step=9, healthy_steps=8, levels=(1.0,), usual_norm=1.0, lr=0.1)
             plan = () if fault is None else policy.decide(fault, evidence, PolicyState())[0]
             told.add((reading.finite, reading.loss_finite, None if fault is None else (fault.kind, fault.place), plan))
         assert len(told) == 1

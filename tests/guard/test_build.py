@@ -10,10 +10,9 @@ from torch import Tensor
 
 from lightning_nanguard import Detector, Fault, Reading, ReduceLR, Rollback, TrainingDivergedError
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.deferred_readback import DeferredReadback
+from lightning_nanguard.guard.local_readback import LocalReadback
 from lightning_nanguard.guard.rank_readback import RankReadback
 from lightning_nanguard.guard.readback import MAX_DELAY
-from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.detection import DetectionThresholds, NonFiniteThresholds
 from tests.guard.memory_ranks import memory_ranks
@@ -70,9 +69,9 @@ def test_thresholds_reach_the_default_remedies(tries: int, cut: float) -> None:
 @pytest.mark.parametrize(
     ("settings", "ranks", "kind", "batches"),
     [
-        (Settings(), 1, StepReadback, 1),
-        (Settings(deferred=True), 1, DeferredReadback, MAX_DELAY + 2),
-        (Settings(observe=True), 1, StepReadback, 1),
+        (Settings(), 1, LocalReadback, 1),
+        (Settings(deferred=True), 1, LocalReadback, MAX_DELAY + 2),
+        (Settings(observe=True), 1, LocalReadback, 1),
         (Settings(), 2, RankReadback, MAX_DELAY + 2),
         (Settings(deferred=True), 2, RankReadback, MAX_DELAY + 2),
     ],

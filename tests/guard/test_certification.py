@@ -17,20 +17,13 @@ from tests.guard.plain_loop import PlainLoop, nan_at, remedies
 
 
 class Doubtful(Detector):
-    """Finds nothing, but has doubts about some readings, or waits for more."""
-
-    def __init__(self, *, uneasy: bool = False, undecided: bool = False) -> None:
-        self._uneasy = uneasy
-        self._undecided = undecided
+    """Finds nothing, but has doubts about every reading."""
 
     def check(self, reading: Reading) -> Fault | None:
         return None
 
     def uneasy(self, reading: Reading) -> bool:
-        return self._uneasy
-
-    def undecided(self) -> bool:
-        return self._undecided
+        return True
 
 
 def certified(loop: PlainLoop) -> list[int]:
@@ -65,18 +58,11 @@ def test_a_snapshot_waits_for_two_healthy_updates() -> None:
 def test_nothing_is_certified_on_uneasy_readings_for_long() -> None:
     """A detector's doubts put the certification off, by as many healthy updates as the threshold says."""
     snapshots = SnapshotsThresholds(ring=RingThresholds(certify_anyway=10))
-    loop = PlainLoop(detectors=[Doubtful(uneasy=True)], thresholds=replace(Thresholds(), snapshots=snapshots))
+    loop = PlainLoop(detectors=[Doubtful()], thresholds=replace(Thresholds(), snapshots=snapshots))
     loop.run(8)
     assert certified(loop) == []
     loop.run(1)
     assert certified(loop) == [0]
-
-
-def test_nothing_is_certified_while_a_detector_is_undecided() -> None:
-    """However long that lasts."""
-    loop = PlainLoop(detectors=[Doubtful(undecided=True)])
-    loop.run(150)
-    assert certified(loop) == []
 
 
 class Spare(nn.Linear):

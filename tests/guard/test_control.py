@@ -81,7 +81,7 @@ def test_a_run_is_compared_if_its_updates_can_be_made_again() -> None:
     control = Control(context, made)
     control.begin()
     followed = []
-    for step in range(context.thresholds.trial.controlled + 3):
+    for step in range(context.thresholds.trial.picked_after + 3):
         loop.optimizer.param_groups[0]["lr"] = 0.05 / (1 + step % 3)
         loop.run(1)
         loop.optimizer.param_groups[0]["lr"] = 1.0  # for the next step, as by a scheduler

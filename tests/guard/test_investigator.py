@@ -33,7 +33,8 @@ def look(loop: PlainLoop, fault: Fault = WEIGHTS, *, loss: float = 9.0, **known:
     before = known.pop("before", {})
     at_hand = known.pop("at_hand", True)
     found = FoundFault(fault, reading)
-    return loop.guard._parts.investigator.look_into(found, Evidence(step, **known), at_hand=at_hand, before=before)
+    known_yet = Evidence(step, **known)
+    return loop.guard._parts.investigator.look_into(found, known_yet, at_hand=at_hand, before=before)[0]
 
 
 def trained(**options: Any) -> PlainLoop:

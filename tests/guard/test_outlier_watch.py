@@ -26,10 +26,12 @@ class Odd(Task):
         return loss * self.factor if batch_idx == self.at else loss
 
 
-def run(folder: Path, guard: NaNGuard | None, *, factor: float = 1.0, rate: float = 1.0, **options: Any) -> Any:
+def run(
+    folder: Path, guard: NaNGuard | None, *, factor: float = 1.0, rate: float = 1.0, at: int = 12, **options: Any
+) -> Any:
     torch.manual_seed(0)
-    module = Odd(mlp(), lambda p: SGD(p, lr=1e-3), lambda one: LambdaLR(one, lambda n: rate if n == 12 else 1.0))
-    module.factor = factor
+    module = Odd(mlp(), lambda p: SGD(p, lr=1e-3), lambda one: LambdaLR(one, lambda n: rate if n == at else 1.0))
+    module.factor, module.at = factor, at
     return fit(module, batches(count=24), guard, folder=folder, **options)
 
 
@@ -57,6 +59,40 @@ def test_an_outlier_is_told_once_and_changes_nothing(
     assert guard.interventions == ()
     assert [(one.finding.cause, one.finding.place) for one in guard.advice] == ([] if told is None else [told])
     assert all("of update 13 was" in one.finding.suggestion for one in guard.advice)
+
+
+@pytest.mark.parametrize("at", [21, 23])
+@pytest.mark.parametrize("readback", ["step", "deferred"])
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [({"factor": 300.0}, ["gradient_spike"]), ({"rate": 300.0}, ["learning_rate_outlier"]), ({"rate": 1e-3}, [])],
+    ids=str,
+)
+def test_an_outlier_among_the_last_updates(
+    changed: dict[str, float], told: list[str], at: int, readback: Any, tmp_path: Path
+) -> None:
+    """It is told at the end of the run. A rate that falls there is usual."""
+    guard = NaNGuard(dirpath=tmp_path, readback=readback, preflight=False)
+    run(tmp_path, guard, at=at, **changed)
+    assert [one.finding.cause for one in guard.advice] == told
+    if "rate" in changed:
+        assert all(f"of update {at + 1} was" in one.finding.suggestion for one in guard.advice)
+
+
+def test_the_loss_of_a_smaller_batch_is_no_outlier(tmp_path: Path) -> None:
+    """A sum over samples is far lower in the last batch of an epoch, which is no reason for advice."""
+
+    class Sums(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            loss: Tensor = super().training_step(batch, batch_idx) + 4
+            return loss * len(batch[0])
+
+    torch.manual_seed(0)
+    data = batches(count=20)
+    data[-1] = data[-1][0][:1], data[-1][1][:1]
+    guard = NaNGuard(dirpath=tmp_path, preflight=False)
+    fit(Sums(mlp(), lambda p: SGD(p, lr=1e-4)), data, guard, folder=tmp_path, max_epochs=3)
+    assert guard.advice == ()
 
 
 def test_an_overflow_that_a_gradscaler_skips_is_no_outlier(tmp_path: Path) -> None:

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.readback import Arrived, Readback
+from lightning_nanguard.guard.rank_readback import Readback
+from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.state.batch_undo import BatchUndo
 from tests.guard.memory_ranks import memory_ranks
 from tests.guard.plain_loop import PlainLoop

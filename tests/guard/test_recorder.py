@@ -25,7 +25,7 @@ def test_the_clock_of_an_update_is_that_of_its_batch() -> None:
     for loop.step, loop.guard.context.state.step in ((1, 2), (2, 4), (3, 6)):
         recorder.mark()
     loop.step = 4
-    clocks = [recorder.clock_of(step)[0] for step in range(3, 8)]
+    clocks = [recorder.clock(step)[0] for step in range(3, 8)]
     assert clocks == [2, 2, 3, 3, 4]
 
 

@@ -17,7 +17,7 @@ def thresholds(first_after: int) -> Thresholds:
     """Reviews come so many healthy updates after a cut, and a loss counts as one that no longer falls."""
     defaults = Thresholds()
     review = replace(defaults.rate_search.review, first_after=first_after)
-    history = replace(defaults.detection.history, falling_losses=2, falling=1e9)
+    history = replace(defaults.detection.history, recent=4, falling=1e9)
     return replace(
         defaults,
         rate_search=replace(defaults.rate_search, review=review),

@@ -164,7 +164,7 @@ def test_whoever_looks_at_the_state_waits_for_copies_first() -> None:
     learner = guard.context.learner
     learner.device, driver = fake_device()
     copies = SideCopy(learner.device)
-    guard._parts.snapshots._placement._side_copy = copies
+    guard._parts.snapshots.placement._side_copy = copies
     live = net.last.weight.detach()
     check = copies.send([learner.device.pinned_like(live)], [live])
     guard.check()

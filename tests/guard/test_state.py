@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import pytest
+
 from lightning_nanguard.guard.state import GuardState
 
 
@@ -16,16 +18,13 @@ def test_a_rate_is_noted_where_it_changes() -> None:
     assert list(state.rates) == [(1, 0.1), (3, 0.05), (5, 0.1)]
 
 
-def test_the_highest_rate_of_the_run() -> None:
-    """Since the last rollback, or since the start; a rate that was set earlier and kept counts, too."""
+def test_the_first_rate_and_the_last_rollback() -> None:
+    """Both are known from the start on, if there are any."""
     state = GuardState()
-    assert (state.first_rate, state.highest_rate()) == (None, None)
-    state.rates.extend([(1, 0.1), (5, 3.0), (6, 0.1), (20, 0.05)])
-    assert (state.first_rate, state.highest_rate()) == (0.1, 3.0)
-    state.policy = replace(state.policy, restores=((10, "loss"),))
-    assert state.highest_rate() == 0.1
+    assert (state.first_rate, state.last_rollback) == (None, 0)
+    state.rates.extend([(1, 0.1), (5, 3.0)])
     state.policy = replace(state.policy, restores=((10, "loss"), (19, "loss")))
-    assert state.highest_rate() == 0.05
+    assert (state.first_rate, state.last_rollback) == (0.1, 19)
 
 
 def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:
@@ -35,6 +34,23 @@ def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:
         state.note_rate(1.0 / (state.step + 1))
     assert len(state.rates) == 1024
     assert state.rates[-1] == (2999, 1.0 / 3000)
+
+
+@pytest.mark.parametrize(
+    ("rates", "highest"),
+    [
+        ([(1, 0.1), (50, 3.0), (70, 0.1)], 3.0),
+        ([(1, 3.0), (30, 0.1)], 0.1),
+        ([(1, 3.0), (60, 0.1)], 3.0),
+        ([], 0.0),
+    ],
+    ids=["a peak", "before that update", "since that update", "unknown"],
+)
+def test_the_highest_rate_since_an_update(rates: list[tuple[int, float]], highest: float) -> None:
+    """The rate that was in force at that update counts, too."""
+    state = GuardState()
+    state.rates.extend(rates)
+    assert state.highest_rate(40) == highest
 
 
 def test_the_evaluations_of_one_step_are_one_update() -> None:

@@ -3,24 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lightning_nanguard.measure.norms import exact_norm, partial_norms
-from lightning_nanguard.measure.readings import PendingReading, pending_reading
+from lightning_nanguard.measure.readings import PendingReading, sum_of
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.device import Device
 
 
-def pending(**options: Any) -> PendingReading:
-    made = pending_reading(
-        **{"step": 0, "optimizer_index": 0, "losses": [], "loss_factor": 1.0, "norms": [], **options}
-    )
-    assert made is not None
-    return made
+def pending(losses: Sequence[Tensor] = (), **options: Any) -> PendingReading:
+    return PendingReading(**{"step": 0, "optimizer_index": 0, "norms": [], **options}, loss=sum_of(losses))
 
 
 def test_a_gradient_that_overflows_its_own_norm_is_confirmed() -> None:
@@ -56,11 +53,6 @@ def test_a_scale_of_zero_or_below() -> None:
     assert (reading.loss, reading.grad_norm, reading.finite) == (2.0, 2.0, True)
     reading = pending(**options, loss_scale=torch.tensor(0.0)).read()
     assert (reading.loss, reading.loss_finite, reading.finite) == (None, True, False)
-
-
-def test_nothing_measured_is_no_reading() -> None:
-    """Without a loss and without a gradient there is nothing to read."""
-    assert pending_reading(step=0, optimizer_index=0, losses=[], loss_factor=1.0, norms=[]) is None
 
 
 @pytest.mark.parametrize(

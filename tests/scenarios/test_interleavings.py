@@ -19,7 +19,7 @@ from torch import Tensor, nn, optim
 from lightning_nanguard import Intervention
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.local_readback import DeferredReadings
 from lightning_nanguard.guard.loop import NoReplay
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.measure.readings import PendingReading

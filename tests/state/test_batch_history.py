@@ -9,7 +9,12 @@ import pytest
 import torch
 
 from lightning_nanguard.state.batch_history import BatchHistory
-from lightning_nanguard.thresholds.batches import BatchesThresholds, HealthyBatchesThresholds, MicroBatchesThresholds
+from lightning_nanguard.thresholds.batches import (
+    BatchesThresholds,
+    HealthyBatchesThresholds,
+    MicroBatchesThresholds,
+    RepeatedStepsThresholds,
+)
 
 CPU = torch.device("cpu")
 
@@ -86,7 +91,9 @@ def test_four_healthy_batches_are_kept() -> None:
 
 def test_healthy_batches_take_bounded_memory() -> None:
     """Large batches are fewer; their size is measured anew after some of them."""
-    limits = replace(BatchesThresholds(), healthy=HealthyBatchesThresholds(most_bytes=1000, measured_every=2))
+    limits = BatchesThresholds(
+        healthy=HealthyBatchesThresholds(most_bytes=1000), repeated=RepeatedStepsThresholds(measured_every=2)
+    )
     history = BatchHistory(CPU, thresholds=limits)
     for index, elements in enumerate((100, 100, 200, 1, 1, 1, 1, 1)):
         history.accept([torch.zeros(elements)], index)

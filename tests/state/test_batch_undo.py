@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torchmetrics import CatMetric, MaxMetric, MeanMetric, Metric
 
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.thresholds.batches import BatchUndoThresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from tests.helpers import copied, same_bits
 from tests.state.nets import Net
 
@@ -185,7 +185,7 @@ def test_a_buffer_of_another_shape_comes_back() -> None:
 def test_modules_added_later_are_found() -> None:
     """The modules are listed anew after so many batches."""
     net = nn.Sequential(nn.BatchNorm1d(2))
-    undo = BatchUndo(net, thresholds=replace(BatchUndoThresholds(), modules_counted_every=2))
+    undo = BatchUndo(net, thresholds=replace(RepeatedStepsThresholds(), modules_counted_every=2))
     undo.open()
     net.append(nn.BatchNorm1d(2))
     undo.open()
@@ -213,7 +213,7 @@ def test_hidden_modules_keep_their_own_copies() -> None:
     """If one of several networks in a list goes, the copies of the others are still theirs."""
     net = Net()
     net.hidden = [nn.BatchNorm1d(2), nn.BatchNorm1d(2)]
-    undo = BatchUndo(net, thresholds=BatchUndoThresholds(modules_counted_every=1))
+    undo = BatchUndo(net, thresholds=RepeatedStepsThresholds(modules_counted_every=1))
     for number, one in enumerate(net.hidden):
         one.running_mean.fill_(float(number))
     undo.open()

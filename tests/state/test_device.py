@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from lightning_nanguard.state import device
 from lightning_nanguard.state.device import (
     Device,
+    Driver,
     HostCopy,
-    TorchDriver,
     host_blocks,
     pinned_bytes,
     random_generator,
@@ -55,7 +55,7 @@ def test_a_device_without_events_is_waited_for() -> None:
             sent.append(bool((kwargs or {}).get("non_blocking")))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    copy = HostCopy(torch.tensor([1.5, 2.5]).as_subclass(OnMps), TorchDriver())
+    copy = HostCopy(torch.tensor([1.5, 2.5]).as_subclass(OnMps), Driver())
     assert copy.read() == [1.5, 2.5]
     assert sent
     assert not any(sent)

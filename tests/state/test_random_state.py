@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from lightning_nanguard.state.random_state import RandomStreams
-from lightning_nanguard.thresholds.batches import RandomStreamsThresholds
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from tests.helpers import differences, random_state, seed_all
 
 CPU = torch.device("cpu")
@@ -51,7 +51,7 @@ def test_a_stream_that_steps_do_not_draw_from_costs_nothing_and_is_left_alone() 
 def test_a_step_that_begins_to_draw_is_noticed() -> None:
     """The next check finds it, and from then on the stream is remembered before every step."""
     seed_all()
-    streams = RandomStreams(CPU, replace(RandomStreamsThresholds(), checked_every=8))
+    streams = RandomStreams(CPU, replace(RepeatedStepsThresholds(), checked_every=8))
     for step in range(20):
         before = streams.open()
         drawn = random.random() if step >= 4 else None

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.snapshots import RingThresholds
+from lightning_nanguard.types import Evidence, Trial
 
 
 def snapshot_at(step: int, level: float | None) -> Snapshot:
@@ -64,12 +65,14 @@ def test_a_pending_snapshot_under_suspicion_goes() -> None:
 
 
 def test_the_snapshot_to_compare_with() -> None:
-    """It is the sound one where that is known, else the newest whose loss was about the best."""
+    """It is the newest whose loss was about the best, and after a trial that goes on from the start the oldest."""
     ring = ring_of([1.0, 1.05, 3.0])
-    assert ring.good(sound=2, loss_unit=1.0) is ring.certified[2]
-    assert ring.good(sound=None, loss_unit=1.0) is ring.certified[1]
-    assert ring.good(sound=7, loss_unit=0.1) is ring.certified[2]
-    assert Ring().good(sound=None, loss_unit=1.0) is None
+    assert ring.good(1.0) is ring.certified[1]
+    assert ring.good(0.1) is ring.certified[2]
+    assert Ring().good(1.0) is None
+    for trial, depth in ((None, 1), (Trial(0.6, "best"), 1), (Trial(0.6, "start"), 2)):
+        assert ring.good_for(Evidence(step=9, trial=trial)) is ring.certified[depth]
+    assert Ring().good_for(Evidence(step=9, trial=Trial())) is None
 
 
 def test_going_back_drops_what_is_newer() -> None:
@@ -101,7 +104,7 @@ def test_thresholds_are_given() -> None:
         assert ring.healthy(step + 1)
         ring.certify(loss_unit=1.0)
     assert ring.certify_after == 1
-    assert ring.good(sound=None, loss_unit=1.0) is ring.certified[0]
+    assert ring.good(1.0) is ring.certified[0]
 
 
 def test_what_the_present_state_was_trained_from() -> None:

@@ -10,9 +10,8 @@ import torch
 from torch import nn
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.guard.deferred_readback import DeferredReadback
+from lightning_nanguard.guard.local_readback import LocalReadback
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner
-from lightning_nanguard.guard.step_readback import StepReadback
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.build import _deferred
 from lightning_nanguard.trainer.fit import Fit
@@ -43,18 +42,19 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fit]:
 
 
 @pytest.mark.parametrize(
-    ("given", "readback", "runner"),
+    ("given", "late", "runner"),
     [
-        ("nothing", StepReadback, ActingRunner),
-        ("deferred", DeferredReadback, ActingRunner),
-        ("observed", StepReadback, ObservingRunner),
-        ("the rest", StepReadback, ActingRunner),
+        ("nothing", False, ActingRunner),
+        ("deferred", True, ActingRunner),
+        ("observed", False, ObservingRunner),
+        ("the rest", False, ActingRunner),
     ],
 )
-def test_the_parts_are_those_asked_for(built: dict[str, Fit], given: str, readback: type, runner: type) -> None:
+def test_the_parts_are_those_asked_for(built: dict[str, Fit], given: str, late: bool, runner: type) -> None:
     """How readings arrive, and whether the guard acts."""
     parts = built[given].guard._parts
-    assert (type(parts.readback), type(parts.runner)) == (readback, runner)
+    assert (type(parts.readback), type(parts.runner)) == (LocalReadback, runner)
+    assert parts.caution.may_be_late(0) is late
 
 
 def test_what_is_left_out_is_chosen(built: dict[str, Fit]) -> None:

@@ -18,7 +18,7 @@ from lightning_nanguard.act.skip import skips_on_device
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.thresholds import BatchesThresholds, Thresholds
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.thresholds.decision import DecisionThresholds, LateReadingThresholds
+from lightning_nanguard.thresholds.decision import DecisionThresholds
 from tests.helpers import (
     FaultAt,
     Task,
@@ -241,8 +241,7 @@ def test_batches_out_of_all_proportion_are_undone_by_default(make: Callable[...,
 @pytest.mark.usefixtures("late")
 def test_after_a_while_updates_are_read_late_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Without a further fault the run goes back to waiting for nothing; twice as long each time that proved wrong."""
-    late = LateReadingThresholds(careful=20)
-    thresholds = Thresholds(decision=DecisionThresholds(late=late))
+    thresholds = Thresholds(decision=DecisionThresholds(careful=20))
     guard = NaNGuard(snapshot_every_n_steps=4, readback="deferred", thresholds=thresholds)
     fault = FaultAt("input", math.nan, [10, 25, 50, 85, 110])
     run = fit(task("norm", plain), data_for("norm", 130), guard, folder=tmp_path, callbacks=[fault])

@@ -16,6 +16,7 @@ from lightning_nanguard.diagnosis.rules.signs import (
     worse_than_before,
 )
 from lightning_nanguard.record.text import counted
+from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.types import Evidence, Finding
 
@@ -40,7 +41,7 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
-    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.learner):
+    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
         moved = (
             f"has an element that went from {change.before:.4g} to {change.now:.4g}, while the others moved by "
             f"at most {change.usual:.2g}"
@@ -59,9 +60,9 @@ def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
 
 
-def _bad_there_too(case: Case, limits: LearnerThresholds) -> bool:
+def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
     loss, unit = case.clues.good_loss, case.evidence.loss_unit
-    return loss is not None and loss > case.evidence.first + limits.bad_loss_units * unit
+    return loss is not None and loss > case.evidence.first + limits.sane_loss * unit
 
 
 def _corrupted(

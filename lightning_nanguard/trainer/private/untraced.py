@@ -34,7 +34,7 @@ def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThres
         module: Its module.
         thresholds: Which objects are copied, and how deep attributes are searched.
     """
-    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.undo)
+    trace = BatchUndo(module, [partial(remember_running_means, trainer)], thorough=True, thresholds=thresholds.repeated)
     trace.open()
     with ExitStack() as last:
         last.callback(trace.undo)

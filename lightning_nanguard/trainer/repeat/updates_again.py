@@ -164,7 +164,7 @@ class UpdatesAgain:
     def _bytes_of(self, micros: list[WindowEntry]) -> int | None:
         """Bytes that are kept only for one update; ``None`` if they are not known."""
         starts = [*([] if self._before is None else [self._before]), *(micro.start for micro in micros)]
-        values = [value for one, other in pairwise(starts) for value in other.not_in(one)]
+        values = [value for one, other in pairwise(starts) for value in other.attributes.not_in(one.attributes)]
         return bytes_of([*values, *(micro.run.batch for micro in micros)], _holds_more)
 
     def since(self, snapshot: Snapshot, number: int, faulty: int) -> list[_Update] | None:

@@ -85,7 +85,7 @@ class AccumulationWindow:
         micros.append(WindowEntry(run, start))
         self.completes = not accumulates(self._trainer)
         if len(micros) > 1 or self._trainer.accumulate_grad_batches > 1:
-            carried = [] if len(micros) == 1 else start.not_in(micros[-2].start)
+            carried = [] if len(micros) == 1 else start.attributes.not_in(micros[-2].start.attributes)
             held = bytes_of([run.batch, *(one for one in carried if isinstance(one, Tensor))])
             self._bytes += math.inf if held is None else held
         if not self.is_kept():

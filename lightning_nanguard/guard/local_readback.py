@@ -1,9 +1,10 @@
-"""Reads each update's loss and gradient norm up to two updates later, without waiting for the device."""
+"""Reads loss and gradient norm of the updates of one process: before an update is made, or up to two updates later."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import final
 
 from lightning_nanguard.act.skip import skips_on_device
@@ -86,48 +87,51 @@ class DeferredReadings:
 
 
 @final
-class DeferredReadback:
-    """Reads an update after it is made, if that is allowed; a :class:`~lightning_nanguard.guard.readback.Readback`.
+@dataclass(eq=False)
+class LocalReadback:
+    """Reads each update of one process before it is made or, if that is allowed, up to two updates later.
 
     Args:
         meter: Measures loss and gradient norm.
         state: The guard's counts.
         readings: The readings that have not arrived yet.
         caution: Decides which updates are read before they are made.
+
+    Attributes:
+        at_hand: The reading of the present update, if it was read before the optimizer's step, else ``None``.
     """
 
-    def __init__(self, meter: Meter, state: GuardState, readings: DeferredReadings, caution: Caution) -> None:
-        self._meter = meter
-        self._state = state
-        self._readings = readings
-        self._caution = caution
-        self._late = False
-        self.at_hand: Reading | None = None
+    meter: Meter
+    state: GuardState
+    readings: DeferredReadings
+    caution: Caution
+    _late: bool = field(default=False, init=False)
+    at_hand: Reading | None = field(default=None, init=False)
 
     def due(self, optimizer_index: int) -> Iterator[Arrived]:
-        """Readings that have arrived. If the next update must be read before it is made, all readings."""
-        self._late = self._caution.may_be_late(optimizer_index)
-        return self._arrived_by(self._state.step + (0 if self._late else MAX_DELAY))
+        """Readings of earlier updates that have arrived; all of them if the next one must be read before it is made."""
+        self._late = self.caution.may_be_late(optimizer_index)
+        return self._arrived_by(self.state.step + (0 if self._late else MAX_DELAY))
 
     def submit(self, optimizer_index: int, undo: BatchUndo) -> Arrived | None:
-        """The reading of this update, if it must be read before it is made."""
-        step, self.at_hand = self._state.step, None
+        """Measure the update that this optimizer is about to make; return its reading if it is read before that."""
+        step, self.at_hand = self.state.step, None
         if self._late:
-            pending = self._meter.measure_later(step, optimizer_index)
+            pending = self.meter.measure_later(step, optimizer_index)
             if pending is not None:
-                self._readings.defer(pending, undo, line_search=self._meter.is_line_search(optimizer_index))
+                self.readings.defer(pending, undo, line_search=self.meter.is_line_search(optimizer_index))
             return None
-        self.at_hand = self._meter.measure_now(step, optimizer_index)
+        self.at_hand = self.meter.measure_now(step, optimizer_index)
         if self.at_hand is None:
             return None
-        return Arrived(self.at_hand, undo, line_search=self._meter.is_line_search(optimizer_index))
+        return Arrived(self.at_hand, undo, line_search=self.meter.is_line_search(optimizer_index))
 
     def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived by now."""
-        return self._arrived_by(self._state.step)
+        return self._arrived_by(self.state.step)
 
     def _arrived_by(self, step: int) -> Iterator[Arrived]:
-        while (late := self._readings.arrived(step)) is not None:
+        while (late := self.readings.arrived(step)) is not None:
             yield self._read(*late)
 
     def _read(self, pending: PendingReading, undo: BatchUndo, line_search: bool) -> Arrived:
@@ -141,18 +145,18 @@ class DeferredReadback:
 
     def flush(self) -> Iterator[Arrived]:
         """Wait for all readings that have not arrived yet, and return them."""
-        while self._readings:
-            yield self._read(*self._readings.next())
+        while self.readings:
+            yield self._read(*self.readings.next())
 
     def hold(self, fault: Fault) -> bool:
         """Keep no fault: it can be judged at once."""
         return False
 
     def end_batch(self) -> bool:
-        """Remove the flags from the optimizers; readings may still arrive."""
-        self._readings.drop_flags()
-        return True
+        """Remove the flags from the optimizers; return whether readings are still on their way."""
+        self.readings.drop_flags()
+        return len(self.readings) > 0
 
     def clear(self) -> None:
         """Forget all readings that have not arrived yet."""
-        self._readings.clear()
+        self.readings.clear()

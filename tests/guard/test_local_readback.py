@@ -1,4 +1,4 @@
-"""Readings up to two updates late."""
+"""Readings before the step, and up to two updates late."""
 
 from __future__ import annotations
 
@@ -9,10 +9,13 @@ import torch
 from torch import nn
 
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.deferred_readback import DeferredReadings
+from lightning_nanguard.guard.local_readback import DeferredReadings, LocalReadback
+from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.readback import Arrived
+from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.learner import Learner
 from tests.guard.plain_loop import PlainLoop, remedies
 
 
@@ -54,7 +57,7 @@ def test_before_an_update_that_is_read_in_time_all_others_are_read() -> None:
     loop = PlainLoop(settings=Settings(deferred=True))
     readback, caution = loop.guard._parts.readback, loop.guard._parts.caution
     for step in (1, 2):
-        readback._readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
+        readback.readings.defer(pending(step), BatchUndo(loop.net), line_search=False)
     loop.guard.context.state.step = 2
     assert list(readback.due(0)) == []
     caution.load_state_dict({"undone": 1, "careful_until": 10})
@@ -126,7 +129,7 @@ def test_buffers_of_a_bad_batch_are_put_back_before_the_next() -> None:
 def test_whether_a_bad_update_reached_the_weights(fused: bool, norm: float, reached: bool) -> None:
     """The device holds back what is not finite; a finite spike is made, and any update of another optimizer."""
     loop = PlainLoop(fused=fused, settings=Settings(deferred=True))
-    loop.guard._parts.readback._readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net), line_search=False)
+    loop.guard._parts.readback.readings.defer(pending(1, 1.0, norm), BatchUndo(loop.net), line_search=False)
     (arrived,) = loop.guard._parts.readback.flush()
     assert isinstance(arrived, Arrived)
     assert arrived.reached is reached
@@ -139,3 +142,68 @@ def test_a_late_fault_is_on_record_under_its_own_batch() -> None:
     loop.run(30, lambda step, batch: batch[0].fill_(math.nan) if step == 12 else None)
     assert remedies(loop) == [("skip",)]
     assert (loop.records[0].global_step, loop.records[0].batch_idx) == (13, 12)
+
+
+def test_the_reading_is_that_of_the_update_at_hand() -> None:
+    """Loss and norm, before the step is made; the losses it was made of are used up."""
+    loop = PlainLoop(settings=Settings())
+    meter, undo = loop.guard._parts.meter, BatchUndo(loop.net)
+    readback = loop.guard._parts.readback
+    loss = loop.loss()
+    meter.see_loss(loss)
+    loss.backward()
+    loop.guard.context.state.step = 7
+    arrived = readback.submit(0, undo)
+    norm = torch.cat([parameter.grad.flatten() for parameter in loop.net.parameters()]).norm()
+    assert arrived is not None
+    assert arrived.undo is undo
+    assert (arrived.reading.step, arrived.reading.loss) == (7, loss.item())
+    torch.testing.assert_close(torch.tensor(arrived.reading.grad_norm), norm)
+    assert (arrived.late, arrived.reached, arrived.line_search) == (False, False, False)
+    again = meter.measure_now(8, 0)
+    assert again is not None
+    assert again.loss is None
+
+
+def test_an_update_without_loss_and_gradient_has_no_reading() -> None:
+    """Such as the step of an optimizer whose parameters took no part."""
+    loop = PlainLoop(settings=Settings())
+    assert loop.guard._parts.readback.submit(0, BatchUndo(loop.net)) is None
+    assert loop.guard._parts.readback.at_hand is None
+
+
+def test_further_closures_of_one_step_are_a_line_search() -> None:
+    """LBFGS evaluates the loss several times in a step: what comes after the first only tries a place out."""
+    loop = PlainLoop()
+    optimizer = torch.optim.LBFGS(loop.net.parameters(), max_iter=4)
+    learner, state = Learner(loop.net, [optimizer]), GuardState()
+    meter = Meter(learner, loop.micro_batches)
+    readings = DeferredReadings(learner, state, by_loss=True, observe=False)
+    readback = LocalReadback(meter, state, readings, loop.guard._parts.caution)
+    seen = []
+
+    def closure() -> torch.Tensor:
+        optimizer.zero_grad()
+        loss = loop.loss()
+        meter.see_loss(loss)
+        loss.backward()
+        arrived = readback.submit(0, BatchUndo(loop.net))
+        assert arrived is not None
+        seen.append(arrived.line_search)
+        return loss
+
+    loop.batch = torch.randn(8, 3)
+    for _ in range(2):
+        optimizer.step(closure)
+        meter.end_batch()
+    first = seen.index(False, 1)
+    assert seen[:2] == [False, True]
+    assert seen.count(False) == 2
+    assert seen[first + 1 :] == [True] * len(seen[first + 1 :])
+
+
+def test_nothing_is_ever_late() -> None:
+    """No reading is on its way, and none arrives after the end of its batch."""
+    readback = PlainLoop(settings=Settings()).guard._parts.readback
+    assert not readback.end_batch()
+    assert list(readback.due(0)) == list(readback.arrived(0)) == list(readback.flush()) == []
