@@ -60,4 +60,5 @@ def gradient_not_zeroed(seen: Observation, thresholds: DiagnosisThresholds) -> F
             f"in {seen.added} updates in a row the gradient was added to that of the update before. "
             "Call optimizer.zero_grad() before each backward pass that begins an update."
         ),
+        scope="learner",  # the updates become too large at any rate
     )
