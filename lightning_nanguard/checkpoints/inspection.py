@@ -13,7 +13,7 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
+from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned, state_of_guard
 from lightning_nanguard.record.run_history import with_earlier_parts
 from lightning_nanguard.record.run_log import RunLog
 
@@ -48,10 +48,8 @@ class Inspection:
 
 def run_of(checkpoint: Mapping[str, Any]) -> str:
     """Id of the guarded run that saved a checkpoint; ``""`` if the checkpoint has none."""
-    callbacks = checkpoint.get("callbacks")
-    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
-    ids = (state.get("run") for key, state in states if "NaNGuard" in str(key) and isinstance(state, Mapping))
-    return next((one for one in ids if isinstance(one, str)), "")
+    run = state_of_guard(checkpoint).get("run")
+    return run if isinstance(run, str) else ""
 
 
 def run_of_file(path: Path) -> str | None:

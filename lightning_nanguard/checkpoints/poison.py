@@ -10,6 +10,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.finite import non_finite_indices
 from lightning_nanguard.measure.tensors import dense_values, local, shape_of
+from lightning_nanguard.state.finite import SECOND_MOMENTS
 from lightning_nanguard.state.learner import StateKey, unwrapped
 
 
@@ -45,16 +46,32 @@ def poisoned(checkpoint: Mapping[str, Any], known: KnownWeights) -> list[str]:
         ['state_dict: w']
     """
     found = [*_looked_at(checkpoint, known.tensors, ())]
-    bad = []
+    bad, overflow = [], _squares_overflow(checkpoint)
     for index in non_finite_indices([local(tensor) for _, _, tensor in found]):
         where, name, tensor = found[index]
         weight, wrong = unwrapped(name), ~torch.isfinite(dense_values(tensor))
         mask = known.allowed.get(("buffer", weight), known.allowed.get(("parameter", weight)))
         if mask is not None and mask.shape == wrong.shape:
             wrong &= ~mask.to(wrong.device)
+        if overflow and name.partition(" of parameter ")[0] in SECOND_MOMENTS:
+            wrong &= dense_values(tensor) != torch.inf
         if weight not in known.own and bool(wrong.any()):
             bad.append(f"{'/'.join(where)}: {name}")
     return bad
+
+
+def _squares_overflow(checkpoint: Mapping[str, Any]) -> bool:
+    """Whether the gradients of the run are so large that its second moments are infinite."""
+    guard = state_of_guard(checkpoint).get("guard")
+    return isinstance(guard, Mapping) and bool(guard.get("large_gradients_usual"))
+
+
+def state_of_guard(checkpoint: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The guard's own state in a checkpoint; empty if it has none."""
+    callbacks = checkpoint.get("callbacks")
+    states = callbacks.items() if isinstance(callbacks, Mapping) else ()
+    guards = (state for key, state in states if "NaNGuard" in str(key) and isinstance(state, Mapping))
+    return next(guards, {})
 
 
 def _looked_at(

@@ -38,6 +38,8 @@ class FoundFault:
         ranks: Ranks that saw it, if not all of them did.
         unmade: Whether the present update has not been made yet, so that ``global_step`` does not count it.
         shown: The trial of the fault that has just ended; ``None`` without one.
+        line_search: Whether it was found in a further evaluation of one step, with other weights than those of the run.
+        tried: These weights; ``None`` if they are those of the run, or there was no room for a copy.
     """
 
     fault: Fault
@@ -48,6 +50,8 @@ class FoundFault:
     ranks: tuple[int, ...] = ()
     unmade: bool = False
     shown: ShownTrial | None = None
+    line_search: bool = False
+    tried: Snapshot | None = None
 
     @property
     def arm(self) -> Snapshot | None:

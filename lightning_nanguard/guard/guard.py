@@ -434,6 +434,7 @@ class Guard:
         parts = self._parts
         self._judge.non_finite = int(saved["non_finite"])
         self._state.load_state_dict(saved)
+        self._context.finite.squares_overflow = self._state.large_gradients_usual
         self._snapshots.count_from(self._state.step)
         parts.caution.load_state_dict(saved)
         parts.recovery.load_state_dict(saved)

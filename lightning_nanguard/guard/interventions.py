@@ -11,6 +11,7 @@ from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.decide.rate_limit import spare_rate, within_curvature
 from lightning_nanguard.decide.state import PolicyState
+from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
@@ -20,6 +21,7 @@ from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
+from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
 from lightning_nanguard.types import Evidence, Finding, Plan, PlanStep, Skip, Stop
 
 
@@ -116,6 +118,21 @@ class Interventions:
                     return
         yield not found.late
 
+    def _diagnose(self, found: FoundFault, evidence: Evidence, look: Look) -> Finding | None:
+        learner, tried = self.context.learner, found.tried
+        own = None if tried is None else weights_if_room(learner)
+        if tried is None or own is None:
+            return self.loop.diagnose(found.fault, evidence, look, found.reading.step)
+        with part_of_snapshot(learner, tried, own):
+            finding = self.loop.diagnose(found.fault, evidence, look, found.reading.step)
+        if finding is None:
+            return None
+        text = (
+            f"{finding.suggestion} Only weights that the optimizer tried within its step show this: a lower learning "
+            "rate keeps it closer to the present ones."
+        )
+        return replace(finding, scope="learner", suggestion=text)
+
     def _clock(self, found: FoundFault) -> Clock:
         return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
@@ -129,7 +146,7 @@ class Interventions:
         known_until = min(found.reading.step - 1, context.thresholds.decision.blame.beginning) if blameless else 0
         # Diagnose before the plan changes weights and batch.
         look = "nothing" if found.undo is None and evidence.trial is None else self.runner.look
-        mine = self.loop.diagnose(found.fault, evidence, look, found.reading.step)
+        mine = self._diagnose(found, evidence, look)
         finding = most_confident_over_ranks(context.ranks, mine)
         plan = _rate_fitted(plan, finding, evidence, before)
         if stop is None and not found.fault.certain and context.settings.act_on == "evidence":

@@ -219,6 +219,7 @@ class Investigator:
             return known if fault.proof == "none" else self._try(found, known, target)
         if (
             known.batch_finite is not False  # else its loss says nothing about the weights
+            and not found.line_search  # the weights of the run are not those with which it is bad
             and not self._known_to_be_the_batch(fault, known, history)
         ):
             compared = self._compare(fault, found.reading, target, undo=known.undo, at_hand=at_hand)

@@ -17,6 +17,7 @@ from lightning_nanguard.guard.readback import Arrived
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.plausibility import PlausibilityCheck
+from lightning_nanguard.state.restore import weights_if_room
 from lightning_nanguard.types import Fault, Reading
 
 
@@ -111,6 +112,8 @@ class ReadingJudge:
             fault = replace(fault, place=first_over_ranks(self.context.ranks, named)[0] or fault.place)
         reached = arrived.reached and fault.scope == "batch"
         found = FoundFault(fault, reading, arrived.undo, reached, arrived.late, arrived.ranks())
+        if arrived.line_search:
+            found = replace(found, line_search=True, tried=None if arrived.late else weights_if_room(learner))
         # A suspicion is no reason to skip the update: it is finite, and a rollback would undo it.
         suspicion = fault.scope == "learner" and not reading.scaler_skips
         if self.runner.at_once and not suspicion and not arrived.late:
@@ -136,6 +139,7 @@ class ReadingJudge:
         large = fault.certain and fault.scope == "batch" and reading.finite and not state.large_gradients_usual
         if not (large and state.note_large_gradient(patience)):
             return False
+        self.context.finite.squares_overflow = True
         self.suspicions.tell_of_large_gradients(fault, reading, late=late)
         return True
 
@@ -175,7 +179,7 @@ class ReadingJudge:
         found, self._found = self._found, []
         state = self.context.state
         state.bad_in_a_row += any(one.fault.scope == "batch" for one in found)
-        if self.readings:
+        if {one.optimizer_index for one in self.readings} - {one.reading.optimizer_index for one in found}:
             state.good_beside = state.step
         return found
 

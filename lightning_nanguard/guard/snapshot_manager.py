@@ -277,6 +277,7 @@ class SnapshotManager:
         return shared
 
     def _screens(self, leaves: Mapping[StateKey, Any]) -> tuple[NormScreen, MomentScreen]:
+        leaves = self._finite.sized(leaves)
         norms = NormScreen(self._finite.to_be_finite(leaves.items()), self._wide, self._learner.device)
         return norms, self._plausibility.moments.screen(leaves)
 
@@ -307,7 +308,7 @@ class SnapshotManager:
         if bad is not None:
             message = f"{bad} is no longer finite, although every loss and gradient is"
             return Fault("corrupted_state", "state", bad, None, message)
-        return self._plausibility.implausible(leaves, self._state.healthy_steps, pending)
+        return self._plausibility.implausible(self._finite.sized(leaves), self._state.healthy_steps, pending)
 
     def _announce(self, snapshot: Snapshot) -> None:
         self._measured += 1

@@ -114,11 +114,13 @@ class Suspicions:
         suggestion = (
             f"{fault.message}. The same is true of all {state.step} updates so far. "
             f"{self._from_now_on('because otherwise no update would ever be made')} "
-            "Scale the loss down and the learning rate up."
+            f"{_how_to_scale_down(reading.grad_norm)}"
         )
+        clock = self._clock(reading, late=late)
+        self.remember(fault, clock, "as in all updates, so it was made", "Scale the loss down")
         evidence = {} if fault.value is None else {"value": fault.value}
         finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
-        self.loop.advise(finding, self._clock(reading, late=late))
+        self.loop.advise(finding, clock)
 
     def _unchanged(self, *, tried: bool) -> str:
         nothing = "Nothing was changed: every number is finite"
@@ -182,3 +184,14 @@ class Suspicions:
         confidence = known.collapsed if moved.ratio > 1 else known.suspicion
         numbers: dict[str, float | str] = {"ratio": moved.ratio}
         return Finding("weights_moved_outside", confidence, numbers, moved.parameters[0], suggestion=suggestion)
+
+
+def _how_to_scale_down(norm: float | None) -> str:
+    what = "Bring inputs, targets and the first weights to a size near 1"
+    if not norm or not math.isfinite(norm):
+        return f"{what}."
+    small = 10.0 ** -math.ceil(math.log10(norm))
+    return (
+        f"{what}, or multiply the loss by {small:.0e}. The learning rate of Adam, and of other optimizers that divide "
+        "by the size of the gradients, stays as it is. Divide that of SGD by the same number."
+    )

@@ -132,7 +132,7 @@ class TrialRunner:
         self._asked_again = False  # whether a trial was requested while another one was running
         self._made = 0  # updates of the arms of all trials
         self._begun_again = False  # whether the rate fell during the newest trial, and it was begun again
-        self._newest: tuple[int, float, float] | None = None  # update, multiplier and rate of the newest trial
+        self._newest: tuple[int, float, float] | None = None  # newest trial: update, ratio, highest rate so far
 
     @property
     def running(self) -> bool:
@@ -221,7 +221,7 @@ class TrialRunner:
         if arm is None:
             self._control.begin()
         earlier, rate = self._context.replay.earlier(), self._context.rate
-        self._newest = self._context.state.step, rate.ratio(), rate.first() or 0.0
+        self._newest = self._context.state.step, rate.ratio(), self._survived()
         self._running = _Running(
             fault,
             self._context.state.step,
@@ -235,14 +235,23 @@ class TrialRunner:
         return True
 
     def _asks_anew(self) -> bool:
-        """Whether the rate has changed since the newest trial: the guard has cut it, or it has risen far."""
+        """Whether the rate is new since the newest trial: the guard has cut it, or it is far above all rates before."""
         if self._newest is None:
             return True
-        step, ratio, rate = self._newest
+        step, ratio, survived = self._newest
         highest = max((one for since, one in self._context.state.rates if since > step), default=0.0)
         now = self._context.rate.ratio()
         cut = now < ratio and not math.isclose(now, ratio)
-        return cut or highest > rate <= highest / self._limits.changed
+        return cut or highest > survived <= highest / self._limits.changed
+
+    def _survived(self) -> float:
+        """The highest rate since the last rollback. A trial tests what the run has become, and so all these rates."""
+        state, rate, newest = self._context.state, self._context.rate, self._newest
+        if rate.ratio() < 1:
+            return rate.first() or 0.0  # a higher one has failed
+        first = 0 if state.healthy_since_restore is None else state.step - state.healthy_since_restore + 1
+        before = 0.0 if newest is None or state.rolled_back_since(newest[0]) else newest[2]
+        return max(before, state.highest_rate(first))
 
     def _has_fallen(self, since: int) -> bool:
         """Whether the rate was far higher since an update than it is now, as after a peak of a schedule."""
@@ -328,8 +337,8 @@ class TrialRunner:
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and self._newest is not None and any(one.factor < arm.factor for one in running.arms):
             # The rate that the run will have has been tried, and a lower one is not better.
-            _, ratio, rate = self._newest
-            self._newest = self._context.state.step, ratio * arm.factor, rate * arm.factor
+            _, ratio, highest = self._newest
+            self._newest = self._context.state.step, ratio * arm.factor, highest * arm.factor
         self._begun_again = False
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return ShownTrial(trial, arm.branch.state)

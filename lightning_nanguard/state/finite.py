@@ -15,6 +15,9 @@ from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import Learner, StateKey, describe, unwrapped
 
+SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
+"""Names under which torch's optimizers keep averages or sums of squares of gradients."""
+
 
 def allowances(leaves: Iterable[tuple[StateKey, Any]]) -> dict[StateKey, Tensor]:
     """The elements of weights and buffers that are non-finite by design (a mask of −inf): a bool mask by state key.
@@ -57,6 +60,10 @@ class FiniteCheck:
     (:func:`own_buffers`) are not checked: as long as loss and gradient are finite, no update depends on what they hold.
     Only :meth:`spoilt_buffer` looks at them. It does not look at buffers that were made or resized since the start (a
     mask made in the first forward pass), because nothing says what they should hold.
+
+    Attributes:
+        squares_overflow: Whether the gradients of this run are so large that their squares overflow. Second moments are
+            then infinite, and the optimizer makes no update of these elements. Nothing is gained by restoring them.
     """
 
     def __init__(self) -> None:
@@ -64,6 +71,7 @@ class FiniteCheck:
         """The elements that may be non-finite, as :func:`allowances` gives them."""
         self._shapes: dict[StateKey, tuple[Any, ...]] = {}
         self._nan: set[StateKey] = set()
+        self.squares_overflow = False
         self.own: frozenset[str] = frozenset()
         """Names of the buffers that are not checked."""
         self._variances: frozenset[str] = frozenset()
@@ -113,8 +121,17 @@ class FiniteCheck:
         found = next(spoilt, None)
         return None if found is None else describe(found)
 
+    def sized(self, leaves: Mapping[StateKey, Any]) -> Mapping[StateKey, Any]:
+        """The leaves whose size tells something: all, or all but second moments if squares of gradients overflow."""
+        return {key: leaf for key, leaf in leaves.items() if not self._may_overflow(key)}
+
+    def _may_overflow(self, key: StateKey) -> bool:
+        return self.squares_overflow and key[0] == "optimizer" and key[-1] in SECOND_MOMENTS
+
     def _is_corrupt(self, key: StateKey, values: Tensor) -> bool:
         bad = ~torch.isfinite(values)
+        if self._may_overflow(key):
+            bad &= values != torch.inf
         known = self._known(key, values)
         if known is not None:
             source, mask = known

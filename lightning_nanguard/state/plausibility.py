@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lightning_nanguard.measure.finite import has_nan
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.finite import SECOND_MOMENTS
 from lightning_nanguard.state.learner import Learner, StateKey, describe
 from lightning_nanguard.state.moment_bound import MomentBound
 from lightning_nanguard.state.norm_screen import NormScreen
@@ -22,9 +23,7 @@ from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
 from lightning_nanguard.types import Fault
 
 _DEFAULTS = PlausibilityThresholds()
-_SECOND_MOMENTS = frozenset({"exp_avg_sq", "max_exp_avg_sq", "square_avg", "sum"})
-"""Names under which torch's optimizers keep averages or sums of squares."""
-_MOMENTS = _SECOND_MOMENTS | {"exp_avg", "momentum_buffer"}
+_MOMENTS = SECOND_MOMENTS | {"exp_avg", "momentum_buffer"}
 
 
 def first_jump(
@@ -272,7 +271,7 @@ class PlausibilityCheck:
         return {
             key
             for (key, _, _), moment, size in zip(found, moments, sizes, strict=True)
-            if moment <= self._limits.times_gradient * size ** (2 if key[3] in _SECOND_MOMENTS else 1)
+            if moment <= self._limits.times_gradient * size ** (2 if key[3] in SECOND_MOMENTS else 1)
         }
 
     def _of_gradients(self, keys: Collection[StateKey]) -> dict[StateKey, float]:

@@ -5,6 +5,9 @@ from __future__ import annotations
 LEAST_LOSS_SCALE = 2.0**-126
 """Smallest scale of a GradScaler, the smallest normal 32-bit number. A smaller one has no 32-bit inverse."""
 
+LARGEST_WITH_SQUARE = 1.844e19
+"""Largest number whose square a 32-bit number can hold. The norm of a larger gradient, and second moments, overflow."""
+
 DEEPEST_PART = 32
 """Levels of nesting down to which a batch is split into parts. Without a limit an object may lead to the whole
 program."""

@@ -37,8 +37,9 @@ class TrialThresholds:
         near: Factors on the best arm's rate in a second trial.
         most_share: Share of the run's updates that arms may make in all, if a loss that looks normal is tried again at
             the same rate.
-        changed: Factor by which the rate has to have risen since the newest trial for another one, or fallen since the
-            best state for an arm that continues from it. It is the ratio of neighbouring arms.
+        changed: Factor by which the rate has to have risen since the newest trial, above all rates before it, for
+            another one, or fallen since the best state for an arm that continues from it. It is the ratio of
+            neighbouring arms.
         memory_share: Share of the free memory that the states compared in a trial may take together, arms included.
         alike: Share of the way of the run in one update by which a copy at the present rate may be off. On the CPU it
             is 0 in practice; kernels that are not deterministic, and sums over ranks, add rounding.

@@ -164,4 +164,8 @@ def test_gradients_that_are_always_too_large() -> None:
     suspicions.tell_of_large_gradients(fault, Reading(6, 0, 1.0, 1e25), late=False)
     (advice,) = loop.advice
     assert advice.suggestion.startswith("the norm is 1e25. The same is true of all 6 updates so far.")
-    assert advice.suggestion.endswith("Scale the loss down and the learning rate up.")
+    assert "multiply the loss by 1e-25. The learning rate of Adam" in advice.suggestion
+    assert advice.suggestion.endswith("Divide that of SGD by the same number.")
+    told = loop.guard.context.state.told
+    assert told is not None
+    assert "the norm is 1e25; as in all updates, so it was made" in told[1]

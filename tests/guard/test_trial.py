@@ -152,6 +152,42 @@ def test_a_plateau_is_tried_once_at_a_rate() -> None:
         assert trials.begin(plateau, certified[-1], certified[0]) == begins
 
 
+@pytest.mark.parametrize(("peak", "ended"), [(0.05, 1), (0.2, 2)])
+def test_a_rate_that_the_run_has_survived_is_no_new_rate(peak: float, ended: int) -> None:
+    """Under a cyclic schedule a trial tests what the rates until then have made of the run. Another trial of a run that
+    goes well follows only if a later peak is far above all of them."""
+    loop = BranchingLoop(lr=0.05)
+
+    def cycle(step: int, batch: Tensor) -> None:
+        high = 0.05 if step < 120 else peak
+        loop.optimizer.param_groups[0]["lr"] = high if step % 30 == 15 else 0.005
+
+    loop.run(340, cycle)
+    assert loop.records == []
+    assert sum(one.outcome == "not confirmed" for one in loop.guard.context.trials.given) == ended
+
+
+@pytest.mark.parametrize(("survives", "begins"), [(True, False), (False, True)])
+def test_a_rate_that_was_cut_or_rolled_back_is_not_survived(survives: bool, begins: bool) -> None:
+    """After a rollback the run is not what the rates before have made of it."""
+    plateau = Fault("stuck_loss", "learner", "loss", None, certain=False, doubtful=True)
+    loop = BranchingLoop(lr=0.05)
+    trials, state = loop.guard._parts.beside.trials, loop.guard.context.state
+
+    def peak(step: int, batch: Tensor) -> None:
+        loop.optimizer.param_groups[0]["lr"] = 0.2 if step in (20, 130) else 0.04
+
+    loop.run(30, peak)
+    if not survives:
+        with torch.no_grad():
+            loop.net.weight.fill_(float("nan"))
+    loop.run(110, peak)
+    assert state.rolled_back_since(20) is not survives
+    assert not trials.running
+    certified = loop.guard.context.ring.certified
+    assert trials.begin(plateau, certified[-1], certified[0]) is begins
+
+
 def test_memory_bounds_the_arms(monkeypatch: pytest.MonkeyPatch) -> None:
     """With room for one arm there is one, and with room for none there is no trial."""
     loop = BranchingLoop(lr=0.05)

@@ -8,10 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import SGD
+from torch.optim import SGD, Adam, RMSprop
+from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard
-from tests.helpers import Batch, Task, TwoOptimizers, batches, copied, differences, fit, mlp, seed_all, words
+from lightning_nanguard.checkpoints.inspection import inspect
+from lightning_nanguard.types import ActOn
+from tests.helpers import (
+    Batch,
+    Task,
+    TwoOptimizers,
+    batches,
+    copied,
+    differences,
+    fit,
+    mlp,
+    seed_all,
+    trainer_for,
+    words,
+)
 
 
 class Overflowing(Task):
@@ -116,6 +131,46 @@ def test_gradients_that_were_always_too_large(tmp_path: Path) -> None:
     assert differences(made.module.net.state_dict(), without.module.net.state_dict()) == []
     assert words(guard) == [("skip",)] * 63
     assert [one.finding.cause for one in guard.advice] == ["gradient_overflow"]
+
+
+class Squared(Task):
+    """Its optimizer divides by squares of gradients, and the scale of its loss makes these infinite."""
+
+    def __init__(self, name: str) -> None:
+        seed_all()
+        optimizers = {
+            "adam": lambda parameters: Adam(parameters, lr=0.01),
+            "amsgrad": lambda parameters: Adam(parameters, lr=0.01, amsgrad=True),
+            "rmsprop": lambda parameters: RMSprop(parameters, lr=0.01),
+        }
+        super().__init__(mlp(), optimizers[name])
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        return (self.net(batch[0]) - batch[1]).square().mean() * 2.0**71
+
+
+@pytest.mark.parametrize(("name", "act_on"), [("adam", "certain"), ("amsgrad", "evidence"), ("rmsprop", "certain")])
+def test_squares_that_always_overflow(name: str, act_on: ActOn, tmp_path: Path) -> None:
+    """Gradients that the guard lets pass make second moments infinite. That is no fault: the run is the one without the
+    guard from then on, its checkpoint is written as it is, and a run may be resumed from it."""
+    data = batches(count=160)
+    guard = NaNGuard(act_on=act_on, snapshot_every_n_steps=4)
+    made = fit(Squared(name), data, guard, folder=tmp_path)
+    without = fit(Squared(name), data[63:])
+    states = [run.trainer.optimizers[0].state_dict() for run in (made, without)]
+    assert differences(*states) == []
+    assert any(math.inf in tensor for one in states[0]["state"].values() for tensor in one.values())
+    assert differences(made.module.net.state_dict(), without.module.net.state_dict()) == []
+    assert words(guard) == [("skip",)] * 63
+    made.trainer.save_checkpoint(path := tmp_path / "last.ckpt")
+    assert words(guard) == [("skip",)] * 63
+    assert inspect(path).good()
+
+    again = NaNGuard(act_on=act_on, snapshot_every_n_steps=4)
+    trainer = trainer_for(tmp_path, again, max_epochs=2, limit_val_batches=0)
+    trainer.fit(Squared(name), *[DataLoader(data, batch_size=None)] * 2, ckpt_path=path)
+    assert trainer.global_step == 320
+    assert words(again) == []
 
 
 class OneForeverBad(TwoOptimizers):

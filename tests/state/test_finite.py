@@ -41,6 +41,24 @@ def test_optimizer_state_is_named() -> None:
         assert check.corrupt(learner.leaves()) == f"optimizer state {key} of first.weight"
 
 
+def test_squares_that_overflow() -> None:
+    """Where squares of gradients overflow, infinite second moments are no fault, and their size says nothing."""
+    net, optimizer, learner = made("adam")
+    check = FiniteCheck()
+    check.begin(learner)
+    train(net, optimizer, 2, seed=1)
+    moments = optimizer.state[net.first.weight]
+    moments["exp_avg_sq"].view(-1)[0] = math.inf
+    check.squares_overflow = True
+    assert check.corrupt(learner.leaves()) is None
+    leaves = dict(learner.leaves())
+    assert {*leaves} - {*check.sized(leaves)} == {key for key in leaves if key[-1].endswith("exp_avg_sq")}
+    for name, value in (("exp_avg_sq", math.nan), ("exp_avg_sq", -math.inf), ("exp_avg", math.inf)):
+        moments[name].view(-1)[0] = value
+        assert check.corrupt(learner.leaves()) == f"optimizer state {name} of first.weight"
+        moments[name].view(-1)[0] = 1.0
+
+
 def test_a_buffer_made_since_is_left_alone() -> None:
     """Nothing says what a buffer should hold that was made or resized after the start."""
     net, _, learner = made("sgd")

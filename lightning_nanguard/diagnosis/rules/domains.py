@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from lightning_nanguard.diagnosis.case import Origin
+from lightning_nanguard.thresholds.fixed import LARGEST_WITH_SQUARE
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,4 +75,4 @@ def largest_exponent(origin: Origin) -> float:
 def squares_overflow(origin: Origin) -> bool:
     """Whether the squares of an operation's input overflow."""
     largest = max(abs(origin.lowest or 0.0), abs(origin.highest or 0.0))
-    return largest > _SQUARES.get(origin.dtype, 1.8e19)
+    return largest > _SQUARES.get(origin.dtype, LARGEST_WITH_SQUARE)

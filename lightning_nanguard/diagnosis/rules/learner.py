@@ -18,6 +18,7 @@ from lightning_nanguard.diagnosis.rules.signs import (
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.thresholds.decision import BlameThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
+from lightning_nanguard.thresholds.fixed import LARGEST_WITH_SQUARE
 from lightning_nanguard.types import Evidence, Finding
 
 _BY_ITSELF = "became bad, and was good when the updates since the last good state were made again"
@@ -137,9 +138,11 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     clip = limits.clip_factor * usual if usual else 1.0
     if norm <= clip:
         return None  # nothing would be clipped
+    # If the norm overflows, clipping by the norm sets every gradient to 0.
+    kind, option = ("value", ', gradient_clip_algorithm="value"') if norm > LARGEST_WITH_SQUARE else ("norm", "")
     # The Trainer does not clip under manual optimization.
-    by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "norm")'
-    how = f"Trainer(gradient_clip_val={clip:.2g})" if case.evidence.comparable else by_hand
+    by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
+    how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",

@@ -189,6 +189,7 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
         ),
         (STUCK, {"growth": 20.0, "lr": 0.51, "first_lr": 0.51}, Clues(), "or lower it to 0.051 for a start."),
         (SPIKE, {"usual_norm": 1.5}, Clues(norm=1e9), "Clip gradients: Trainer(gradient_clip_val=3)."),
+        (OVERFLOW, {}, Clues(), 'Trainer(gradient_clip_val=1, gradient_clip_algorithm="value").'),
         (
             SPIKE,
             {"usual_norm": 1.5, "comparable": False},
