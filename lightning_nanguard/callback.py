@@ -255,6 +255,7 @@ class NaNGuard(DisplayedGuard):
         fit.guard.open_batch()
         if fit.carried is not None:
             fit.carried.open()
+            fit.replay.batches.note_contents()
 
     @leaves_run_if_it_fails
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
@@ -274,7 +275,8 @@ class NaNGuard(DisplayedGuard):
         if fit is not None and index is not None:
             if fit.diagnostics.first_updates is not None:
                 fit.diagnostics.first_updates.see_step(index)
-            fit.guard.before_step(index)
+            with fit.replay.batches.as_begun():
+                fit.guard.before_step(index)
 
     @leaves_run_if_it_fails
     def on_train_batch_end(
@@ -291,7 +293,7 @@ class NaNGuard(DisplayedGuard):
         if fit.last_good is not None and fit.last_good.due(guard.updates):
             guard.want_snapshot()
         try:
-            with fit.numbers.at_batch_end():
+            with fit.numbers.at_batch_end(), replay.batches.as_begun():
                 if guard.close_batch():
                     replay.remember(guard.updates)
                 else:

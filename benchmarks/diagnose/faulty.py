@@ -989,9 +989,9 @@ def sum_of_an_empty_mask(dice: Dice) -> Problem:
     return _masked_out(dice, loss, r"training_step \(div, faulty.py")
 
 
-def _by_chance(dice: Dice, loss: Loss, place: str) -> Problem:
+def _by_chance(dice: Dice, loss: Loss, place: str, cause: str = "random_draw") -> Problem:
     module = Net(dice.mlp(8, 2, norm=False), loss, dice.optimizer())
-    return Problem(module, dice.regression(60), "random_draw", place, None, 60)
+    return Problem(module, dice.regression(60), cause, place, None, 60)
 
 
 def log_of_a_draw(dice: Dice) -> Problem:
@@ -1014,6 +1014,15 @@ def noise_at_time_zero(dice: Dice) -> Problem:
     return _by_chance(dice, loss, r"training_step \(div, faulty.py")
 
 
+def root_of_a_draw(dice: Dice) -> Problem:
+    share = dice.uniform(0.05, 0.3)
+
+    def loss(net: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return functional.mse_loss(net(x), y) + 0.01 * torch.sqrt(torch.rand(()) - share)
+
+    return _by_chance(dice, loss, r"training_step \(sqrt, faulty.py")
+
+
 def empty_sample(dice: Dice) -> Problem:
     share = dice.uniform(0.92, 0.96)
 
@@ -1021,7 +1030,7 @@ def empty_sample(dice: Dice) -> Problem:
         chosen = torch.rand(len(x)) > share ** (32 / len(x))
         return functional.mse_loss(net(x), y) + 0.1 * (net(x)[chosen] - y[chosen]).square().mean()
 
-    return _by_chance(dice, loss, r"training_step \(mean, faulty.py")
+    return _by_chance(dice, loss, r"training_step \(mean, faulty.py", "no_valid_target")
 
 
 class Weighted(nn.Module):
@@ -1185,8 +1194,8 @@ FAULTY: tuple[Form, ...] = tuple(
         "collapsed": (units_are_dead, first_layer_lost, second_layer_lost),
         "weights_moved_outside": (started_anew, decayed_away, units_die),
         "unknown_operation": (utterance_too_short, pole_of_gamma, root_of_a_negative),
-        "no_valid_target": (every_label_ignored, no_target_selected, sum_of_an_empty_mask),
-        "random_draw": (log_of_a_draw, noise_at_time_zero, empty_sample),
+        "no_valid_target": (every_label_ignored, no_target_selected, sum_of_an_empty_mask, empty_sample),
+        "random_draw": (log_of_a_draw, noise_at_time_zero, root_of_a_draw),
         "non_finite_from_start": (infinite_class_weight, undefined_class_weight, infinite_scale),
     }.items()
     for make in makes

@@ -1,7 +1,8 @@
-"""Hooks around the step of any optimizer, also of one that has no hooks of torch."""
+"""Hooks around the step of any optimizer, also of one whose step calls no hooks of torch."""
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable
 from typing import Any
 
@@ -17,7 +18,8 @@ def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Callab
     """Call functions before and after each ``optimizer.step``, with the arguments of torch's step hooks.
 
     A wrapper around another optimizer may be a subclass of ``torch.optim.Optimizer`` that does not call its
-    constructor. It has no hooks, so its ``step`` is wrapped.
+    constructor, whatever tables of hooks it sets. Only that constructor lets ``step`` call hooks, so the ``step`` of
+    such a wrapper is wrapped.
 
     Args:
         optimizer: The optimizer.
@@ -27,7 +29,7 @@ def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Callab
     Returns:
         Functions that remove the two again.
     """
-    if hasattr(optimizer, "_optimizer_step_pre_hooks"):
+    if _calls_hooks(optimizer):
         hooks = optimizer.register_step_pre_hook(before), optimizer.register_step_post_hook(after)
         return [one.remove for one in hooks]
 
@@ -41,3 +43,10 @@ def hook_step(optimizer: Optimizer, before: Before, after: After) -> list[Callab
     undo = wrap_method(optimizer, "step", step)
     vars(vars(optimizer)["step"]).update(known)  # schedulers warn if their mark on the step is gone
     return [undo]
+
+
+def _calls_hooks(optimizer: Optimizer) -> bool:
+    """Whether torch has wrapped the step so that it calls hooks, and the optimizer has tables that take them."""
+    tables = (getattr(optimizer, f"_optimizer_step_{when}_hooks", None) for when in ("pre", "post"))
+    # A plain dictionary takes no hooks, because a handle needs a weak reference to its table.
+    return bool(getattr(type(optimizer).step, "hooked", False)) and all(isinstance(one, OrderedDict) for one in tables)

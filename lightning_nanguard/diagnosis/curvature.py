@@ -134,9 +134,12 @@ def curvature_along_update(
         for path, parameter, d in zip(named, parameters, moved, strict=True)
         if parameter.dim() > 1 and (weight := norm([parameter])) > 0
     )
+    group = optimizer.param_groups[0]
+    bare = ", without momentum," if group.get("momentum") or any(group.get("betas", ())[:1]) else ""
     if name != "SGD":
-        return replace(hessian.along(moved), along=f"the updates of {name}"), layers
+        return replace(hessian.along(moved), along=f"the updates of {name}{bare}"), layers
     found = hessian.along(moved if len(optimizer.param_groups) > 1 else None)
+    found = replace(found, along=f"{found.along}{bare}")
     # Only a rate that looks low needs further products.
     if rate <= thresholds.low_rate:
         steep, top = steepest(hessian, thresholds.power_iterations)

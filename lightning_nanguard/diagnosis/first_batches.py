@@ -37,6 +37,8 @@ class FirstBatches:
         self._different: set[Hashable] | None = set()
         # Checksums and some numbers of each batch; they are read at the end.
         self._kept: list[list[Tensor]] = []
+        # Of each tensor of the newest batch, whether all of its elements are equal.
+        self._constant: list[Tensor] = []
 
     def see(self, batch: Any, *, first: bool) -> bool:
         """Look at a batch.
@@ -67,11 +69,18 @@ class FirstBatches:
         kept = [*checksums(tensors), *(_some_numbers(one, limits) for one in tensors)]
         if kept:
             self._kept.append(kept)
+            self._constant = [(one == one[(0,) * one.dim()]).all() for one in tensors]
         return bool(kept) and len(self._kept) < limits.batches
 
     def count(self) -> tuple[int, int]:
-        """Number of batches that were compared as a whole, and of different ones. Reads from the device."""
-        return len(self._kept), len({tuple([tuple(one.view(-1).tolist()) for one in parts]) for parts in self._kept})
+        """Number of batches that were compared as a whole, and of different ones. Reads from the device.
+
+        Both are 0 if every batch holds the same number everywhere: the step has its own data.
+        """
+        distinct = len({tuple([tuple(one.view(-1).tolist()) for one in parts]) for parts in self._kept})
+        if distinct == 1 and all(map(bool, self._constant)):
+            return 0, 0
+        return len(self._kept), distinct
 
 
 def _first_numbers(batch: Any, limits: MistakeThresholds) -> Hashable | None:

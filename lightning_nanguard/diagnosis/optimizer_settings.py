@@ -8,13 +8,16 @@ from typing import Any
 
 from torch.optim import SGD, AdamW, Optimizer
 
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, LearnerThresholds
 
-def unstable_setting(optimizers: Iterable[Optimizer]) -> str:
+
+def unstable_setting(optimizers: Iterable[Optimizer], thresholds: LearnerThresholds = DEFAULT.learner) -> str:
     """The first hyperparameter with which an optimizer diverges whatever the gradients are, in words; ``""`` if none.
 
     * With a momentum of 1 or more, the sum of past gradients never decays.
     * SGD and AdamW multiply each weight by ``1 - lr * weight_decay`` in every update. Above ``lr * weight_decay = 2``
-      this is below −1, so the weights grow and change their sign each time.
+      this is below −1, so the weights grow and change their sign each time. The decay is named only if it is farther
+      above a usual one than the rate is. Otherwise the rate is at fault.
 
     Example:
         >>> import torch
@@ -29,7 +32,9 @@ def unstable_setting(optimizers: Iterable[Optimizer]) -> str:
                     f"the momentum is {momentum:.4g}: the optimizer adds up all past gradients, and never forgets one. "
                     "Use a momentum below 1"
                 )
-            if isinstance(optimizer, (SGD, AdamW)) and rate * decay > 2.0:
+            usual_rate, usual_decay = thresholds.usual_adamw if isinstance(optimizer, AdamW) else thresholds.usual_sgd
+            decay_is_odd = decay / usual_decay > rate / usual_rate
+            if isinstance(optimizer, (SGD, AdamW)) and rate * decay > 2.0 and decay_is_odd:
                 return (
                     f"the weight decay is {decay:.4g}: at a learning rate of {rate:.4g} it multiplies each weight by "
                     f"{1 - rate * decay:.4g} in every update. Use a weight decay far below {1 / rate:.4g}"

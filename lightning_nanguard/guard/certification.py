@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.decide.recovery import prove
@@ -147,15 +148,49 @@ class Certification:
         return self.snapshots.capture(step, global_step, self.context.rate.first())
 
 
-def _is_same(saved: Any, live: Any) -> bool:
-    """Whether two values are equal. Values that cannot be compared count as equal."""
+def vouch_for_start(context: GuardContext, updates: int) -> None:
+    """Certify the first snapshot if the state differs from it only in numbers that are no longer finite.
+
+    Before the first update that was made, only code outside of the steps can have written these numbers. If it has
+    changed finite numbers, too, such as by loading other weights, the snapshot is not the state to go back to. With
+    several ranks nothing is certified in this way, because the others may not have this fault.
+
+    Args:
+        context: Objects and settings that the parts of the guard share.
+        updates: Number of updates that may have been made.
+    """
+    first = context.ring.pending
+    if first is None or context.ring.certified or not context.acts_alone:
+        return
+    if any(number not in context.state.skipped for number in range(first.step + 1, updates + 1)):
+        return
+    # The present batch may have changed buffers.
+    live = {key: leaf for key, leaf in context.learner.leaves() if key[0] != "buffer"}
+    if context.finite.corrupt(live.items()) is None:
+        return
+    first.wait()
+    known = first.intact() and all(key in first.leaves for key in live)
+    same = known and all(_is_same(first.leaves[key], leaf, where_finite=True) for key, leaf in live.items())
+    if same and context.finite.corrupt(first.leaves.items()) is None:
+        context.ring.certify()
+
+
+def _is_same(saved: Any, live: Any, *, where_finite: bool = False) -> bool:
+    """Whether two values are equal. Values that cannot be compared count as equal.
+
+    Args:
+        saved: The one value.
+        live: The other value.
+        where_finite: Whether to compare only elements that are finite in ``live``.
+    """
     try:
         if not (isinstance(saved, Tensor) and isinstance(live, Tensor)):
             return bool(saved == live)
         saved, live = local(saved), local(live)
         if not (is_strided(saved) and is_strided(live)) or saved.shape != live.shape:
             return True
-        return bool((saved.to(live.device) == live).all())
+        equal = saved.to(live.device) == live
+        return bool((equal | ~torch.isfinite(live) if where_finite else equal).all())
     except (RuntimeError, ValueError, TypeError):  # containers of tensors, and dtypes without a comparison
         return True
 

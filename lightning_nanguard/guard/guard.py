@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.skip import unscales_itself
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.guard.certification import vouch_for_start
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.parts import GuardParts
@@ -81,6 +82,8 @@ class Guard:
         if not context.settings.observe:
             # The same hook scales the rate and removes the gradients of skipped updates.
             context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
+        for optimizer in context.learner.optimizers:
+            context.rate.valid.look(optimizer)  # a hook may make them invalid before the first update
         self._parts.certification.start()
 
     def open_batch(self) -> None:
@@ -166,6 +169,8 @@ class Guard:
             if found:
                 self._parts.hyperparameters.refresh()
                 self._snapshots.placement.settle()  # handling the fault may write to the learner
+            if found and not found[0].reached:
+                vouch_for_start(self._context, found[0].reading.step - 1)
             if found and self._bad_start is not None:
                 self._stop_if_lost_from_the_start(found[0])
             for one in found:
@@ -215,6 +220,7 @@ class Guard:
             self._report(fault, ())
 
     def _report(self, fault: Fault, ranks: tuple[int, ...]) -> None:
+        vouch_for_start(self._context, self._state.step)
         self._judge.handle(FoundFault(fault, Reading(self._state.step, 0, None, None), ranks=ranks))
 
     def flush(self) -> None:

@@ -161,8 +161,9 @@ class Interventions:
             stop = next((step for step in plan if isinstance(step, Stop)), None)
             fitted = _rate_fitted(plan, finding, evidence, before)
             done = self.runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
-        if state.redo_cause != evidence.redo_cause:  # a rollback has shown it
-            known = replace(evidence, redo_cause=state.redo_cause)
+        redone = done.redone and found.not_again(0) is None
+        if redone or state.redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
+            known = replace(evidence, redo_cause=state.redo_cause, redone=redone)
             finding = self.loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
         words = tuple(self.remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()

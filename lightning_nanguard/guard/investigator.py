@@ -251,6 +251,7 @@ class Investigator:
             rate_rose=rate is not None and before is not None and rate > self._blame.rate_risen * before,
             lr=rate,
             highest_lr=max((one for step, one in rates if step >= since), default=rate),
+            first_lr=self._context.state.first_rate,
             lowest_lr=min((one for _, one in rates), default=rate),
             group_lr=max(effective, default=None),
             multiplier=self._context.rate.ratio(),

@@ -120,6 +120,11 @@ class GuardState:
         """Whether the run was rolled back after update ``step``."""
         return any(at > step for at, _ in self.policy.restores)
 
+    @property
+    def last_rollback(self) -> int:
+        """The update after which the run was rolled back last; 0 if it never was."""
+        return max((step for step, _ in self.policy.restores), default=0)
+
     def highest_rate(self, since: int) -> float:
         """The highest effective learning rate since update ``since``; 0 if no rate is known."""
         before = [rate for step, rate in self.rates if step <= since]
@@ -155,3 +160,8 @@ class GuardState:
         """Store the effective learning rate of this step, if it changed."""
         if rate is not None and (not self.rates or self.rates[-1][1] != rate):
             self.rates.append((self.step, rate))
+
+    @property
+    def first_rate(self) -> float | None:
+        """Effective learning rate of the first update that is known; ``None`` if none is."""
+        return self.rates[0][1] if self.rates else None

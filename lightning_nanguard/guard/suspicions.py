@@ -156,8 +156,15 @@ class Suspicions:
         if growth <= context.thresholds.diagnosis.learner.ruined:
             return None
         rates, unit = context.rate.effective(), context.monitors.loss_unit()
-        lr, highest = next(iter(rates), None), max(rates, default=None)
-        evidence = Evidence(context.state.step, growth=growth, loss_unit=unit, lr=lr, group_lr=highest)
+        evidence = Evidence(
+            context.state.step,
+            growth=growth,
+            loss_unit=unit,
+            lr=next(iter(rates), None),
+            highest_lr=context.state.highest_rate(context.state.last_rollback + 1) or None,
+            first_lr=context.state.first_rate,
+            group_lr=max(rates, default=None),
+        )
         mine = self.loop.diagnose(fault, evidence, "nothing", context.state.step)
         found = most_confident_over_ranks(context.ranks, mine)
         told = context.thresholds.diagnosis.confidence.told

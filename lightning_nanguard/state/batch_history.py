@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from typing import Any, final
 
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.batches import largest_magnitudes, nested_tensors
+from lightning_nanguard.measure.batches import largest_magnitudes, mapped, nested_tensors
 from lightning_nanguard.measure.tensors import size
 from lightning_nanguard.state.attribute_memory import Attributes
+from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
 _DEFAULTS = BatchesThresholds()
+_UNCHANGED = nullcontext()
 
 
 @final
 @dataclass(slots=True, eq=False)
 class MicroBatch:
-    """One micro-batch. Only :meth:`BatchHistory.begin_step` changes it.
+    """One micro-batch. Only :class:`BatchHistory` changes it, when its step begins.
 
     Attributes:
         update: Number of the update it belongs to.
@@ -32,6 +36,7 @@ class MicroBatch:
         streams: Positions of all random streams before it; ``None`` if they are not known.
         origin: Where the batch came from; ``None`` if that is not known.
         clock: ``global_step`` before its update, and its epoch; ``None`` if they are not known.
+        contents: What its dictionaries and lists held when its step began; ``None`` before.
     """
 
     update: int
@@ -41,6 +46,7 @@ class MicroBatch:
     streams: RandomState | None = None
     origin: BatchOrigin | None = None
     clock: tuple[int, int] | None = None
+    contents: BatchContents | None = None
 
     @property
     def drawn(self) -> int | None:
@@ -88,7 +94,11 @@ class BatchHistory:
         # Bytes of each micro-batch except the newest.
         self._sizes: deque[int] = deque()
         self._most = self._healthy_limits.most
-        self._healthy: deque[tuple[Any, int]] = deque(maxlen=self._most)
+        # Each batch, its index, and the batch as its step began, which is another object if the step changed it.
+        self._healthy: deque[tuple[Any, int, Any]] = deque(maxlen=self._most)
+        self._depth = thresholds.repeated.depth
+        # The batches that :meth:`as_begun` has restored.
+        self._restored: list[Any] = []
         self._accepted = 0
         # The newest micro-batch, and the module's attributes before its step.
         self._begun: tuple[Any, Attributes | None] = None, None
@@ -123,7 +133,7 @@ class BatchHistory:
 
     def bytes_kept(self) -> int:
         """Bytes of the tensors that the stored batches keep in memory, each counted once."""
-        batches = [one.batch for one in self._micros] + [batch for batch, _ in self._healthy]
+        batches = [one.batch for one in self._micros] + [batch for *_, batch in self._healthy]
         tensors = {id(tensor): tensor for batch in batches for tensor in nested_tensors(batch)}
         return sum(map(size, tensors.values()))
 
@@ -140,7 +150,34 @@ class BatchHistory:
         if self._micros and self._micros[-1].streams is None:
             # If one step evaluates several times (LBFGS), the first evaluation counts.
             self._micros[-1].streams, self._micros[-1].random = state, state.torch
+            self.note_contents()
         return state
+
+    def note_contents(self) -> None:
+        """The step of the newest micro-batch begins: note what its dictionaries and lists hold."""
+        self._micros[-1].contents = BatchContents(self._micros[-1].batch, self._depth)
+
+    def as_begun(self) -> AbstractContextManager[None]:
+        """Inside, the micro-batches hold what they held when their steps began, whatever these removed from them.
+
+        At the end they hold again what their steps left, for the hooks of others.
+        """
+        changed = [(one.batch, one.contents) for one in self._micros if one.contents and one.contents.changed()]
+        return self._begun_again(changed) if changed else _UNCHANGED
+
+    @contextmanager
+    def _begun_again(self, changed: list[tuple[Any, BatchContents]]) -> Iterator[None]:
+        left = [contents.now() for _, contents in changed]
+        for batch, contents in changed:
+            contents.restore()
+            self._restored.append(batch)
+        try:
+            yield
+        finally:
+            for (_, contents), after in zip(changed, left, strict=True):
+                self._restored.pop()
+                if not contents.changed():  # else the step was made again
+                    after.restore()
 
     def begin_from(self, attributes: Attributes) -> None:
         """Store the module's attributes before the step of the newest micro-batch, such as a hidden state."""
@@ -162,7 +199,8 @@ class BatchHistory:
         self._exchanged = batch, part
         for place, one in enumerate(self._micros):
             if one.batch is batch:
-                self._micros[place] = replace(one, batch=part, origin=origin)
+                contents = BatchContents(part, self._depth)
+                self._micros[place] = replace(one, batch=part, origin=origin, contents=contents)
 
     def accept(self, batch: Any, index: int) -> None:
         """Store a batch that turned out healthy, once."""
@@ -179,7 +217,8 @@ class BatchHistory:
             room = limits.most_bytes // max(1, _bytes(batch))
             self._healthy = healthy = deque(healthy, maxlen=min(self._most, room))
         self._accepted += 1
-        healthy.append((batch, index))
+        whole = mapped(batch, _same_memory) if any(one is batch for one in self._restored) else batch
+        healthy.append((batch, index, whole))
 
     def leave_out(self, batch: Any) -> None:
         """Note that a micro-batch was left out of its update, so that it does not count as healthy."""
@@ -197,7 +236,7 @@ class BatchHistory:
     @property
     def healthy(self) -> list[tuple[Any, int]]:
         """The newest healthy batches and their indices in the epoch, the newest last."""
-        return list(self._healthy)
+        return [(whole, index) for _, index, whole in self._healthy]
 
     def to_try_on(self, batch: Any, batch_idx: int) -> list[tuple[Any, int]]:
         """The newest healthy batches and their indices; if there is only one, the present batch, too.
@@ -217,14 +256,14 @@ class BatchHistory:
     def earlier(self) -> Any:
         """The newest healthy batch or, before one is known, the newest batch of an earlier update; ``None`` without."""
         if self._healthy:
-            return self._healthy[-1][0]
+            return self._healthy[-1][2]
         return next((one.batch for one in reversed(self._micros) if one.update < self._micros[-1].update), None)
 
     def healthy_before(self) -> list[Any]:
         """The newest healthy batches before the present update, the newest last."""
         # Micro-batches of an unfinished window are already among the healthy ones.
         own = {id(micro.batch) for micro in self.newest()}
-        return [batch for batch, _ in self._healthy if id(batch) not in own]
+        return [whole for batch, _, whole in self._healthy if id(batch) not in own]
 
     def strange(self, batch: Any, *, extreme: bool = False) -> bool | None:
         """Whether a tensor of ``batch`` has much larger values than in any of the stored healthy batches.
@@ -236,7 +275,7 @@ class BatchHistory:
             extreme: Whether to ask for far larger values, by the limit for ``extreme`` faults.
         """
         limits, mine = self._healthy_limits, largest_magnitudes(batch)
-        others = [one for kept, _ in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
+        others = [one for *_, kept in self._healthy if len(one := largest_magnitudes(kept)) == len(mine)]
         if len(others) < limits.least_compared or not mine:
             return None
         factor = limits.extreme_factor if extreme else limits.strange_factor
@@ -277,6 +316,10 @@ class BatchHistory:
         batch, attributes = self._begun
         if attributes is not None and micro.batch is batch:
             attributes.restore()
+
+
+def _same_memory(tensor: Tensor) -> Tensor:
+    return tensor.detach().requires_grad_(tensor.requires_grad)
 
 
 def _bytes(batch: Any) -> int:

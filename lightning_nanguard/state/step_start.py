@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import copy
 import logging
-from collections.abc import Iterator, Mapping
 from typing import Any, final
 
 from torch import Tensor, nn
@@ -12,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from lightning_nanguard.measure.batches import nested_tensors
 from lightning_nanguard.state.attribute_memory import AttributeMemory, Attributes
-from lightning_nanguard.state.attributes import refill
+from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.state.random_state import RandomState, is_checked
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
@@ -71,12 +69,13 @@ class StepStart:
         attributes: The module's plain attributes.
     """
 
-    __slots__ = ("_contents", "_random", "attributes")
+    __slots__ = ("_contents", "_depth", "_random", "attributes")
 
     def __init__(self, random: RandomState, attributes: Attributes, batch: Any, depth: int) -> None:
         self._random = random
         self.attributes = attributes
-        self._contents = list(_containers(batch, depth))
+        self._depth = depth
+        self._contents = BatchContents(batch, depth)
 
     def restore(self, *, carried: bool = True) -> None:
         """Restore random streams, the containers of the batch, and the module's attributes.
@@ -85,10 +84,17 @@ class StepStart:
             carried: Whether to restore all attributes, and not only numbers, strings and flags. The others carry values
                 from step to step, and a bad step may have changed them.
         """
-        for container, held in self._contents:
-            refill(container, held)
+        self.restore_batch()
         (self.attributes.restore if carried else self.attributes.restore_plain)()
         self._random.restore()
+
+    def restore_batch(self) -> None:
+        """Restore the containers of the batch only."""
+        self._contents.restore()
+
+    def use(self, part: Any) -> None:
+        """Restore from now on the containers of a part of the batch, too, because only this part is run."""
+        self._contents.add(part, self._depth)
 
     def carried_back(self) -> None:
         """Restore the attributes that a skipped batch may have made bad: all but numbers, strings and flags.
@@ -106,17 +112,6 @@ class StepStart:
         return StepClock(self._random.now(), self.attributes.plain_now())
 
 
-def _containers(batch: Any, depth: int) -> Iterator[tuple[Any, Any]]:
-    if depth == 0:
-        return
-    if type(batch) in (dict, list):
-        yield batch, copy.copy(batch)
-    items = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, (list, tuple)) else ()
-    for item in items:
-        if isinstance(item, (dict, list, tuple)):
-            yield from _containers(item, depth - 1)
-
-
 @final
 class StepMemory:
     """Stores before every step what it begins from, and finds steps that cannot be made again.
@@ -130,6 +125,7 @@ class StepMemory:
 
     Attributes:
         repeatable: Whether steps can be made again, as far as is known.
+        writes_weights: Whether a step was seen to write into parameters.
     """
 
     def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
@@ -139,6 +135,7 @@ class StepMemory:
         self._opened = 0
         self._written: list[tuple[Any, int]] = []
         self.repeatable = True
+        self.writes_weights = False
 
     def attributes_now(self) -> Attributes:
         """The module's attributes as they are now."""
@@ -163,7 +160,9 @@ class StepMemory:
         """After forward and backward, note what they changed, if this step is a checked one."""
         self._attributes.close()
         written, self._written = self._written, []
-        if self.repeatable and any(tensor._version != version for tensor, version in written):
+        changed = [tensor for tensor, version in written if tensor._version != version]
+        self.writes_weights |= any(isinstance(tensor, nn.Parameter) for tensor in changed)
+        if self.repeatable and changed:
             self.repeatable = False
             _logger.debug("NaNGuard: training_step changes its batch or parameters, so no step is made again.")
 

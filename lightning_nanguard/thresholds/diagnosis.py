@@ -130,6 +130,9 @@ class LearnerThresholds:
             is ill-conditioned.
         rate_likely: Confidence in the rate at which a rate above its limit raises the confidence. With less confidence,
             a single steep batch may be the reason.
+        usual_sgd: A usual learning rate and weight decay of SGD (those of ResNets on ImageNet, to a factor of five). If
+            the two together make weights grow, the one that is farther above is at fault.
+        usual_adamw: The same for AdamW (the defaults of ``torch.optim.AdamW``).
     """
 
     worse_units: float = 0.1
@@ -143,6 +146,8 @@ class LearnerThresholds:
     rate_far_above: float = 4.0
     uneven_curvature: float = 100.0
     rate_likely: float = 0.7
+    usual_sgd: tuple[float, float] = (0.1, 5e-4)
+    usual_adamw: tuple[float, float] = (1e-3, 1e-2)
 
 
 @dataclass(frozen=True)

@@ -106,7 +106,8 @@ class TrainerBatchReplay:
         before = self.batch_idx
         self.suspect = self.batch_idx = batch_idx
         try:
-            yield
+            with self.batches.as_begun():
+                yield
         finally:
             self.suspect, self.batch_idx = None, before
 

@@ -35,6 +35,8 @@ from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding, Intervention
 
+_FIRST_UPDATES = "first updates"
+
 
 @final
 class Diagnostics:
@@ -119,6 +121,7 @@ class Diagnostics:
         if self._replay.suspect is not None:
             micros = [micro for micro in micros if micro.index == self._replay.suspect] or micros
         finding = self._diagnostician.diagnose(fault, evidence, micros, look, good, batches.healthy_before())
+        finding = self._explained(finding)
         # If a bad update was made, the batches after it were not checked.
         later = batches.since(update) if evidence.undo and look != "nothing" else []
         looked = [] if look == "nothing" else [*micros, *later]
@@ -128,6 +131,13 @@ class Diagnostics:
         if whole and self._bundles is not None and self._bundles.due(fault, finding):
             self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self._trainer.global_step)
         return finding
+
+    def _explained(self, finding: Finding | None) -> Finding | None:
+        """A mistake that the first updates showed, if it explains why the learner diverged; else the finding."""
+        if finding is None or finding.scope != "learner":
+            return finding
+        shown = (one.finding for one in self._advice.given if one.occasion == _FIRST_UPDATES)
+        return next((one for one in shown if one.scope == "learner"), finding)
 
     def _incident(
         self,
@@ -177,7 +187,7 @@ class Diagnostics:
             seen = first.observation()
             found = () if seen is None else mistakes(seen, self._thresholds)
         for finding in found:
-            self.advise("first updates", finding)
+            self.advise(_FIRST_UPDATES, finding)
 
     def preflight(self, batch: Any) -> None:
         """Check the first batch and the untrained model, and give advice."""

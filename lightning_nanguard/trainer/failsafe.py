@@ -15,6 +15,11 @@ from lightning_nanguard.trainer.private.packages import Trainer
 
 _logger = logging.getLogger("lightning_nanguard")
 
+_NO_TRAINER = (
+    "NaNGuard.{} was called without a Trainer. It does not support Fabric, nor other loops that call the hooks of "
+    "callbacks with arguments of their own. Use a Trainer of pytorch_lightning or lightning.pytorch, or guard your own "
+    "loop with a subclass of lightning_nanguard.guard.loop.TrainingLoop."
+)
 _Hook = TypeVar("_Hook", bound=Callable[..., None])
 
 
@@ -26,10 +31,13 @@ def leaves_run_if_it_fails(hook: _Hook) -> _Hook:
     """
 
     @wraps(hook)
-    def wrapped(guard: StatefulGuard, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
+    def wrapped(guard: StatefulGuard, *args: Any, **kwargs: Any) -> None:
         try:
-            hook(guard, trainer, *args, **kwargs)
+            hook(guard, *args, **kwargs)
         except Exception as error:
+            trainer: Any = kwargs.get("trainer", args[0] if args else None)
+            if not hasattr(trainer, "fit_loop"):
+                raise TypeError(_NO_TRAINER.format(hook.__name__)) from error
             if has_to_be_raised(error, trainer.world_size):
                 raise
             leave_run(guard, hook.__name__, error)

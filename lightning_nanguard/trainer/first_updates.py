@@ -177,7 +177,7 @@ class FirstUpdates:
             modes=modes,
             evaluating=self._evaluating,
             rates=tuple(
-                RateSeen(index, number, rates.highest, rates.last, rates.rose)
+                RateSeen(index, number, rates.highest, rates.last, rates.rose, self._group_moved(index, number, rates))
                 for index, groups in enumerate(self._rates)
                 for number, rates in enumerate(groups)
                 if rates.known
@@ -215,11 +215,9 @@ class FirstUpdates:
                 graph = calls.with_graph()
                 cut = calls.cut({seen[name] for name in with_gradient})
         evaluated = tuple(f"{one.within}." for one in modes if not one.training and one.within != one.path)
-        suspects = [
-            name
-            for name in self._named
-            if name in self._waiting or name in self._unoptimized or name.startswith(evaluated)
-        ]
+        graphless = self._losses and not self._graph
+        compared = self._named.keys() if graphless else self._waiting.keys() | self._unoptimized
+        suspects = [name for name in self._named if name in compared or name.startswith(evaluated)]
         start = self._start() if suspects else {}
         untrained = self._untrained(suspects, start)
         copies = self._copies([name for name in suspects if name in self._waiting], with_gradient, start)
@@ -234,12 +232,23 @@ class FirstUpdates:
                 cut=seen[name] != "" and seen[name] in cut and name in self._waiting,
                 untrained=untrained if name in suspects else None,
                 copy=name in copies,
-                moved=not torch.equal(start[name], self._named[name].detach())
-                if (name in self._waiting or name in self._unoptimized) and name in start
-                else None,
+                moved=self._moved(name, start) if name in compared and name in start else None,
             )
             for name in self._named
         )
+
+    def _group_moved(self, index: int, number: int, rates: _GroupRates) -> bool | None:
+        """Whether a parameter of a group has changed although its rate is zero; ``None`` if this is not known."""
+        if rates.highest:
+            return None
+        groups = self._context.learner.optimizers[index].param_groups
+        owned = {id(p) for group in groups[number : number + 1] for p in group["params"]}
+        start = self._start()
+        known = [name for name, p in self._named.items() if id(p) in owned and name in start]
+        return any(self._moved(name, start) for name in known) if known else None
+
+    def _moved(self, name: str, start: Mapping[str, Tensor]) -> bool:
+        return not torch.equal(start[name], self._named[name].detach())
 
     def _start(self) -> Mapping[str, Tensor]:
         """Parameters before the first update, if a snapshot still holds them."""
@@ -294,6 +303,8 @@ class _GroupRates:
     def see(self, rate: Any) -> None:
         if not isinstance(rate, (int, float)):
             return  # a tensor: reading it may wait for the device
+        if not 0.0 <= rate < math.inf:
+            return  # the guard replaces it by the last valid one
         # A schedule that rises again after a fall has not ended.
         self.rose |= self.known and self.last < rate and self.last < self.highest / 2
         self.highest, self.last, self.known = max(self.highest, float(rate)), float(rate), True

@@ -17,6 +17,14 @@ _TOLD = RUN_FILE, RECORDS_FILE, ADVICE_FILE
 """Files that ``nanguard explain`` tells."""
 
 
+NO_FIT = (
+    "NaNGuard: no fit was guarded in this process. Under ddp_spawn, ddp_fork and ddp_notebook other processes make the "
+    "updates. What the guard did is then in the folder of the run, by default nanguard beside the checkpoints: read it "
+    "with nanguard explain RUN_DIR"
+)
+"""What is said instead of a summary if this process has seen no fit."""
+
+
 def fit_summary(
     memory: Memory, settings: Arguments | Settings, updates: int, multiplier: float, folder: Path | None
 ) -> str:

@@ -13,7 +13,7 @@ from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.report.data import read_run_data
 from lightning_nanguard.report.figure import draw, matplotlib
-from lightning_nanguard.trainer.fit_summary import fit_summary
+from lightning_nanguard.trainer.fit_summary import NO_FIT, fit_summary
 from lightning_nanguard.trainer.guard_state import StatefulGuard
 from lightning_nanguard.types import Advice, Intervention
 
@@ -38,12 +38,17 @@ class DisplayedGuard(StatefulGuard):
 
     @property
     def run_dir(self) -> Path | None:
-        """Folder with the records of the run; ``None`` before the first fit."""
+        """Folder with the records of the run; ``None`` before the first fit, or if other processes make the updates."""
         folder = self._memory.run.get("folder")
         return None if folder is None else Path(folder)
 
     def summary(self) -> str:
-        """Return one line about the present or last fit, with the counts of the whole run if it was resumed."""
+        """Return one line about the present or last fit, with the counts of the whole run if it was resumed.
+
+        If this process has seen no fit, the line says so, and where to look if other processes made the updates.
+        """
+        if self._fit is None and self.run_dir is None:
+            return NO_FIT
         fit, given = self._fit, self._given or self._arguments
         updates = fit.guard.updates if fit is not None else self._memory.run.get("updates", 0)
         return fit_summary(self._memory, given, updates, self.lr_multiplier, self.run_dir)
@@ -60,7 +65,10 @@ class DisplayedGuard(StatefulGuard):
         """
         folder = self.run_dir
         if folder is None:
-            raise RuntimeError("NaNGuard.plot() draws a run: call it during or after a fit.")
+            raise RuntimeError(
+                "NaNGuard.plot() draws a run: call it during or after a fit. If other processes made the updates "
+                "(ddp_spawn, ddp_fork, ddp_notebook), use nanguard report RUN_DIR."
+            )
         if self._fit is not None and self._fit.context.curve is not None:
             self._fit.context.curve.write()
         data = read_run_data(folder)

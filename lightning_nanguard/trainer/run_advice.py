@@ -52,8 +52,9 @@ class SkipShare:
             {"skipped": float(self._skipped), "updates": float(updates)},
             suggestion=(
                 f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples of their batches are "
-                "bad, add SkipStep(keep_good_samples=True) to the remedies: the update of a bad batch is then made "
-                "from its good samples. NaNGuard(quarantine=True) leaves out samples that were found to be bad."
+                "bad, NaNGuard(quarantine=True) leaves out those that were found. If the loss is a mean or a sum over "
+                "samples (not one that compares samples, such as a contrastive loss), "
+                "SkipStep(keep_good_samples=True) makes the update of a bad batch from its good samples."
             ),
         )
 

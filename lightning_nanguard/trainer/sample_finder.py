@@ -24,7 +24,7 @@ from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
-from lightning_nanguard.diagnosis.rules.arithmetic import RANDOM_DRAW
+from lightning_nanguard.diagnosis.rules.phrases import DRAWN
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
@@ -126,7 +126,7 @@ class SampleFinder:
             run: Whether parts of the batches may be run again.
         """
         mine: list[BadSample] = []
-        by_chance = finding is not None and finding.cause == RANDOM_DRAW
+        by_chance = finding is not None and DRAWN in finding.evidence
         if fault.scope == "batch" and (evidence.corrupt is None or evidence.undo) and not by_chance:
             with errors_logged("the samples of a bad batch could not be told"):
                 for micro in micros:

@@ -120,6 +120,7 @@ class SampleKeeper:
         if not self._is_mean:
             return None
         micro.run.take(part.batch)
+        micro.start.use(part.batch)
         return part
 
     def settle(self, micro: WindowEntry, outcome: Outcome, part: GoodPart) -> bool:

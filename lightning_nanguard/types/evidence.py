@@ -70,6 +70,8 @@ class Evidence:
         loss_unit: Unit in which losses are compared: how far the loss has come down, or its noise if that is larger.
         redo_failed: Whether the fault was there again when the updates since a snapshot were made again. So it did not
             happen by chance, and the updates caused it.
+        redone: Whether every update since a snapshot was made again with its own batch and rate, and the fault was
+            gone. So neither the batches nor the rate caused it.
         growth: Largest ratio of a weight matrix's norm to its norm at the start.
         trial: What a trial showed; ``None`` if none was made.
         climbing: Whether losses or gradient norms rose above their usual range just before the fault.
@@ -79,6 +81,7 @@ class Evidence:
         usual_norm: A low quantile of the healthy gradient norms kept; ``None`` with too few.
         lr: Effective learning rate of the first group.
         highest_lr: Highest effective rate since the snapshot to go back to; ``None`` if it is not known.
+        first_lr: Effective rate of the first group in the first update that is known; ``None`` if none is.
         lowest_lr: Lowest effective rate so far; ``None`` if it is not known.
         group_lr: Highest effective rate of any parameter group now; ``None`` if it is not known.
         multiplier: The learning-rate multiplier in force.
@@ -102,6 +105,7 @@ class Evidence:
     clippable: bool = True
     comparison: Comparison | None = None
     redo_failed: bool = False
+    redone: bool = False
     first: float = 0.0
     loss_unit: float = 1.0
     growth: float = 1.0
@@ -113,6 +117,7 @@ class Evidence:
     usual_norm: float | None = None
     lr: float | None = None
     highest_lr: float | None = None
+    first_lr: float | None = None
     lowest_lr: float | None = None
     group_lr: float | None = None
     multiplier: float = 1.0

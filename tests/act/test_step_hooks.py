@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections import defaultdict
+from collections import OrderedDict, defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning import Callback
 from torch import nn
 from torch.optim import SGD, Optimizer
 
@@ -21,8 +22,10 @@ from tests.helpers import FaultAt, batches, differences, fit, state_of, task
 class Wrapper(Optimizer):
     """Wraps an optimizer without a call of torch's constructor, as published Lookahead code does."""
 
-    def __init__(self, inner: Optimizer) -> None:
+    def __init__(self, inner: Optimizer, table: Callable[[], Any] | None = None) -> None:
         self.inner = inner
+        if table is not None:  # nothing calls the hooks in it
+            self._optimizer_step_pre_hooks, self._optimizer_step_post_hooks = table(), table()
         self.param_groups, self.defaults = inner.param_groups, inner.defaults
         self.state = defaultdict(dict)
 
@@ -36,13 +39,16 @@ class Wrapper(Optimizer):
         return self.inner.step(closure)
 
 
+TABLES: dict[str, Callable[[], Any] | None] = {"none": None, "dict": dict, "ordered": OrderedDict}
+
+
 def made(kind: str) -> tuple[nn.Parameter, Optimizer]:
     parameter = nn.Parameter(torch.ones(1))
     inner = SGD([parameter], lr=0.5)
-    return parameter, Wrapper(inner) if kind == "wrapper" else inner
+    return parameter, inner if kind == "torch" else Wrapper(inner, TABLES[kind])
 
 
-@pytest.mark.parametrize("kind", ["torch", "wrapper"])
+@pytest.mark.parametrize("kind", ["torch", *TABLES])
 @pytest.mark.parametrize("replaced", [False, True])
 def test_functions_around_a_step(kind: str, replaced: bool) -> None:
     """They get the optimizer and the arguments, and may replace these; afterwards the step is the optimizer's own."""
@@ -70,16 +76,21 @@ def test_functions_around_a_step(kind: str, replaced: bool) -> None:
     assert vars(optimizer).get("step") is own
 
 
-def wrapped(parameters: list[nn.Parameter]) -> Optimizer:
-    return Wrapper(SGD(parameters, lr=0.05))
-
-
 def falling(optimizer: Optimizer) -> Any:
     return torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
 
 
-def test_a_run_with_a_wrapper(tmp_path: Path) -> None:
-    """A healthy run is the same with the guard, bit for bit, and a bad batch is skipped."""
+@pytest.mark.parametrize("table", TABLES)
+def test_a_run_with_a_wrapper(table: str, tmp_path: Path) -> None:
+    """A healthy run is the same with the guard, bit for bit, and a bad batch is skipped. A NaN rate is replaced."""
+
+    def wrapped(parameters: list[nn.Parameter]) -> Optimizer:
+        return Wrapper(SGD(parameters, lr=0.05), TABLES[table])
+
+    class SpoilsRate(Callback):
+        def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+            trainer.optimizers[0].param_groups[0]["lr"] = math.nan if batch_idx == 8 else 0.05
+
     runs = [
         fit(task(optimizer=wrapped, scheduler=falling), batches(count=12), guard, folder=tmp_path / str(guard is None))
         for guard in (None, NaNGuard())
@@ -87,6 +98,6 @@ def test_a_run_with_a_wrapper(tmp_path: Path) -> None:
     assert differences(*map(state_of, runs)) == []
     guard = NaNGuard()
     fault = FaultAt("loss", math.nan, [5])
-    run = fit(task(optimizer=wrapped), batches(count=12), guard, folder=tmp_path, callbacks=[fault])
-    assert [one.remedies for one in guard.interventions] == [("skip",)]
+    run = fit(task(optimizer=wrapped), batches(count=12), guard, folder=tmp_path, callbacks=[fault, SpoilsRate()])
+    assert [one.remedies for one in guard.interventions] == [("skip",), ("hold rate",)]
     assert all(bool(torch.isfinite(one).all()) for one in run.module.parameters())

@@ -339,6 +339,7 @@ def test_nothing_good_at_all(tmp_path: Path) -> None:
         def on_train_batch_start(self, trainer: Trainer, pl_module: Any, *args: Any) -> None:
             with torch.no_grad():
                 pl_module.net.one.weight[0, 0] = math.nan
+                pl_module.net.one.weight[0, 1] += 1.0  # else the state of the start is known to be good
 
     callbacks = [Poison(), OnExceptionCheckpoint(tmp_path)]
     trainer = trainer_for(tmp_path, NaNGuard(), callbacks, enable_checkpointing=True)

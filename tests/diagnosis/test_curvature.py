@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -146,6 +147,23 @@ def test_the_direction_is_that_of_the_next_update(make: Callable[[list[nn.Parame
     made = [(one - other) / 1e-3 for one, other in zip(before, parameters, strict=True)]
     assert dot(made, moved) / (dot(made, made) * dot(moved, moved)) ** 0.5 > 0.99
     assert dot(made, made) == pytest.approx(dot(moved, moved), rel=0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "along"),
+    [
+        (optim.SGD, {}, "the gradient"),
+        (optim.SGD, {"momentum": 0.9}, "the gradient, without momentum,"),
+        (optim.Adam, {}, "the updates of Adam, without momentum,"),
+        (optim.RMSprop, {}, "the updates of RMSprop"),
+    ],
+)
+def test_the_direction_has_a_name(kind: Any, settings: dict[str, float], along: str) -> None:
+    """It says what the direction leaves out."""
+    net = mlp()
+    found = curvature_along_update(problem(net), kind(net.parameters(), **settings), dict(net.named_parameters()))
+    assert found is not None
+    assert found[0].along == along
 
 
 def test_an_unknown_optimizer_has_no_direction() -> None:

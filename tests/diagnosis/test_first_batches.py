@@ -80,8 +80,14 @@ def test_only_batches_of_one_epoch_are_compared() -> None:
     """Each epoch has the same three batches in the same order."""
     looked, (batches, distinct) = compared((pictures(index % 3) for index in range(9)), epoch=3)
     assert (looked, batches, distinct) == (-1, 0, 0)
-    _, counted = compared((torch.zeros(4) for _ in range(18)), epoch=8)
+    _, counted = compared((torch.arange(4.0) for _ in range(18)), epoch=8)
     assert counted == (8, 1)
+
+
+def test_data_sets_without_data() -> None:
+    """A step that has its own data is given zeros: they are not a mistake. Numbers that vary within a batch are."""
+    assert compared((torch.zeros(4), torch.ones(1)) for _ in range(18)) == (10, (0, 0))
+    assert compared((torch.zeros(4), torch.arange(4)) for _ in range(18)) == (10, (8, 1))
 
 
 def test_batches_without_numbers_are_not_compared() -> None:

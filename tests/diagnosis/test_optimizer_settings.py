@@ -17,13 +17,17 @@ from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
         (torch.optim.AdamW, {"lr": 0.05, "weight_decay": 100.0}, "Use a weight decay far below 20"),
         (torch.optim.AdamW, {"lr": 0.001, "weight_decay": 1000.0}, ""),
         (torch.optim.Adam, {"lr": 0.05, "weight_decay": 100.0}, ""),
+        # The rate is the one of the two that is absurd.
+        (torch.optim.AdamW, {"lr": 300.0}, ""),
+        (torch.optim.SGD, {"lr": 700.0, "weight_decay": 0.01}, ""),
         (torch.optim.AdamW, {"lr": torch.tensor(0.05), "weight_decay": 100.0}, ""),
     ],
 )
 def test_what_diverges_by_itself_is_named(
     kind: type[torch.optim.Optimizer], settings: dict[str, object], said: str
 ) -> None:
-    """A momentum of 1 or more, or a decay that enlarges weights; no value is read from a device."""
+    """A momentum of 1 or more, or a decay that enlarges weights, unless the rate is to blame for that; no value is read
+    from a device."""
     found = unstable_setting([kind([torch.zeros(2, requires_grad=True)], **settings)])
     assert said in found
     assert bool(said) == bool(found)

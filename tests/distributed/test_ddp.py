@@ -229,14 +229,19 @@ def test_one_ranks_learning_rate(seen: Results, name: str) -> None:
     assert agreed(seen, name)["end"] == agreed(seen, "rate as it was")["end"]
 
 
-@pytest.mark.parametrize(("name", "word"), [("falling rate lost", "hold rate"), ("rate lost from the start", "skip")])
-def test_one_ranks_falling_learning_rate(seen: Results, name: str, word: str) -> None:
+def test_one_ranks_learning_rate_from_the_start(seen: Results) -> None:
+    """A rate that is NaN on one rank in the first update: this rank uses the rate from before it; the ranks agree."""
+    (record,) = agreed(seen, "rate lost from the start")["records"]
+    assert (record["fault"], record["remedies"], record["ranks"]) == ("invalid_learning_rate", ["hold rate"], [1])
+    assert (record["global_step"], record["batch_idx"]) == (1, 0)
+
+
+def test_one_ranks_falling_learning_rate(seen: Results) -> None:
     """If the ranks have made an update at different rates, both go back, and then make all updates at the same rate."""
-    one, other = (result[name] for result in seen)
-    # From the start there is no snapshot yet to go back to, so the ranks stay apart for one more update.
+    one, other = (result["falling rate lost"] for result in seen)
     assert all(one[key] == other[key] for key in ("records", "end", "steps", "error"))
     first, second = one["records"]
-    assert (first["fault"], first["remedies"], first["ranks"]) == ("invalid_learning_rate", [word], [1])
+    assert (first["fault"], first["remedies"], first["ranks"]) == ("invalid_learning_rate", ["hold rate"], [1])
     assert (second["fault"], second["remedies"]) == ("parted_ranks", ["restore"])
     assert one["finite"]
     assert one["error"] is None

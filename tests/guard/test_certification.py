@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from lightning_nanguard import Detector, Fault, Reading
+from lightning_nanguard.guard.certification import vouch_for_start
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.snapshots import RingThresholds, SnapshotsThresholds
@@ -136,3 +137,17 @@ def test_the_first_snapshot_is_of_the_state_that_the_first_batch_finds() -> None
     first = loop.guard.context.ring.pending
     assert first is not None
     assert bool(torch.isfinite(first.leaves["parameter", "weight"]).all())
+
+
+@pytest.mark.parametrize(("changed", "good"), [(False, True), (True, False)])
+def test_a_start_that_is_spoilt_from_outside(changed: bool, good: bool) -> None:
+    """If only numbers that are no longer finite differ, the first snapshot is good; after other changes it is not."""
+    loop = PlainLoop()
+    loop.run(0)
+    with torch.no_grad():
+        loop.net.weight[0, 0] = math.nan
+        loop.net.weight[0, 1] += float(changed)
+    vouch_for_start(loop.guard.context, 1)
+    assert certified(loop) == []  # an update may have been made
+    vouch_for_start(loop.guard.context, 0)
+    assert certified(loop) == ([0] if good else [])

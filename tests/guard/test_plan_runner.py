@@ -88,13 +88,14 @@ def test_a_stopped_run_holds_the_newest_good_weights() -> None:
 
 
 def test_a_run_stopped_before_anything_was_good_holds_what_it_began_with() -> None:
-    """Weights lost in the first batch are those of the start again, which were at least finite."""
+    """Weights that are changed and lost in the first batch are those of the start again, which were at least finite."""
     loop = PlainLoop()
     began = copied(loop.net.state_dict())
 
     def spoil(step: int, batch: torch.Tensor) -> None:
         with torch.no_grad():
             loop.net.weight[0, 0] = math.inf
+            loop.net.weight[0, 1] += 1.0
 
     with pytest.raises(TrainingDivergedError, match="there is no good state yet to go back to") as error:
         loop.run(1, spoil)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from lightning_nanguard.guard.state import GuardState
@@ -14,6 +16,15 @@ def test_a_rate_is_noted_where_it_changes() -> None:
         state.note_rate(rate)
         state.step += 1
     assert list(state.rates) == [(1, 0.1), (3, 0.05), (5, 0.1)]
+
+
+def test_the_first_rate_and_the_last_rollback() -> None:
+    """Both are known from the start on, if there are any."""
+    state = GuardState()
+    assert (state.first_rate, state.last_rollback) == (None, 0)
+    state.rates.extend([(1, 0.1), (5, 3.0)])
+    state.policy = replace(state.policy, restores=((10, "loss"), (19, "loss")))
+    assert (state.first_rate, state.last_rollback) == (0.1, 19)
 
 
 def test_a_schedule_that_changes_in_every_step_takes_bounded_memory() -> None:

@@ -11,7 +11,7 @@ import pytest
 from lightning_nanguard import Detector, Fault, NaNGuard, Reading
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
-from lightning_nanguard.types import ActOn, Finding
+from lightning_nanguard.types import ActOn, Evidence, Finding
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
 from tests.helpers import batches, fit, task
 
@@ -54,6 +54,26 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(
     assert told is not None
     assert told[0] == 6
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
+
+
+def test_the_rate_of_an_earlier_peak_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Weights that grew far are not blamed on the present rate where a higher one was used before."""
+    loop, suspicions = trained(CERTAIN)
+    [now] = loop.guard.context.rate.effective()
+    loop.guard.context.state.rates.extend([(3, 1000 * now), (4, now)])
+    told: list[Evidence] = []
+    found = Finding("learning_rate_too_high", 0.8, suggestion="it was too high.")
+
+    def diagnose(fault: Fault, evidence: Evidence, look: str, update: int) -> Finding:
+        told.append(evidence)
+        return found
+
+    monkeypatch.setattr(loop, "diagnose", diagnose)
+    monkeypatch.setattr(type(loop.guard._parts.investigator), "growth", lambda self: 20.0)
+    suspicions.tell(LEARNER, Reading(6, 0, 9.0, 1.0), (6, 0, 5))
+    [evidence] = told
+    assert (evidence.first_lr, evidence.lr, evidence.highest_lr) == (now, now, 1000 * now)
+    assert loop.advice[0].cause == "learning_rate_too_high"
 
 
 class FindsAt(Detector):

@@ -126,7 +126,8 @@ class Enlarges(Callback):
 @pytest.mark.parametrize("readback", ["step", "deferred"])
 def test_saturated_weights_early_on(readback: str, tmp_path: Path) -> None:
     """A matrix that became 100,000 times as large among the first hundred updates, behind units that saturate, does not
-    show in the loss; it goes back with the next snapshot, since the newest batches fare worse under it."""
+    show in the loss; it goes back with the next snapshot, since the newest batches fare worse under it. The updates
+    made again gave a good matrix at the same rate, so the rate is not blamed, though the matrix grew as a whole."""
     guard = NaNGuard(snapshot_every_n_steps=5, readback=readback, act_on="evidence")
     run = fit(task("mlp", adam), data_for("mlp", 80), guard, folder=tmp_path, callbacks=[Enlarges()])
     [found] = guard.interventions
@@ -135,6 +136,9 @@ def test_saturated_weights_early_on(readback: str, tmp_path: Path) -> None:
         "parameter net.0.weight",
         ("restore", "redo"),
     )
+    assert found.finding is not None
+    assert (found.cause, found.finding.evidence["times"]) == ("corrupted_state", 1.0)
+    assert "so no batch and no rate caused it. Look for code that writes to it" in found.finding.suggestion
     assert 41 <= found.global_step <= 52
     assert float(run.module.net[0].weight.detach().abs().max()) < 100
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lightning_nanguard.state.batch_history import BatchHistory
+from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.thresholds.batches import (
     BatchesThresholds,
     HealthyBatchesThresholds,
@@ -173,3 +174,38 @@ def test_an_earlier_batch() -> None:
     assert history.earlier() is one
     history.accept_update(2)
     assert history.earlier() is other
+
+
+def test_batches_are_seen_as_their_steps_began() -> None:
+    """What a step removed is there while it is looked at, and also in the healthy batches that are kept."""
+    history, batch = BatchHistory(CPU), {"x": torch.ones(2), "labels": torch.zeros(2)}
+    history.add(1, 0, batch)
+    history.begin_step()
+    labels = batch.pop("labels")
+    with history.as_begun():
+        assert batch["labels"] is labels
+        history.accept(batch, 0)
+    assert [*batch] == ["x"]
+    ((known, _),) = history.healthy
+    assert sorted(known) == ["labels", "x"]
+    assert [*history.earlier()] == [*known]
+    assert history.healthy_before() == []
+    history.leave_out(batch)
+    assert history.healthy == []
+    with history.as_begun():
+        batch.pop("labels")  # the step is made again
+    assert [*batch] == ["x"]
+
+
+def test_a_part_of_a_batch_is_restored_too() -> None:
+    """If only the good samples are run, their contents count."""
+    history, whole, part = BatchHistory(CPU), {"x": torch.ones(2)}, {"x": torch.ones(1)}
+    history.add(1, 0, whole)
+    history.begin_step()
+    history.exchange(whole, part, BatchOrigin(0))
+    part.clear()
+    with history.as_begun():
+        assert [*part] == ["x"]
+        history.accept(whole, 0)
+    assert [*part] == []
+    assert [sorted(one) for one, _ in history.healthy] == [["x"]]

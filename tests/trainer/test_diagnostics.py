@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 from pytorch_lightning import Callback
 
-from lightning_nanguard import Case, Finding, NaNGuard
+from lightning_nanguard import Case, Detector, Fault, Finding, NaNGuard, Reading
 from lightning_nanguard.diagnosis import bundle
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
-from tests.helpers import batches, differences, fit, state_of, task, with_bad
+from tests.helpers import Task, batches, differences, fit, mlp, state_of, task, with_bad
 
 
 class Asks(Callback):
@@ -76,3 +76,39 @@ def test_examining_outside_of_a_fit() -> None:
     """There is nothing to examine then."""
     with pytest.raises(RuntimeError, match="fit"):
         NaNGuard().examine()
+
+
+class KeepsGradients(Task):
+    """Manual optimization that never clears its gradients."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.automatic_optimization = False
+
+    def training_step(self, batch: Any, batch_idx: int) -> None:
+        self.manual_backward(super().training_step(batch, batch_idx))
+        optimizer: Any = self.optimizers()
+        optimizer.step()
+
+
+class FindsAt(Detector):
+    """Finds a fault of the learner and one of a batch."""
+
+    def check(self, reading: Reading) -> Fault | None:
+        scope: Any = {80: "learner", 90: "batch"}.get(reading.step)
+        return None if scope is None else Fault("mine", scope, "loss", 9.0, "mine", conclusive=True)
+
+
+def test_a_mistake_of_the_first_updates_explains_a_divergence(tmp_path: Path) -> None:
+    """After the advice that gradients are added up, the rate is not blamed for a divergence. A fault of a batch has its
+    own cause."""
+
+    def rule(case: Case) -> Finding | None:
+        causes = {"learner": "learning_rate_too_high", "batch": "bad_batch"}
+        scope = case.fault.scope
+        return Finding(causes[scope], 1.0, scope=scope) if case.fault.kind == "mine" else None
+
+    guard = NaNGuard(snapshot_every_n_steps=8, dirpath=tmp_path, rules=[rule], detectors=[FindsAt()])
+    fit(KeepsGradients(), batches(count=96), guard, folder=tmp_path)
+    assert [advice.finding.cause for advice in guard.advice] == ["gradient_not_zeroed"]
+    assert [found.cause for found in guard.interventions] == ["gradient_not_zeroed", "bad_batch"]

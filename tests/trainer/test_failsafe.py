@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from pytorch_lightning import Callback
 from torch import Tensor
 
@@ -138,6 +139,14 @@ def test_a_detector_that_returns_a_wrong_type_ends_the_run(settings: dict[str, A
 
     with pytest.raises(TypeError, match=r"returned 'a fault', a str\. Return a Fault"):
         fit(task(), batches(count=8), NaNGuard(detectors=[Wrong()], **settings), folder=tmp_path)
+
+
+@pytest.mark.parametrize("hook", ["on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"])
+def test_a_loop_without_a_trainer(hook: str) -> None:
+    """Fabric calls hooks with the arguments of the user's loop: the error says what is supported."""
+    fabric = Fabric(accelerator="cpu", callbacks=[NaNGuard()])
+    with pytest.raises(TypeError, match=rf"{hook} was called without a Trainer\. It does not support Fabric"):
+        fabric.call(hook, *([torch.ones(1), 0] if "batch" in hook else []))
 
 
 @pytest.mark.parametrize(("owner", "name"), [(StepRunner, "_guarded"), (UpdatesAgain, "keep")])

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from benchmarks.diagnose.silent import MEANT, MISTAKES, named, said
 from lightning_nanguard import Advice, NaNGuard
 from lightning_nanguard.record.files import read_file
-from tests.helpers import OUTPUTS, TwoOptimizers, batches, fit, task
+from tests.helpers import OUTPUTS, TwoOptimizers, batches, fit, mlp, task
 
 
 class Task(pl.LightningModule):
@@ -173,3 +173,26 @@ def test_images_with_a_black_border_do_not_repeat(tmp_path: Path) -> None:
     guard, loader = NaNGuard(dirpath=tmp_path), DataLoader(list(torch.rand(640, 4, 4)), 32, collate_fn=collate)
     fit(Task(nn.Sequential(nn.Flatten(), nn.Linear(64, 1))), loader, guard, folder=tmp_path)
     assert named(guard) == set()
+
+
+class StepsInBackward(Task):
+    """Each parameter is stepped as soon as its gradient is there; the optimizer of Lightning does nothing."""
+
+    def configure_optimizers(self) -> Any:
+        self.__dict__["own"] = {p: torch.optim.SGD([p], 0.02) for p in self.parameters()}
+
+        def step(p: torch.Tensor) -> None:
+            self.own[p].step()
+            self.own[p].zero_grad()
+
+        for p in self.parameters():
+            p.register_post_accumulate_grad_hook(step)
+        return torch.optim.SGD(self.parameters(), 0.0)
+
+
+def test_steps_within_the_backward_pass(tmp_path: Path) -> None:
+    """No gradient and no rate is seen, but the weights learn, so no mistake is named."""
+    guard, net = NaNGuard(), mlp()
+    fit(StepsInBackward(net), batches(count=70), guard, folder=tmp_path)
+    assert guard.interventions == []
+    assert guard.advice == ()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from pytorch_lightning import Callback
 
 from lightning_nanguard import Advice, Budget, Finding, NaNGuard, StopTraining
+from lightning_nanguard.trainer.fit_summary import NO_FIT
 from tests.helpers import fit, task, with_bad
 
 
@@ -43,7 +46,7 @@ def test_summary_display_and_plot(tmp_path: Path) -> None:
     from matplotlib import pyplot as plt
 
     guard = NaNGuard()
-    assert guard.summary() == 'NaNGuard: 0 updates watched (act_on="certain"), no interventions'
+    assert guard.summary() == NO_FIT
     with pytest.raises(RuntimeError, match="call it during or after a fit"):
         guard.plot()
     drawn = Drawn(guard)
@@ -61,3 +64,28 @@ def test_summary_display_and_plot(tmp_path: Path) -> None:
     assert len(figure.axes) == 4
     assert list(figure.axes[0].get_lines()[0].get_xdata()) == [guard.interventions[0].global_step]
     plt.close("all")
+
+
+_FORKS = """
+import sys
+from lightning_nanguard import NaNGuard
+from tests.helpers import task, trainer_for, with_bad
+from torch.utils.data import DataLoader
+
+guard = NaNGuard()
+trainer = trainer_for(sys.argv[1], guard, strategy="ddp_fork")
+trainer.fit(task(), DataLoader(with_bad(4, count=8), batch_size=None))
+print("SUMMARY", guard.summary(), guard.run_dir)
+print("SHOWN", guard._repr_html_().replace(chr(10), " "))
+"""
+
+
+def test_a_fit_in_other_processes(tmp_path: Path) -> None:
+    """The guard of the program does not say that there were no interventions, but where the records are."""
+    command = [sys.executable, "-W", "ignore", "-c", _FORKS, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    (said,), (shown,) = ([one for one in done.stdout.splitlines() if one.startswith(w)] for w in ("SUMMARY", "SHOWN"))
+    assert said == f"SUMMARY {NO_FIT} None"
+    assert "no interventions" not in said + shown
+    (records,) = tmp_path.rglob("interventions.jsonl")
+    assert len(records.read_text().splitlines()) == 1

@@ -77,9 +77,11 @@ BAD = {f"x{row}": math.nan for row in range(0, 192, 24)}
 
 @pytest.mark.parametrize("kept", [False, True])
 def test_advice_in_a_run(kept: bool, tmp_path: Path) -> None:
-    """A third of all batches is skipped: the advice names ``keep_good_samples``; none where that is on."""
+    """A third of all batches is skipped: the advice names ``keep_good_samples``, and for which losses it is meant; none
+    where that is on."""
     remedies: list[Any] = [SkipStep(keep_good_samples=kept), *default_remedies()]
     guard: NaNGuard = trained(rows(192, **BAD), tmp_path, max_epochs=2, guard={"remedies": remedies})
     said = [one.finding for one in guard.advice if one.finding.cause == "many_skipped_batches"]
     assert len(said) == (0 if kept else 1)
     assert all("SkipStep(keep_good_samples=True)" in one.suggestion for one in said)
+    assert all("not one that compares samples" in one.suggestion for one in said)

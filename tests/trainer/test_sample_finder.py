@@ -368,13 +368,28 @@ class DrawsZeros(LogTargets):
         return super().training_step((x, y + 0.01 * noise), index)
 
 
-def test_a_fault_by_chance_names_no_row(tmp_path: Path) -> None:
-    """With other random numbers the same samples are good, so that none is listed or left out."""
-    module = DrawsZeros()
+class DrawsEmptyMasks(LogTargets):
+    """Its loss is a mean over a mask that is drawn at random, and may select nothing."""
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        chosen = (torch.rand(len(batch[0])) < 0.9).float()
+        error = (self.net(batch[0]).squeeze(-1) - batch[1].reshape(len(chosen), -1)[:, 0]).square()
+        return (error * chosen).sum() / chosen.sum()
+
+
+@pytest.mark.parametrize(
+    ("module", "cause"), [(DrawsZeros(), "random_draw"), (DrawsEmptyMasks(), "no_valid_target")], ids=["noise", "mask"]
+)
+def test_a_fault_by_chance_names_no_row(module: Any, cause: str, tmp_path: Path) -> None:
+    """With other random numbers the same samples are good, so that none is listed or left out. A mask that selects
+    nothing is named as such, with what decides it."""
     module.net = nn.Linear(4, 1)  # type: ignore[assignment]
     loader = DataLoader(rows(), batch_size=1)  # type: ignore[arg-type]
     guard = trained(loader, tmp_path, module, guard={"quarantine": True}, max_epochs=3)
-    assert {one.cause for one in guard.interventions} == {"random_draw"}
+    assert {one.cause for one in guard.interventions} == {cause}
+    told = guard.interventions[0].finding
+    assert told is not None
+    assert "random numbers of the step" in told.suggestion
     assert listed(guard) == []
 
 

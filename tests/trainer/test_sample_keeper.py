@@ -178,3 +178,38 @@ def test_the_option_is_checked() -> None:
     assert SkipStep().keep_good_samples is None
     with pytest.raises(ValueError, match="keep_good_samples=1"):
         SkipStep(keep_good_samples=1)  # type: ignore[arg-type]
+
+
+class ComparesOutputs(Task):
+    """Its hook compares what its step returned with the batch, which fails if their sizes differ."""
+
+    def __init__(self) -> None:
+        super().__init__(mlp())
+        self.errors: list[float] = []
+        self.losses: list[Any] = []
+
+    def training_step(self, batch: Any, batch_idx: int) -> Any:
+        prediction = self.net(batch[0])
+        return {"loss": (prediction - batch[1]).square().mean(), "prediction": prediction}
+
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+        assert outputs["loss"].isfinite() or not outputs["prediction"].requires_grad
+        self.errors.append(float((outputs["prediction"] - batch[1]).detach().square().nanmean()))
+        self.losses.append(outputs["loss"])
+
+    def optimizer_step(self, epoch: int, batch_idx: int, optimizer: Any, closure: Any) -> None:
+        self.given = [float(loss) for loss in [optimizer.step(closure=closure)] if loss is not None]
+        assert all(map(math.isfinite, self.given))
+
+
+@pytest.mark.parametrize("window", [1, 2, 3])
+def test_what_hooks_get(window: int, tmp_path: Path) -> None:
+    """The outputs of the whole batch that they are given, without a graph; the optimizer gets the loss of the rest."""
+    guard, module = kept(), ComparesOutputs()
+    data = loader(good=False, bad={3: math.nan, 17: math.nan, 40: math.nan})
+    run = fit(module, data, guard, folder=tmp_path, accumulate_grad_batches=window)
+    assert set(words(guard)) == {("keep good samples",)}
+    assert len(module.errors) == run.trainer.num_training_batches == 12
+    bad = [index for index, loss in enumerate(module.losses) if not torch.isfinite(loss)]
+    assert bad == [0, 2, 5]
+    assert all(math.isfinite(error) for index, error in enumerate(module.errors) if index not in bad)

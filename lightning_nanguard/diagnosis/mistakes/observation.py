@@ -73,6 +73,7 @@ class RateSeen:
         highest: Highest rate.
         last: Last rate.
         rose: Whether it rose after it had fallen below its last value.
+        moved: Whether a parameter of the group has changed; ``None`` if this was not checked.
     """
 
     optimizer: int
@@ -80,6 +81,7 @@ class RateSeen:
     highest: float
     last: float
     rose: bool = False
+    moved: bool | None = None
 
 
 @dataclass(frozen=True, slots=True)

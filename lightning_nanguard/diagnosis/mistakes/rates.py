@@ -8,10 +8,13 @@ from lightning_nanguard.types import Finding
 
 
 def learning_rate_zero(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """All groups of an optimizer had a rate of zero in every update. Single groups of zero are intended."""
+    """All groups of an optimizer had a rate of zero in every update, and nothing else changes their parameters.
+
+    Single groups of zero are intended.
+    """
     for index in dict.fromkeys(one.optimizer for one in seen.rates):
         rates = [one for one in seen.rates if one.optimizer == index]
-        if all(one.highest == 0.0 for one in rates):
+        if all(one.highest == 0.0 and not one.moved for one in rates):
             why = "Look at the scheduler" if seen.scheduled else "Look at configure_optimizers"
             what = (
                 f"the learning rate of optimizer {index} was zero in each of the first {seen.updates} updates: "

@@ -26,9 +26,13 @@ def data_repeats(seen: Observation, thresholds: DiagnosisThresholds) -> Finding 
 
 
 def loss_without_graph(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
-    """Every loss is a new tensor without a graph, or no parameter ever got a gradient from it."""
+    """Every loss is a new tensor without a graph, or no parameter ever got a gradient from it.
+
+    If parameters change all the same, they are trained in another way, for example within the backward pass.
+    """
     nobody = seen.parameters and not any(one.gradient for one in seen.parameters)
-    if not seen.losses or not (seen.graphless == seen.losses or nobody):
+    learns = any(one.trainable and one.moved for one in seen.parameters)
+    if not seen.losses or learns or not (seen.graphless == seen.losses or nobody):
         return None
     return seen.finding(
         "loss_without_graph",
@@ -56,4 +60,5 @@ def gradient_not_zeroed(seen: Observation, thresholds: DiagnosisThresholds) -> F
             f"in {seen.added} updates in a row the gradient was added to that of the update before. "
             "Call optimizer.zero_grad() before each backward pass that begins an update."
         ),
+        scope="learner",  # the updates become too large at any rate
     )

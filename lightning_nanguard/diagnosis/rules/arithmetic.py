@@ -4,7 +4,13 @@ from __future__ import annotations
 
 from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
-from lightning_nanguard.diagnosis.rules.phrases import finding_at, of_samples, origin_evidence, smallest_operand
+from lightning_nanguard.diagnosis.rules.phrases import (
+    drawn_at,
+    finding_at,
+    of_samples,
+    origin_evidence,
+    smallest_operand,
+)
 from lightning_nanguard.diagnosis.rules.signs import PRODUCTS, number_format_exhausted
 from lightning_nanguard.record.text import with_line
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
@@ -17,9 +23,6 @@ _DIVISIONS = ("div", "true_divide", "divide", "reciprocal", "remainder", "fmod",
 _SPREADS = ("std", "var", "std_mean", "var_mean")
 _SOFTMAXES = ("softmax", "log_softmax", "safe_softmax", "logsumexp")
 _ROOTS = ("sqrt", "pow", "rsqrt", "linalg_vector_norm", "norm", "cdist", "acos", "asin")
-
-RANDOM_DRAW = "random_draw"
-"""The cause of a fault that comes from random numbers and not from the samples."""
 
 
 def log_of_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -183,17 +186,11 @@ def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Findin
     if not case.clues.gone_otherwise or case.evidence.climbing or case.evidence.rate_rose:
         return None
     where = "" if origin is None else f" It begins in {origin.place}."
-    return Finding(
-        RANDOM_DRAW,
-        thresholds.confidence.random_draw,
-        evidence={} if origin is None else origin_evidence(origin),
-        place=case.fault.place if origin is None else origin.place,
-        suggestion=(
-            "the fault depends on the random numbers of the step: with others, the same batch is finite under the same "
-            f"weights.{where} Keep random numbers away from values for which the operation is not defined."
-        ),
-        scope="batch",
+    text = (
+        "the fault depends on the random numbers of the step: with others, the same batch is finite under the same "
+        f"weights.{where} Keep random numbers away from values for which the operation is not defined."
     )
+    return drawn_at("random_draw", thresholds.confidence.random_draw, case, text)
 
 
 def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

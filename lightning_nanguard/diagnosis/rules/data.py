@@ -9,6 +9,7 @@ from lightning_nanguard.diagnosis.rules.domains import DOMAINS, outside
 from lightning_nanguard.diagnosis.rules.layers import harm_of_large_inputs
 from lightning_nanguard.diagnosis.rules.loss_function import class_out_of_range
 from lightning_nanguard.diagnosis.rules.phrases import (
+    drawn_at,
     finding_at,
     listed,
     of_samples,
@@ -22,6 +23,7 @@ from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
 _DIVISIONS = ("div", "true_divide", "divide")
+_COUNTS = ("sum", "mean", "count_nonzero")
 _CLASS_LOSSES = ("nll_loss", "cross_entropy")
 
 
@@ -32,9 +34,11 @@ def non_finite_input(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
         return None
     # Some models use NaN for missing values. Then something else made the loss bad.
     tolerated = clues.origin is not None or (clues.loss is not None and math.isfinite(clues.loss))
-    # A bounded activation gives a finite loss for Inf, and in backward Inf times a gradient of 0 is NaN.
-    if clues.origin is not None and clues.origin.backward and clues.origin.operation in PRODUCTS:
-        tolerated = False
+    # A product makes NaN of the Inf that it was given: in forward with numbers of both signs, or in backward with a
+    # gradient of 0, if a bounded activation gives a finite loss for Inf.
+    if clues.origin is not None and clues.origin.operation in PRODUCTS:
+        given = clues.origin.infinite and not clues.origin.put_in
+        tolerated = not (clues.origin.backward or given)
     known = thresholds.confidence
     confidence = known.non_finite_input_tolerated if tolerated else known.non_finite_input
     # If the loss masks missing values with torch.where, its gradient can still be NaN.
@@ -95,15 +99,18 @@ def _unlike_others(
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """A mean over zero targets: every label is ignored, or a mask selects nothing."""
+    """A mean over zero targets: every label is ignored, or a mask selects nothing. The mask may be drawn at random."""
     origin, target, loss = case.clues.origin, case.clues.target, case.clues.loss
     if origin is None or origin.backward or (loss is not None and math.isinf(loss)):
         return None  # a mean over nothing is NaN; an infinite loss has overflowed
+    drawn = bool(case.clues.gone_otherwise)
     # If all targets have the same value, this value stands for missing targets.
     same = target is not None and target.lowest == target.highest
-    told = f" ({target.lowest:.4g})" if same and target is not None else ""
+    told = f" ({target.lowest:.4g})" if same and target is not None and not drawn else ""
     nothing = origin.operation in _DIVISIONS and origin.lowest == origin.highest == 0.0
-    if origin.operation.startswith(_CLASS_LOSSES) and origin.empty:
+    counted = origin.from_mask or (origin.made_by in _COUNTS and not origin.from_weights)
+    empty = origin.empty and (drawn or origin.operation.startswith(_CLASS_LOSSES))
+    if empty or (drawn and nothing and counted):
         text = "a mask or a selection selects nothing: a mean over no elements"
     elif origin.operation.startswith(_CLASS_LOSSES) and not origin.given:
         text = f"every target of the batch is ignored{told} or has a weight of zero: a mean over no elements"
@@ -111,8 +118,14 @@ def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         text = f"every target of the batch is the same{told}, and a mask or a selection selects none of them"
     else:
         return None
-    remedy = "Leave such batches out, or leave this term out of the loss if nothing is selected"
-    return finding_at("no_valid_target", thresholds.confidence.no_valid_target, origin, f"{text}. {remedy}.")
+    if not drawn:
+        text += ". Leave such batches out, or leave this term out of the loss if nothing is selected."
+        return finding_at("no_valid_target", thresholds.confidence.no_valid_target, origin, text)
+    text += (
+        ". The random numbers of the step decide what is selected: with others, the same batch is finite. Draw so that "
+        "something is always selected, or divide the sum by a count of at least 1."
+    )
+    return drawn_at("no_valid_target", thresholds.confidence.random_draw, case, text)
 
 
 def labels_unrelated(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

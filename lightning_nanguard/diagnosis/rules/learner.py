@@ -21,10 +21,14 @@ from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.thresholds.fixed import LARGEST_WITH_SQUARE
 from lightning_nanguard.types import Evidence, Finding
 
+_BY_ITSELF = "became bad, and was good when the updates since the last good state were made again"
+
 
 def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """Weights, buffers or moments became bad, but no batch was bad. With the good state the fault is gone."""
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
+    if evidence.redone:
+        return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
@@ -70,19 +74,18 @@ def _corrupted(
     soon = since is not None and since < thresholds.blame.calm_when_late
     # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
-    if case.evidence.told:
+    redone = case.evidence.redone
+    if case.evidence.told and not redone:
         text = f"and {case.evidence.told}."
-    elif case.fault.rate_may_cause and name.startswith("buffer"):
+    elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
         text = (
             "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
             "them from the loss. If there is none, look for code that writes to it."
         )
     elif times == 1 or not gone:
-        text = (
-            "although no earlier reading was bad. Look for code that writes to it: a hook, a callback, an in-place "
-            "operation."
-        )
-    elif soon:
+        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
+        text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
+    elif soon and not redone:
         text = (
             f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
             "update or the forward pass causes this each time. Look at the code that computes it."
@@ -164,7 +167,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"
-    text = f"{found}. {_how_to_lower(case, rate)}{_to(case, thresholds)}."
+    text = f"{found}. {_how_to_lower(case, thresholds)}{_to(case, thresholds)}."
     return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
 
 
@@ -183,10 +186,18 @@ def unstable_hyperparameter(case: Case, thresholds: DiagnosisThresholds = DEFAUL
     return _learner_finding("unstable_hyperparameter", confidence, case, evidence, f"{case.unstable}.")
 
 
-def _how_to_lower(case: Case, rate: float | None) -> str:
-    now = case.evidence.lr
+def _how_to_lower(case: Case, thresholds: DiagnosisThresholds) -> str:
+    if _risen_from(case, thresholds) is not None:
+        return "Look at the schedule, or whatever else raises it, or lower the peak"
+    rate, now = _rate(case), case.evidence.lr
     peaked = rate is not None and now is not None and now < rate
     return "Lower the peak of the learning rate" if peaked else "Use a warm-up of the learning rate, or lower it"
+
+
+def _risen_from(case: Case, thresholds: DiagnosisThresholds) -> float | None:
+    """The first rate of the run, if the highest one is clearly above it."""
+    first, rate = case.evidence.first_lr, _rate(case)
+    return first if first is not None and rate is not None and rate > thresholds.blame.rate_risen * first else None
 
 
 def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
@@ -203,6 +214,8 @@ def _rate_is_shown(case: Case, limits: LearnerThresholds) -> bool:
 def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     """Confidence that the rate is to blame; 0 if it is not. A suspicion has to be confirmed first."""
     fault, evidence, limits, known = case.fault, case.evidence, thresholds.learner, thresholds.confidence
+    if evidence.redone:
+        return 0.0
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
     overflowed = evidence.redo_cause[0] == "forward_writes_buffer" and evidence.growth > limits.ruined
@@ -226,9 +239,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
     parts = []
     if rate is not None:
         numbers["lr"] = rate
-        now = f"{evidence.lr:.4g}" if evidence.lr is not None else f"{rate:.4g}"
-        before = f", and was {rate:.4g} before" if now != f"{rate:.4g}" else ""
-        parts.append(f"the learning rate is {now}{before}{_in_other_groups(case, rate)}")
+        parts.append(f"{_course_of_rate(case, rate, thresholds)}{_in_other_groups(case)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
         parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
@@ -345,15 +356,26 @@ def _cure_of_collapse(case: Case, thresholds: DiagnosisThresholds) -> str:
 
 
 def _rate(case: Case) -> float | None:
-    """The highest rate since the good state; ``None`` if it is not known or not valid."""
-    rate = case.evidence.highest_lr if case.evidence.highest_lr is not None else case.evidence.lr
-    return rate if rate is not None and 0 < rate < math.inf else None
+    """The highest rate since the good state, and now; ``None`` if none is known and valid."""
+    known = (case.evidence.highest_lr, case.evidence.lr)
+    return max((rate for rate in known if rate is not None and 0 < rate < math.inf), default=None)
 
 
-def _in_other_groups(case: Case, rate: float) -> str:
-    """A note if another parameter group has a higher rate than the first one."""
-    highest = case.evidence.group_lr
-    return f", and up to {highest:.4g} in other parameter groups" if highest is not None and highest > rate else ""
+def _course_of_rate(case: Case, rate: float, thresholds: DiagnosisThresholds) -> str:
+    """The highest rate in words, with the first one of the run or the present one if these are others."""
+    first = _risen_from(case, thresholds)
+    now = f"{rate if case.evidence.lr is None else case.evidence.lr:.4g}"
+    differs = now != f"{rate:.4g}"
+    if first is not None:
+        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (f", and is {now} now" if differs else "")
+    return f"the learning rate is {now}" + (f", and was {rate:.4g} before" if differs else "")
+
+
+def _in_other_groups(case: Case) -> str:
+    """A note if another parameter group now has a higher rate than the first one."""
+    now, highest = case.evidence.lr, case.evidence.group_lr
+    higher = now is not None and highest is not None and highest > now
+    return f", and up to {highest:.4g} in other parameter groups" if higher else ""
 
 
 def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
@@ -367,13 +389,14 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
-    """The rate to lower it to: from a trial, from the curvature, or for advice a guess."""
-    rate, limit = _rate(case), None if case.curvature is None else case.curvature.largest_rate
-    trial = case.evidence.trial
+    """The rate to lower it to: from a trial, or for advice a guess."""
+    rate, trial = _rate(case), case.evidence.trial
     if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
         return f" to {rate * trial.factor:.2g}"
-    if rate is not None and limit is not None and limit < rate:
-        return f" below {limit:.2g}"
-    if rate is None or case.fault.certain:
-        return ""  # after a certain fault the rate at which the run goes on is a better answer than a guess
-    return f" to {rate / thresholds.learner.suggested_cut:.2g} for a start"
+    if rate is None or case.fault.certain or _risen_from(case, thresholds) is not None:
+        # After a certain fault the rate at which the run goes on is a better answer than a guess. A schedule may have
+        # raised the rate so far that a guess is above what the user meant.
+        return ""
+    # The curvature along one step allows too much where noise, momentum or other directions make the run diverge.
+    limit = None if case.curvature is None else case.curvature.largest_rate
+    return f" to {min(rate, limit or rate) / thresholds.learner.suggested_cut:.2g} for a start"

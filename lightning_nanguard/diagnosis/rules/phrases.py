@@ -4,16 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from lightning_nanguard.diagnosis.case import Origin, Range
+from lightning_nanguard.diagnosis.case import Case, Origin, Range
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS
 from lightning_nanguard.record.text import joined
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Finding
 
+DRAWN = "drawn"
+"""Key in the evidence of a finding about a fault that comes from random numbers and not from the samples."""
+
 
 def finding_at(cause: str, confidence: float, origin: Origin, suggestion: str) -> Finding:
     """A finding about the operation that computed the first non-finite value."""
     return Finding(cause, confidence, origin_evidence(origin), origin.place, origin.samples, suggestion, scope="batch")
+
+
+def drawn_at(cause: str, confidence: float, case: Case, suggestion: str) -> Finding:
+    """A finding about a fault that other random numbers remove, so that no sample is bad."""
+    origin = case.clues.origin
+    evidence = {DRAWN: 1.0} | ({} if origin is None else origin_evidence(origin))
+    place = case.fault.place if origin is None else origin.place
+    return Finding(cause, confidence, evidence, place, suggestion=suggestion, scope="batch")
 
 
 def origin_evidence(origin: Origin) -> dict[str, float | str]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.patches import call_nothing, wrap_method, wrapped
+from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.trainer.private.callbacks import IsGuard
 
 _HOOKS = ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step")
@@ -97,10 +98,43 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate())
 
 
+def accumulated(trainer: Any) -> int:
+    """The number of micro-batches of an update, by which each loss is divided."""
+    return int(trainer.accumulate_grad_batches)
+
+
+@contextmanager
+def accumulating(trainer: Any, count: int) -> Iterator[None]:
+    """Inside, an update has another number of micro-batches; a callback may have changed it since."""
+    before, trainer.accumulate_grad_batches = trainer.accumulate_grad_batches, count
+    try:
+        yield
+    finally:
+        trainer.accumulate_grad_batches = before
+
+
 def result_of(trainer: Any, loss: Tensor) -> Any:
     """The result of a forward pass with the given loss."""
     loop = trainer.fit_loop.epoch_loop.automatic_optimization
     return loop.output_result_cls.from_training_step_output(loss, trainer.accumulate_grad_batches)
+
+
+def with_outputs_of(result: Any, first: Any) -> Any:
+    """A result of a smaller batch that gives hooks the outputs of the whole batch; the optimizer gets its own loss.
+
+    The outputs hold no graph, because there is no backward pass for it.
+
+    Args:
+        result: The result of the smaller batch.
+        first: The result of the whole batch.
+    """
+    made = copy.copy(result)
+    made.extra = mapped(first.asdict(), _detached)
+    return made
+
+
+def _detached(tensor: Tensor) -> Tensor:
+    return tensor.detach() if tensor.requires_grad else tensor
 
 
 @contextmanager

@@ -11,13 +11,21 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.patches import wrapped
+from lightning_nanguard.state.batch_contents import BatchContents
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.precision import grad_scaler
+
+_DEPTH = RepeatedStepsThresholds().depth
 
 
 def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
     from pytorch_lightning.trainer import call
 
-    output = call._call_strategy_hook(trainer, "training_step", batch, batch_idx)
+    contents = BatchContents(batch, _DEPTH)
+    try:
+        output = call._call_strategy_hook(trainer, "training_step", batch, batch_idx)
+    finally:
+        contents.restore()  # the batch may be run again
     loss = output.get("loss") if isinstance(output, Mapping) else output
     return loss if isinstance(loss, Tensor) else None
 

@@ -107,7 +107,8 @@ class Attempts:
             result = original(*args, **kwargs)
         except Exception as error:
             batch = self.window.micros[-1].run.batch if self.window.micros else None
-            numeric = may_be_numeric(error, batch) and not is_from_callback(error, self.is_guard)
+            with self.replay.batches.as_begun():
+                numeric = may_be_numeric(error, batch) and not is_from_callback(error, self.is_guard)
             # Other ranks would wait in a collective of the step that this one does not reach.
             missed = collectives_begun() - begun < self.collectives
             if missed or not (self.repeats or (numeric and self.may_repeat() and self.check.reads_in_time())):
@@ -151,7 +152,8 @@ class Attempts:
         except BadLossError as bad:
             return Outcome(bad.result, bad.fault, early=True)
         except Exception as error:
-            numeric = self.repeats or may_be_numeric(error, micro.run.batch)
+            with self.replay.batches.as_begun():
+                numeric = self.repeats or may_be_numeric(error, micro.run.batch)
             if is_from_callback(error, self.is_guard) or not numeric:
                 raise
             return Outcome(error=error, early=not self._forward_over)
@@ -224,6 +226,7 @@ class Attempts:
             micro: The micro-batch.
             backward: Whether the exception was raised in the backward pass.
         """
+        micro.start.restore_batch()
         batch, context = micro.run.batch, self.guard.context
         earlier = self.replay.batches.earlier()
         # In the first update the user's code is at fault.

@@ -8,10 +8,17 @@ from typing import Any, final
 
 import torch
 
+from lightning_nanguard.guard.certification import vouch_for_start
 from lightning_nanguard.state.attribute_numbers import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
-from lightning_nanguard.trainer.private.closures import MicroBatchRun, logging_for, result_of, uncounted
+from lightning_nanguard.trainer.private.closures import (
+    MicroBatchRun,
+    logging_for,
+    result_of,
+    uncounted,
+    with_outputs_of,
+)
 from lightning_nanguard.trainer.private.training_mode import as_in_training
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
@@ -81,17 +88,34 @@ class StepRunner:
             outcome = self._runs.attempt(micro, steps=self._window.completes)
             if outcome.good:
                 return self._over(outcome.result)
-            if self._runs.together and outcome.error is None:
-                return self._ranks.run(outcome)
-            if self._runs.together or not self._runs.may_repeat():
-                return given(outcome)
-            self._runs.memory.close()
-            if len(self._window.micros) > 1 and not outcome.early:
-                return self._over(self._windows.run(outcome))
-            return self._micro_again(micro, outcome)
+            with self._runs.replay.batches.as_begun():
+                return self._bad(micro, outcome)
         finally:
             if self._window.completes:
                 self._window.close()
+
+    def _bad(self, micro: WindowEntry, outcome: Outcome) -> Any:
+        if self._runs.together and outcome.error is None:
+            return self._ranks.run(outcome)
+        if self._runs.together:
+            return given(outcome)
+        may_repeat = self._runs.may_repeat()
+        self._runs.memory.close()
+        if not may_repeat:
+            return outcome.result if outcome.error is None else self._raised_once(micro, outcome)
+        if len(self._window.micros) > 1 and not outcome.early:
+            return self._over(self._windows.run(outcome))
+        return self._micro_again(micro, outcome)
+
+    def _raised_once(self, micro: WindowEntry, outcome: Outcome) -> Any:
+        """A step that cannot be made again has raised an exception: skip it if the numbers of its batch caused it."""
+        backward = not outcome.early
+        if self._runs.memory.writes_weights or not self._runs.caused_by_numbers(micro, backward=backward):
+            return given(outcome)
+        after = micro.start.clock_now()
+        micro.start.restore()
+        self._keep()
+        return self._pass_on(micro, outcome, after, counted=backward)
 
     # ---------------------------------------------------------------------------------------- one micro-batch again
 
@@ -127,7 +151,8 @@ class StepRunner:
         kept = self._with_good_samples(micro, first, last, counted=counted)
         if micro.kept is not None and kept is not None:
             self._runs.call_missed_hooks(first)
-            return self._window_over(kept.result)
+            whole = self._nan_result() if first.result is None else first.result
+            return self._window_over(with_outputs_of(kept.result, whole))
         if first.error is not None and not self._runs.caused_by_numbers(micro, backward=not first.early):
             raise first.error
         if kept is not None:
@@ -167,6 +192,7 @@ class StepRunner:
 
     def _may_go_back(self, fault: Fault) -> bool:
         ring = self._runs.guard.context.ring
+        vouch_for_start(self._runs.guard.context, self._check.number - 1)
         if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1

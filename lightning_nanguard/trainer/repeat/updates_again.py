@@ -25,7 +25,7 @@ from lightning_nanguard.state.snapshot import Snapshot, capture
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
-from lightning_nanguard.trainer.private.closures import end_backward, logging_for, uncounted
+from lightning_nanguard.trainer.private.closures import accumulated, accumulating, end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
 from lightning_nanguard.trainer.private.packages import logged_at
 from lightning_nanguard.trainer.repeat.attempts import Attempts
@@ -51,6 +51,7 @@ class _Update:
         opens_epoch: Whether it is the first of its epoch.
         logged_at: The step that loggers get after it.
         epoch: Its epoch.
+        window: The number of micro-batches by which its losses were divided.
     """
 
     number: int
@@ -61,6 +62,7 @@ class _Update:
     opens_epoch: bool
     logged_at: int
     epoch: int
+    window: int
 
 
 @final
@@ -145,8 +147,8 @@ class UpdatesAgain:
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
                 before = self._runs.guard.steps.undos.measures()
-            clock, step = self._trainer.global_step, logged_at(self._trainer)
-            kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch))
+            clock, step, window = self._trainer.global_step, logged_at(self._trainer), accumulated(self._trainer)
+            kept.append(_Update(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch, window))
 
     def _forget_measures(self) -> None:
         """Release the metrics and means that no remaining snapshot and no epoch needs."""
@@ -282,10 +284,9 @@ class UpdatesAgain:
 
     def _make(self, updates: list[_Update], snapshot: Snapshot, faulty: int, *, bad: Reading | None) -> bool:
         restore(self._context.learner, snapshot)
-        self._writer = None
         if snapshot.step > self._started:  # the snapshot is older than the averages of its update
             self._average_again(snapshot.step, snapshot.global_step - 1)
-        same, differs, self._rows = 0, False, []
+        same, differs, self._rows, self._writer = 0, False, [], None
         for update in updates:
             self._measure_from(update, first=update is updates[0])
             if self._was_skipped(update, faulty):
@@ -405,8 +406,8 @@ class UpdatesAgain:
 
     @contextmanager
     def _clock_of(self, update: _Update) -> Iterator[None]:
-        """Inside, trainer and module have the clock that they had in an update."""
-        with clock_kept(self._trainer):
+        """Inside, trainer and module have the clock and the window of accumulation that they had in an update."""
+        with clock_kept(self._trainer), accumulating(self._trainer, update.window):
             set_clock(self._trainer, update.global_step, update.epoch)
             yield
 

@@ -6,7 +6,7 @@ from contextlib import nullcontext
 from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
-from lightning_nanguard.trainer.private.closures import logging_for
+from lightning_nanguard.trainer.private.closures import logging_for, with_outputs_of
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
@@ -56,6 +56,8 @@ class WindowAgain:
         if len(window.left_out()) == known and len(window.kept()) == kept and fault is None:
             self._runs.call_missed_hooks(first)
             self._runs.guard.steps.records.transient(fault_of(first))
+        if result is not None and first.result is not None and window.micros[-1].kept is not None:
+            return with_outputs_of(result, first.result)
         return first.result if result is None else result
 
     def _one(self, micro: WindowEntry, known: int, trace: BatchUndo, *, last: bool) -> Any:

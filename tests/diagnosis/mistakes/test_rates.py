@@ -19,10 +19,13 @@ from tests.diagnosis.mistakes.seen import WELL, said
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.1), RateSeen(1, 0, 0.0, 0.0))), "optimizer 1"),
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.1), RateSeen(0, 1, 0.0, 0.0))), None),
         (replace(WELL, rates=(RateSeen(0, 0, 0.1, 0.0),)), None),
+        (replace(WELL, rates=(RateSeen(0, 0, 0.0, 0.0, moved=False),)), "optimizer 0"),
+        (replace(WELL, rates=(RateSeen(0, 0, 0.0, 0.0, moved=True),)), None),
     ],
 )
 def test_learning_rate_zero(seen: Observation, place: str | None) -> None:
-    """All groups of an optimizer at zero in every update; not one of several, and not a warm-up."""
+    """All groups of an optimizer at zero in every update; not one of several, not a warm-up, and not where the
+    parameters change all the same."""
     assert said(learning_rate_zero, seen) == place
 
 

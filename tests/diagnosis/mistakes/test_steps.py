@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from lightning_nanguard.diagnosis.mistakes.observation import Observation
+from lightning_nanguard.diagnosis.mistakes.observation import Observation, ParameterSeen
 from lightning_nanguard.diagnosis.mistakes.steps import data_repeats, gradient_not_zeroed, loss_without_graph
 from tests.diagnosis.mistakes.seen import WELL, said
 
@@ -18,10 +18,14 @@ from tests.diagnosis.mistakes.seen import WELL, said
         (replace(WELL, graphless=64), "loss"),
         (replace(WELL, graphless=32), None),
         (replace(WELL, losses=0), None),
+        (replace(WELL, parameters=(ParameterSeen("net", gradient=False),)), "loss"),
+        (replace(WELL, parameters=(ParameterSeen("net", gradient=False, moved=True),)), None),
+        (replace(WELL, graphless=64, parameters=(ParameterSeen("net", moved=True),)), None),
+        (replace(WELL, graphless=64, parameters=(ParameterSeen("net", trainable=False, moved=True),)), "loss"),
     ],
 )
 def test_loss_without_graph(seen: Observation, place: str | None) -> None:
-    """Every loss lacks a graph; not one of several."""
+    """Every loss lacks a graph; not one of several, and not where trained parameters change all the same."""
     assert said(loss_without_graph, seen) == place
 
 

@@ -110,11 +110,13 @@ evidences = st.builds(
     trial=st.none()
     | st.builds(Trial, st.sampled_from([0.0, 0.4, 1.2]), st.sampled_from(["start", "best"]), st.sampled_from([1 / 4])),
     climbing=st.booleans(),
+    redone=st.booleans(),
     rate_rose=st.booleans(),
     levels=st.sampled_from([(), (None,), (0.4, None)]),
     usual_norm=st.none() | positive | st.just(0.0),
     lr=st.none() | any_rate,
     highest_lr=st.none() | any_rate,
+    first_lr=st.none() | any_rate,
     group_lr=st.none() | any_rate,
     undo=st.booleans(),
 )

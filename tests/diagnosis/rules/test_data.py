@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -10,6 +11,7 @@ import pytest
 from lightning_nanguard import BadField, Case, Clues, Course, Evidence, Fault, LabelRelation, Origin, Range
 from lightning_nanguard.diagnosis.case import NO_FAULT
 from lightning_nanguard.diagnosis.rule_set import RuleSet
+from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from tests.diagnosis.rules.faults import (
     EXPLODING,
     FAR,
@@ -27,6 +29,7 @@ from tests.diagnosis.rules.faults import (
 MISSING = Range("1", "float32", -100.0, -100.0, -100.0, 0.0)
 BAD_TARGET = Origin("log1p", lowest=-3.0, highest=1.0, from_weights=False, from_target=True)
 
+ZERO = Origin("div", lowest=0.0, highest=0.0, smallest=0.0, from_weights=False)
 NOTHING = Origin("mean", empty=True, from_target=True)
 
 OTHER_UNITS = Range("0", "float32", -3e3, 3e3, 0.0, 1e3, before=3.0)
@@ -48,6 +51,14 @@ ROWS: list[Row] = [
     ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"))),
     ("unknown_operation", LOSS, {}, Clues(origin=Origin("nll_loss_forward"), replayed=True, loss=float("inf"))),
     ("no_valid_target", LOSS, {}, Clues(origin=replace(NOTHING, from_mask=True), target=MISSING)),
+    # A mask that is drawn at random; a denominator that is drawn is no mask.
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mean", empty=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("mse_loss", empty=True, from_mask=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=Origin("nll_loss_forward"), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=replace(ZERO, from_mask=True), gone_otherwise=True)),
+    ("no_valid_target", LOSS, {}, Clues(origin=replace(ZERO, made_by="sum"), gone_otherwise=True)),
+    ("random_draw", LOSS, {}, Clues(origin=ZERO, gone_otherwise=True)),
+    ("division_by_zero", LOSS, {}, Clues(origin=replace(ZERO, made_by="sum"), gone_otherwise=False)),
     # Targets that are all the same, divided by their deviation: nothing selects among them.
     ("division_by_zero", LOSS, {}, Clues(origin=NOTHING, target=MISSING)),
     ("non_finite_from_start", LOSS, {}, Clues(origin=Origin("nll_loss_forward", given="weight"))),
@@ -77,6 +88,17 @@ def test_samples_and_columns_are_named() -> None:
     finding = RuleSet().diagnose(Case(LOSS, Evidence(step=9), Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))))
     assert finding is not None
     assert "samples 3 and 17 of this batch hold NaN or Inf in field 0, columns 3 and 4" in finding.suggestion
+
+
+@pytest.mark.parametrize(("infinite", "sure"), [(True, True), (False, False)])
+def test_infinite_inputs_reach_a_product(infinite: bool, sure: bool) -> None:
+    """If a product made NaN of an infinite number of the batch, the batch is no guess."""
+    origin = Origin("addmm", infinite=infinite)
+    clues = Clues(bad_fields=(BadField("0", (3,)),), origin=origin, loss=math.nan, replayed=True)
+    found = next(
+        one for one in RuleSet().findings(Case(LOSS, Evidence(step=9), clues)) if one.cause == "non_finite_input"
+    )
+    assert (found.confidence > DEFAULT.confidence.told) is sure
 
 
 def test_missing_values_that_only_the_loss_leaves_out() -> None:

@@ -8,13 +8,15 @@ from typing import Any, ClassVar
 
 import pytest
 import torch
-from pytorch_lightning import Callback
+from pytorch_lightning import Callback, Trainer
 from torch.optim import Optimizer
 
 from lightning_nanguard.trainer.private.callbacks import IsGuard
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
+    accumulated,
     accumulates,
+    accumulating,
     call_after_backward,
     changes_gradients,
     end_backward,
@@ -211,3 +213,12 @@ def test_what_follows_the_backward_pass(tmp_path: Path) -> None:
     fit(task(), batches(count=2), folder=tmp_path, callbacks=[ends], gradient_clip_val=0.5)
     assert ends.steps == 4
     assert ends.norms == pytest.approx([0.5, 0.5], rel=1e-4)
+
+
+def test_the_window_of_an_earlier_update() -> None:
+    """Inside, a loss is divided by the number of micro-batches of that update."""
+    trainer = Trainer(accumulate_grad_batches=2, logger=False, accelerator="cpu", barebones=True)
+    with accumulating(trainer, 4):
+        assert accumulated(trainer) == 4
+        assert float(result_of(trainer, torch.tensor(8.0)).loss) == 2.0
+    assert accumulated(trainer) == 2

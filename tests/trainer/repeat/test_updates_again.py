@@ -281,6 +281,20 @@ def test_updates_that_were_skipped_are_not_made_again(accumulated: int, tmp_path
     assert differences(left, expected) == []
 
 
+def test_a_window_that_has_changed_since_the_snapshot(tmp_path: Path) -> None:
+    """Each update is made again with the number of micro-batches that it had, bit for bit."""
+    ends, window = [], {0: 4, 1: 2}
+    for fault in (None, Fault("lost weight", (19,))):
+        sees, guard = Sees(), NaNGuard(snapshot_every_n_steps=8)
+        called = [sees, stock.GradientAccumulationScheduler(window)]
+        struck = Struck(fault, partial(AdamW, lr=0.01))
+        made = fit(struck, batches(count=16), guard, folder=tmp_path, callbacks=called, max_epochs=2)
+        ends.append((learner_of(made.trainer, made.module), words(guard), made.trainer.accumulate_grad_batches))
+    (expected, nothing, _), (left, told, count) = ends
+    assert (nothing, told, count) == ([], [("restore", "redo")], 2)
+    assert differences(left, expected) == []
+
+
 class Overflows(nn.Module):
     """Huge inputs overflow its gradient and the statistics of its batch norm. Its loss stays finite."""
 
