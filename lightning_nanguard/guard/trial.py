@@ -174,7 +174,7 @@ class TrialRunner:
         asked_again, self._asked_again = self._asked_again, False
         in_a_row = self._context.state.policy.trials_confirmed + 1
         if shown.trial.lacks == 0:
-            if asked_again:
+            if asked_again and self._asks_anew():  # the trial has answered any other request since it began
                 self.begin(fault, start, best)
         elif not is_enough(shown.trial, in_a_row, limits):
             # Its arm goes on beside the run. The run continues from the arm if it stays ahead.

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.guard.control import Control
+from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.trial import TrialRunner
 from lightning_nanguard.state.snapshot import tensor_bytes
-from lightning_nanguard.types import Fault
+from lightning_nanguard.types import Fault, Reading
 from tests.guard.branching import SUSPICION, BranchingLoop, branches, trial_runner
 from tests.guard.plain_loop import nan_at, remedies, state
 from tests.helpers import copied, differences
@@ -165,6 +166,22 @@ def test_a_rate_that_the_run_has_survived_is_no_new_rate(peak: float, ended: int
     loop.run(340, cycle)
     assert loop.records == []
     assert sum(one.outcome == "not confirmed" for one in loop.guard.context.trials.given) == ended
+
+
+@pytest.mark.parametrize(("rate", "begins"), [(0.05, False), (0.2, True)])
+def test_a_trial_answers_what_is_asked_while_it_runs(rate: float, begins: bool) -> None:
+    """A request during a trial leads to another one only if the rate is a new one since the trial began."""
+    loop = BranchingLoop(lr=0.05, detectors=[])
+    loop.run(40)
+    certified, trials = loop.guard.context.ring.certified, loop.guard._parts.beside.trials
+    assert trials.begin(SUSPICION, certified[-1], certified[0])
+    loop.run(20)
+    trials.pursue(FoundFault(SUSPICION, Reading(60, 0, 1.0, 1.0)), certified[-1], certified[0])
+    loop.optimizer.param_groups[0]["lr"] = rate
+    loop.run(50)
+    (given,) = loop.guard.context.trials.given
+    assert (given.outcome, given.begun_step, given.global_step) == ("not confirmed", 40, 94)
+    assert trials.running is begins
 
 
 @pytest.mark.parametrize(("survives", "begins"), [(True, False), (False, True)])
