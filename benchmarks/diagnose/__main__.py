@@ -25,7 +25,7 @@ from .healthy import NAMES
 from .measuring import FORMS, Job, Result, Seen, measure
 from .others import OTHERS
 
-FIRST_SEED = {"tune": 0, "report": 1_170_000}
+FIRST_SEED = {"tune": 0, "report": 1_200_000}
 """Where each set of seeds begins; nothing was chosen by looking at the second."""
 
 

@@ -28,8 +28,8 @@ class DivergingLoss(Detector):
     * ``stuck_loss``: they do not look bad, but a lower rate may do better. It leads to no advice.
 
     The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled. A
-    loss that rises far above its best level in between is suspected at once, without advice, and again only after
-    twice as many updates.
+    loss that rises far above its best level in between is suspected at once, and again only after twice as many
+    updates. This leads to advice only if the weights show the cause.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.

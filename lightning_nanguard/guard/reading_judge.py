@@ -149,8 +149,7 @@ class ReadingJudge:
         if batch and fault.extreme and self._batch_is_strange(fault, arrived, extreme=True):
             return replace(fault, certain=True)
         if self.context.settings.act_on == "certain":
-            if not fault.doubtful:
-                self.suspicions.advise(fault, arrived.reading, late=arrived.late)
+            self.suspicions.advise(fault, arrived.reading, late=arrived.late)
             return None
         strange = not (batch and fault.doubtful) or self._batch_is_strange(fault, arrived, extreme=False)
         return fault if strange else None

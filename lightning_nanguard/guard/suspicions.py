@@ -33,18 +33,21 @@ class Suspicions:
     recorder: InterventionRecorder
 
     def advise(self, fault: Fault, reading: Reading, *, late: bool) -> None:
-        """Give advice about a suspicion that the guard does not act on, and pause the detectors for a while.
+        """Give advice about a suspicion that the guard does not act on, and pause the detectors if it is not doubtful.
 
         Args:
             fault: The suspicion.
             reading: Its reading.
             late: Whether the update was made before its reading was judged. Otherwise it is about to be made.
         """
-        self.context.monitors.dismiss(reading)
+        if not fault.doubtful:
+            self.context.monitors.dismiss(reading)
         self.tell(fault, reading, self._clock(reading, late=late))
 
     def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
+
+        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause.
 
         Args:
             fault: The suspicion.
@@ -52,8 +55,12 @@ class Suspicions:
             clock: Its ``global_step``, epoch and batch.
             tried: Whether a trial has just found no lower rate that is better.
         """
-        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
+        if fault.doubtful and not self._is_above_first(fault, reading.optimizer_index):
+            return
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
+        if fault.doubtful and found is None:
+            return
+        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
         if found is not None:
             suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(tried=tried)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)
@@ -147,6 +154,11 @@ class Suspicions:
             return True
         lower, _, upper = quantiles(newest)
         return fault.value - history.first > upper - lower
+
+    def _is_above_first(self, fault: Fault, optimizer_index: int) -> bool:
+        history = self.context.monitors.history(optimizer_index)
+        first = None if history is None else history.first
+        return fault.value is not None and first is not None and fault.value > first
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""

@@ -111,6 +111,24 @@ def test_which_of_several_optimizers(tmp_path: Path) -> None:
         assert one.finding.suggestion.endswith("no trial can be made, because the run has several optimizers.")
 
 
+@pytest.mark.parametrize(
+    ("above", "growth", "told"), [(2.0, 600.0, True), (2.0, 1.0, False), (-0.1, 600.0, False)], ids=str
+)
+def test_a_doubtful_suspicion_is_told_if_the_weights_show_its_cause(
+    above: float, growth: float, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Weights that a high rate has made huge, with a loss above the first one, are told between two checks, too."""
+    loop, suspicions = trained(CERTAIN)
+    monkeypatch.setattr(type(suspicions.investigator), "growth", lambda self: growth)
+    history = loop.guard.context.monitors.history(0)
+    assert history is not None
+    assert history.first is not None
+    loss = history.first + above
+    fault = Fault("stuck_loss", "learner", "loss", loss, "it is high", certain=False, doubtful=True)
+    suspicions.tell(fault, Reading(6, 0, loss, 1.0), (6, 0, 5))
+    assert [one.cause for one in loop.advice] == (["learning_rate_too_high"] if told else [])
+
+
 def test_a_trial_that_finds_nothing_better_is_told() -> None:
     """A loss that is clearly higher is told after such a trial, too, and a lower rate is not proposed then."""
     loop, suspicions = trained(EVIDENCE)
