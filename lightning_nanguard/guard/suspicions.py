@@ -62,7 +62,7 @@ class Suspicions:
             return
         self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
         if found is not None:
-            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(tried=tried)}"
+            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)
             return
         evidence = {} if fault.value is None else {"value": fault.value}
@@ -74,7 +74,7 @@ class Suspicions:
             if tried
             else "If the run diverges, start it again with a lower learning rate"
         )
-        suggestion = f"{fault.message}. {remedy}. {self._unchanged(tried=tried)}"
+        suggestion = f"{fault.message}. {remedy}. {self._unchanged(fault, tried=tried)}"
         several = len(self.context.learner.optimizers) > 1
         place = f"the {fault.place} of optimizer {reading.optimizer_index}" if several else fault.place
         self.loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
@@ -129,11 +129,15 @@ class Suspicions:
         finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
         self.loop.advise(finding, clock)
 
-    def _unchanged(self, *, tried: bool) -> str:
+    def _unchanged(self, fault: Fault, *, tried: bool) -> str:
         nothing = "Nothing was changed: every number is finite"
         if tried:
             return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
+        if self.investigator.trial_runs:
+            return f"{nothing}, and a trial of lower learning rates is running."
         hindrance = self.investigator.hindrance()
+        if fault.doubtful and not hindrance and self.context.settings.act_on == "evidence":
+            return f"{nothing}, and no trial is due yet."
         if hindrance or self.context.settings.act_on == "evidence":
             return f"{nothing}, and no trial can be made{f', because {hindrance}' if hindrance else ''}."
         return f'{nothing}. NaNGuard(act_on="evidence") would look for further evidence and act on it.'

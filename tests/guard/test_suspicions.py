@@ -111,6 +111,15 @@ def test_which_of_several_optimizers(tmp_path: Path) -> None:
         assert one.finding.suggestion.endswith("no trial can be made, because the run has several optimizers.")
 
 
+@pytest.mark.parametrize(("runs", "words"), [(True, "a trial of lower learning rates is running"), (False, "no trial")])
+def test_advice_beside_a_trial(runs: bool, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It does not say that no trial can be made while one is running."""
+    loop, suspicions = trained(EVIDENCE)
+    monkeypatch.setattr(type(suspicions.investigator), "trial_runs", property(lambda self: runs))
+    suspicions.tell(LEARNER, Reading(6, 0, 2.0, 1.0), (6, 0, 5))
+    assert words in loop.advice[0].suggestion
+
+
 @pytest.mark.parametrize(
     ("above", "growth", "told"), [(2.0, 600.0, True), (2.0, 1.0, False), (-0.1, 600.0, False)], ids=str
 )
