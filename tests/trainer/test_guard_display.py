@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +13,8 @@ from pytorch_lightning import Callback
 from lightning_nanguard import Advice, Budget, Finding, NaNGuard, StopTraining
 from lightning_nanguard.trainer.fit_summary import NO_FIT
 from tests.helpers import fit, task, with_bad
+
+ROOT = Path(__file__).parents[2]
 
 
 class Drawn(Callback):
@@ -83,7 +86,8 @@ print("SHOWN", guard._repr_html_().replace(chr(10), " "))
 def test_a_fit_in_other_processes(tmp_path: Path) -> None:
     """The guard of the program does not say that there were no interventions, but where the records are."""
     command = [sys.executable, "-W", "ignore", "-c", _FORKS, str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=True)
     (said,), (shown,) = ([one for one in done.stdout.splitlines() if one.startswith(w)] for w in ("SUMMARY", "SHOWN"))
     assert said == f"SUMMARY {NO_FIT} None"
     assert "no interventions" not in said + shown
