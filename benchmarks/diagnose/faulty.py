@@ -859,28 +859,23 @@ def decayed_away(dice: Dice) -> Problem:
     return _collapsing(dice, change, every=True)
 
 
-def units_die(dice: Dice) -> Problem:
-    """Biases sink until every rectifier is shut: the output is the same for every input."""
-    sink = dice.uniform(0.5, 1.5)
-
+def _sinking(dice: Dice, sink: float, *, every: bool) -> Problem:
     def change(module: nn.Module, optimizer: Optimizer) -> None:
         for name, parameter in module.named_parameters():
             if name.endswith("bias") and len(parameter) > 10:
                 parameter.sub_(sink)
 
-    return _collapsing(dice, change, every=True)
+    return _collapsing(dice, change, every=every)
+
+
+def units_die(dice: Dice) -> Problem:
+    """Biases sink until every rectifier is shut: the output is the same for every input."""
+    return _sinking(dice, dice.uniform(0.5, 1.5), every=True)
 
 
 def units_are_dead(dice: Dice) -> Problem:
     """One write shuts every rectifier for good."""
-    sink = dice.uniform(20, 60)
-
-    def change(module: nn.Module, optimizer: Optimizer) -> None:
-        for name, parameter in module.named_parameters():
-            if name.endswith("bias") and len(parameter) > 10:
-                parameter.sub_(sink)
-
-    return _collapsing(dice, change)
+    return _sinking(dice, dice.uniform(20, 60), every=False)
 
 
 def _lost_layer(dice: Dice, index: int) -> Problem:

@@ -90,9 +90,10 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self.policy.decide(fault, evidence, before_plan)
         if not plan:
-            tried = evidence.trial is not None
+            trial = evidence.trial
             # A confirmed trial is followed by another one.
-            follows = self.investigator.trial_runs or (evidence.trial is not None and evidence.trial.lacks > 0)
+            follows = self.investigator.trial_runs or (trial is not None and trial.lacks > 0)
+            tried = trial is not None
             if not (fault.certain or (tried if fault.doubtful else follows)):
                 self.suspicions.tell(fault, reading, self._clock(found), tried=tried)
             return self._dismiss(found)

@@ -55,7 +55,7 @@ class Suspicions:
             clock: Its ``global_step``, epoch and batch.
             tried: Whether a trial has just found no lower rate that is better.
         """
-        if fault.doubtful and not self._is_above_first(fault, reading.optimizer_index):
+        if fault.doubtful and not self._above_first(fault, reading.optimizer_index) > 0:
             return
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
         if fault.doubtful and found is None:
@@ -150,19 +150,20 @@ class Suspicions:
 
         Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
         """
-        history = self.context.monitors.history(optimizer_index)
-        if history is None or history.first is None or fault.value is None or fault.value <= history.first:
+        history, above = self.context.monitors.history(optimizer_index), self._above_first(fault, optimizer_index)
+        if history is None or above <= 0:
             return True
         newest = history.losses(self.context.thresholds.detection.diverging_loss.readings)
         if len(newest) < 2:
             return True
         lower, _, upper = quantiles(newest)
-        return fault.value - history.first > upper - lower
+        return above > upper - lower
 
-    def _is_above_first(self, fault: Fault, optimizer_index: int) -> bool:
+    def _above_first(self, fault: Fault, optimizer_index: int) -> float:
+        """How far the loss of a fault is above the first loss of the run; 0 if one of them is not known."""
         history = self.context.monitors.history(optimizer_index)
         first = None if history is None else history.first
-        return fault.value is not None and first is not None and fault.value > first
+        return 0.0 if fault.value is None or first is None else fault.value - first
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if the growth of its weights shows one. No batch is run."""
