@@ -48,7 +48,7 @@ class Control:
 
     Attributes:
         failed: Whether the control has once not been where the run was.
-        outside: What moved the run away from the control, once that has failed.
+        outside: How far code outside of the step moved the weights; ``None`` while the control has not failed.
     """
 
     def __init__(self, context: GuardContext, branches: Branches) -> None:

@@ -33,7 +33,7 @@ class Suspicions:
     recorder: InterventionRecorder
 
     def advise(self, fault: Fault, reading: Reading, *, late: bool) -> None:
-        """Give advice about a suspicion that the guard does not act on, and pause the detectors if it is not doubtful.
+        """Give advice about a suspicion that the guard does not act on. Pause the detectors unless it is doubtful.
 
         Args:
             fault: The suspicion.
