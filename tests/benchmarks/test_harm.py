@@ -153,7 +153,8 @@ def test_the_bound_is_exact():
 
 
 def test_an_outcome_says_what_was_done():
-    """Interventions, bits, batches run again and harm stand in the outcome; a bare end is no touch."""
+    """Interventions, bits, batches run again, harm and a rate that is too high stand in the outcome; a bare end is no
+    touch."""
     acts = [{"global_step": 9, "fault": "stuck_loss", "remedies": ["restore", "scale"]}] * 20
     bare = ended(1.0)
     hurt = compare("units:x#1", bare, "evidence", Attempt(ended(2.0, "other"), acts), [1.0, 1.1, 0.9, 1.0, 1.2])
@@ -166,8 +167,12 @@ def test_an_outcome_says_what_was_done():
     helped = compare("units:x#1", bare, "evidence", Attempt(ended(0.5, "other"), acts), [1.0, 1.1, 0.9, 1.0, 1.2])
     assert helped.improved
     assert not helped.harmed
-    assert replace(helped, lower=[0.95, 0.6]).rate_too_high
-    assert not replace(helped, lower=[0.95, 0.8, 2.0]).rate_too_high
+    assert replace(helped, lower=[0.95, 0.6]).better_at_lower_rate
+    assert not replace(helped, lower=[0.95, 0.8, 2.0]).better_at_lower_rate
+    plain = Outcome("units:x#1", "bare", healthy=True, initial=10.0, bare=1.0, lower=[0.5, 4.0])
+    assert plain.regains
+    assert not replace(plain, bare=1.6).regains
+    assert replace(plain, bare=1.6, lower=[]).regains
     left = compare("units:x#1", bare, "certain", Attempt(ended(1.0)), [])
     assert not left.touched
     assert not left.harmed

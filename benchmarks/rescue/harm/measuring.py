@@ -16,7 +16,7 @@ from .judging import TWINS, is_harmed, is_healthy, is_touched
 from .store import Outcome
 
 LOWER = (1 / 4, 1 / 16, 1 / 64)
-"""Factors on the rate of a touched run: if one of them ends far better, the rate of the run is too high."""
+"""Factors on the rate of a healthy run: if one of them ends far better, the rate of the run is too high."""
 
 MOST_ACTS = 12
 """Interventions that are kept in words; all are counted."""
@@ -54,17 +54,23 @@ def draw(name: str) -> Case:
 def measure(job: Job) -> list[Outcome]:
     """Outcomes of the bare run and of every contender; of the bare run alone where it is not healthy.
 
-    Reseeded twins, and runs at lower rates, are trained where a contender touched the run, once for all of them.
+    Every healthy draw is trained at lower rates, too. Reseeded twins are trained where a contender touched the run,
+    once for all of them.
     """
     case = draw(job.case)
     bare = train(case)
-    healthy = is_healthy(bare, BY_NAME[case.form].least_gain)
+    form = BY_NAME[case.form]
+    healthy = is_healthy(bare, form.least_gain)
+    # Where nothing can be learned, no rate is too high.
+    lower = at_lower_rates(case) if healthy and form.least_gain > 0 else []
     initial, final = (value if math.isfinite(value) else 0.0 for value in (bare.initial, bare.final))
-    outcomes = [Outcome(case.name, "bare", healthy, error=_error(bare), initial=initial, bare=final, final=final)]
+    outcomes = [
+        Outcome(case.name, "bare", healthy, error=_error(bare), initial=initial, bare=final, final=final, lower=lower)
+    ]
     if healthy:
         attempts = {name: EVERYONE[name].attempt(case) for name in job.contenders}
         differ = any(attempt.run.final != bare.final for attempt in attempts.values())
-        twins, lower = (reseeded(case), at_lower_rates(case)) if differ else ([], [])
+        twins = reseeded(case) if differ else []
         outcomes += [compare(case.name, bare, name, attempt, twins, lower) for name, attempt in attempts.items()]
     return outcomes
 

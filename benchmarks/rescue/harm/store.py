@@ -16,6 +16,7 @@ from typing import Any
 
 import benchmarks
 import lightning_nanguard
+from benchmarks.rescue.measuring import REGAINED
 
 from .judging import is_harmed
 
@@ -40,7 +41,7 @@ class Outcome:
         bare: Held-out loss of the bare run.
         final: Held-out loss in the end.
         twins: Held-out losses of reseeded bare runs; only of touched runs.
-        lower: Held-out losses of bare runs at lower rates that came to a finite end; only of touched runs.
+        lower: Held-out losses of bare runs at lower rates that came to a finite end; only of bare and touched runs.
         harmed: Whether it ended worse than the bare run by more than chance does.
         time: Processor time over the bare run's.
     """
@@ -73,9 +74,15 @@ class Outcome:
         return self.touched and self.ended and self._is_better(self.final)
 
     @property
-    def rate_too_high(self) -> bool:
+    def better_at_lower_rate(self) -> bool:
         """Whether a whole bare run at a lower rate ends better than this one by more than chance does."""
         return any(map(self._is_better, self.lower))
+
+    @property
+    def regains(self) -> bool:
+        """Whether a bare run gains as much as a rescued run has to regain, of what it gains at the best lower rate."""
+        best = min((self.bare, *self.lower))
+        return self.initial - self.bare >= REGAINED * (self.initial - best)
 
     def _is_better(self, loss: float) -> bool:
         # Beside a run with this loss the bare run would count as harmed.
