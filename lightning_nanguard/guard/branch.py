@@ -63,9 +63,10 @@ class Branches:
         if not context.replay.trainable():
             return "the batches of this run cannot be run again"
         trace = context.replay.step_trace() if run else None
-        if trace is not None and trace.draws:
+        if trace is not None and trace.own_targets:
             return (
-                "the loss depends on samples that the model draws itself, so it does not show which weights are better"
+                "the loss takes values that the model itself makes without a gradient (such as samples or detached "
+                "outputs), so it does not show which weights are better"
             )
         return ""
 

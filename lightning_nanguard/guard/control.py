@@ -122,9 +122,13 @@ class Control:
         stepped = self._distance(made, start)
         if self._target is None or stepped == 0:
             return [0.0]
-        moved = sorted(
-            ((far, name) for name, far in self._distances(made, self._target).items() if far > 0), reverse=True
-        )
+        apart = self._distances(made, self._target)
+        moved = sorted(((far, name) for name, far in apart.items() if far > 0), reverse=True)
+        # Code outside of the step is meant to move the weights that no optimizer trains, as those of a teacher. What it
+        # moves explains why the trained weights differ.
+        trained = {key[1] for key, leaf in self._context.learner.weights() if leaf.requires_grad}
+        if any(name not in trained for _, name in moved):
+            return [0.0]
         return [math.hypot(*(far for far, _ in moved)) / stepped, *(name for _, name in moved)]
 
     def _distance(self, one: Snapshot, other: Snapshot) -> float:

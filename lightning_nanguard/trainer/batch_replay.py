@@ -180,8 +180,8 @@ class TrainerBatchReplay:
                     return run_training_step(self._trainer, self.batch, self.batch_idx)
 
             whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
-            draws = any(self._ranks.gather(tracer.draws))
-            self._trace = StepTrace(draws, tracer.unused if whole else frozenset())
+            own = any(self._ranks.gather(tracer.own_targets))
+            self._trace = StepTrace(own, tracer.unused if whole else frozenset())
         return self._trace
 
     def gradient_finite(self) -> bool | None:

@@ -77,9 +77,9 @@ def test_what_is_known_of_it_without_a_run() -> None:
 
     def step_trace() -> StepTrace:
         asked.append(True)
-        return StepTrace(draws=True, unused=frozenset())
+        return StepTrace(own_targets=True, unused=frozenset())
 
     loop.step_trace = step_trace  # type: ignore[method-assign]
     assert branches(loop).hindrance(run=False) == ""
     assert not asked
-    assert "samples that the model draws itself" in branches(loop).hindrance()
+    assert "the model itself makes without a gradient" in branches(loop).hindrance()

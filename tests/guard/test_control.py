@@ -55,6 +55,19 @@ def shrink(net: nn.Module) -> None:
         parameter.mul_(0.99)
 
 
+def test_weights_that_no_optimizer_trains_may_move() -> None:
+    """A teacher that code outside of the step moves rules trials out, and no advice blames it."""
+    loop = Constrained(lambda net: net.teacher.mul_(0.99))
+    loop.net.teacher = nn.Parameter(torch.ones(()), requires_grad=False)
+    loop.net.register_forward_hook(lambda net, _, out: out * net.teacher)
+    loop.run(120)
+    (ended,) = loop.guard.context.trials.given
+    assert (ended.outcome, ended.reason) == ("no result", NOT_ALIKE)
+    outside = loop.guard._parts.investigator.outside
+    assert outside is not None
+    assert outside.parameters == ()
+
+
 @pytest.mark.parametrize(("change", "farther"), [(shrink, False), (decay, True)])
 def test_advice_names_the_weights_that_are_moved_outside(change: Callable[[nn.Module], None], *, farther: bool) -> None:
     """Writes outside of the step explain a suspicion, surely if they move weights farther than the step does."""
