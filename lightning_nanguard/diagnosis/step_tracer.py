@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, final
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.operation_trace import operation_name, storage_key, tensors_in
+from lightning_nanguard.state.device import OutOfMemory
 
 # Operations that draw from a distribution whose parameters are tensors.
 _DRAWS = frozenset({"multinomial", "bernoulli", "normal", "poisson", "binomial", "standard_gamma", "sample_dirichlet"})
@@ -25,11 +27,29 @@ class StepTrace:
 
     Attributes:
         own_targets: Whether its loss takes constants that are made of the trained weights (:class:`StepTracer`).
+        writes: Whether the step itself writes to the trained weights.
         unused: Names of the module's parameters that it does not use, such as an averaged copy of the weights.
     """
 
     own_targets: bool
+    writes: bool
     unused: frozenset[str]
+
+
+def copies_of(weights: Iterable[Tensor]) -> list[Tensor] | None:
+    """Copies of the weights, for :func:`put_back`; ``None`` if memory is too short."""
+    with suppress(OutOfMemory):
+        return [weight.detach().clone() for weight in weights]
+    return None
+
+
+def put_back(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+    """Restore the weights that a step has written to; return whether there are any."""
+    written = [(weight, copy) for weight, copy in zip(weights, copies, strict=True) if not torch.equal(weight, copy)]
+    with torch.no_grad():
+        for weight, copy in written:
+            weight.copy_(copy)
+    return bool(written)
 
 
 @final

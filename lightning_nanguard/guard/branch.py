@@ -68,6 +68,8 @@ class Branches:
                 "the loss takes values that the model itself makes without a gradient (such as samples or detached "
                 "outputs), so it does not show which weights are better"
             )
+        if trace is not None and trace.writes:
+            return "training_step itself writes to the weights"
         return ""
 
     def room(self) -> int:

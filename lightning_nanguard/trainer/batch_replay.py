@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
-from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer
+from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer, copies_of, put_back
 from lightning_nanguard.distributed.collectives import ForbidCollectives
 from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
@@ -170,9 +170,12 @@ class TrainerBatchReplay:
         return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
     def step_trace(self) -> StepTrace | None:
-        """What was found when the first batch asked for was traced; ``None`` if no batch can be run again."""
+        """What was found when the first batch asked for was traced; ``None`` if it cannot be run, or memory is short."""
         if self._trace is None and self._repeatable():
             weights = [p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]]
+            copies = copies_of(weights)
+            if False in self._ranks.gather(copies is not None) or copies is None:
+                return None
             tracer = StepTracer(weights, self._module.named_parameters())
 
             def run() -> float | None:
@@ -180,8 +183,9 @@ class TrainerBatchReplay:
                     return run_training_step(self._trainer, self.batch, self.batch_idx)
 
             whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
-            own = any(self._ranks.gather(tracer.own_targets))
-            self._trace = StepTrace(own, tracer.unused if whole else frozenset())
+            found = self._ranks.gather([tracer.own_targets, put_back(weights, copies)])
+            own, writes = (any(of_rank) for of_rank in zip(*found, strict=True))
+            self._trace = StepTrace(own, writes, tracer.unused if whole else frozenset())
         return self._trace
 
     def gradient_finite(self) -> bool | None:

@@ -170,11 +170,26 @@ class Policy(Task):
         return -(chosen.log_prob(action) * gain).mean()
 
 
-def test_a_policy_gradient_is_left_alone(tmp_path: Path) -> None:
-    """Its loss does not show which weights are better, so no trial is made: the run is bit for bit the bare one."""
-    bare = fit(Policy(), batches(count=200), folder=tmp_path / "bare")
+class Normalised(Task):
+    """Its step shrinks its weights in place."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(), lambda p: torch.optim.Adam(p, lr=0.01))
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        with torch.no_grad():
+            for weight in self.net.parameters():
+                weight.mul_(0.98)
+        return super().training_step(batch, batch_idx)
+
+
+@pytest.mark.parametrize("kind", [Normalised, Policy])
+def test_a_step_that_cannot_be_compared_is_left_alone(kind: type[Task], tmp_path: Path) -> None:
+    """A policy gradient and a step that writes to its weights have no trial: the run is, bit for bit, the bare one."""
+    bare = fit(kind(), batches(count=200), folder=tmp_path / "bare")
     guard = NaNGuard(act_on="evidence")
-    run = fit(Policy(), batches(count=200), guard, folder=tmp_path / "guarded")
+    run = fit(kind(), batches(count=200), guard, folder=tmp_path / "guarded")
     assert differences(state_of(bare), state_of(run)) == []
     assert guard.interventions == []
     assert TRIALS_FILE not in {path.name for path in tmp_path.rglob("*.jsonl")}

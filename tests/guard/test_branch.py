@@ -77,7 +77,7 @@ def test_what_is_known_of_it_without_a_run() -> None:
 
     def step_trace() -> StepTrace:
         asked.append(True)
-        return StepTrace(own_targets=True, unused=frozenset())
+        return StepTrace(own_targets=True, writes=False, unused=frozenset())
 
     loop.step_trace = step_trace  # type: ignore[method-assign]
     assert branches(loop).hindrance(run=False) == ""
