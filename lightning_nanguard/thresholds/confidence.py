@@ -46,6 +46,8 @@ class Confidences:
         gradient_initial: The gradient of an untrained model grows toward the input.
         rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
         rate_diverged: Other signs show that the learner diverged.
+        rate_unseen: The guard blames the learner for a large gradient or large weights, and no batch can be run again.
+            It is below that of samples that are far too large, so that the rate is not cut because of these.
         rate_worse: Only the comparison with the last good weights supports it.
         rate_above_limit: In addition, the rate is above the one that the curvature allows.
         unstable: The learner diverged, and a momentum or a weight decay alone makes it diverge.
@@ -113,6 +115,7 @@ class Confidences:
     gradient_initial: float = 0.75
     rate_trial: float = 0.8
     rate_diverged: float = 0.9
+    rate_unseen: float = 0.72
     rate_worse: float = 0.6
     rate_above_limit: float = 0.91
     unstable: float = 0.98

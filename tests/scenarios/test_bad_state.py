@@ -77,6 +77,17 @@ def test_a_snapshot_of_the_bad_state_is_no_second_fault(tmp_path: Path) -> None:
     assert differences(learner_of(sound.trainer, sound.module), learner_of(run.trainer, run.module)) == []
 
 
+def test_a_huge_weight_is_named_and_not_the_statistics_behind_it(tmp_path: Path) -> None:
+    """Batch norm hides a weight of 1e30 from the loss, and only its running variance overflows. The record says that
+    the variance was seen, and the cause names the weight, to which the user's code may have written."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    assert_sound(struck("automatic", FaultAt("weight", 1e30, 30, "net.0.weight"), guard, tmp_path), guard)
+    [found] = guard.interventions
+    assert found.finding is not None
+    assert (found.place, found.finding.place) == ("buffer net.1.running_var", "parameter net.0.weight")
+    assert "code that writes to parameter net.0.weight:" in found.finding.suggestion
+
+
 @pytest.mark.parametrize(("way", "kind"), WHERE)
 def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> None:
     """1e30 in a weight is seen in the loss and rolled back; in a buffer or moment it hides from training and may stay,

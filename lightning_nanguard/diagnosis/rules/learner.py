@@ -10,6 +10,7 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
+    blamed_unseen,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
@@ -58,7 +59,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
-    return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
+    weight = case.evidence.jump or case.fault.place  # which explains a buffer that is too large
+    return grew and weight.startswith("parameter") and case.clues.moved_alone is False
 
 
 def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
@@ -69,6 +71,11 @@ def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
+    it = "it"
+    if case.evidence.jump is not None and name.startswith("buffer "):
+        # A weight far out of proportion makes the statistics of later layers bad, and these are often seen first.
+        it, what = case.evidence.jump, f"is far larger than any weight of the last good state, and {name} {what}"
+        name = it
     times = case.times("corrupted_state", name)
     since = case.evidence.healthy_since_restore
     soon = since is not None and since < thresholds.blame.calm_when_late
@@ -83,7 +90,7 @@ def _corrupted(
             "them from the loss. If there is none, look for code that writes to it."
         )
     elif times == 1 or not gone:
-        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
+        look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
         text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
     elif soon and not redone:
         text = (
@@ -93,7 +100,7 @@ def _corrupted(
     else:
         text = (
             f"for the {_ordinal(times)} time, although no earlier reading was bad and the restored state was good: "
-            "a memory fault, or code that writes to it. Test the device."
+            f"a memory fault, or code that writes to {it}. Test the device."
         )
     return Finding(
         "corrupted_state",
@@ -227,6 +234,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
+    if blamed_unseen(fault, evidence, thresholds):
+        return known.rate_unseen
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
     return known.rate_worse if worse and blameless else 0.0
 
