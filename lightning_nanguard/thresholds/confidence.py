@@ -27,6 +27,9 @@ class Confidences:
         unnormalised: Inputs are large, and nothing else is known.
         operation: A logarithm, exponential or division got a number that it is not defined for.
         unknown_operation: The operation that gave the first non-finite value is known, and no rule fits.
+        changed_gradient: The operations of the step give a good gradient, and code after them a bad one. It is below
+            that of an operation, which another rank may have found.
+        unexplained: Nothing bad was found, and the batch was not run again.
         random_draw: The fault is gone with other random numbers.
         non_finite_from_start: No loss was ever finite, and a buffer is not.
         unbounded_loss: Targets for which the loss has no lower bound.
@@ -96,6 +99,8 @@ class Confidences:
     unnormalised: float = 0.5
     operation: float = 0.85
     unknown_operation: float = 0.3
+    changed_gradient: float = 0.25
+    unexplained: float = 0.1
     random_draw: float = 0.96
     non_finite_from_start: float = 0.92
     unbounded_loss: float = 0.85

@@ -150,13 +150,15 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     # The Trainer does not clip under manual optimization.
     by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
     how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
+    # Without a replay it is not known whether the backward pass made such a gradient.
+    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (on_after_backward, hooks)."
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
-        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.",
+        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.{writes}",
     )
 
 
