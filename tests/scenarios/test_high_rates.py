@@ -270,6 +270,16 @@ def test_a_layer_that_began_at_next_to_nothing_may_grow(tmp_path: object) -> Non
     assert list(guard.interventions) == []
 
 
+@pytest.mark.parametrize(("steps", "helped"), [(103, False), (104, True)])
+def test_a_run_that_is_too_short_for_a_trial(steps: int, helped: bool, tmp_path: Path) -> None:
+    """The pages say how many updates a run needs, so that ``act_on="evidence"`` can help."""
+    guard = Guard(dirpath=tmp_path)
+    improvement("adam", lambda step: 100 * OPTIMIZERS["adam"][2], guard, steps=steps)
+    assert bool(guard.interventions) is helped
+    for page in ("README.md", "docs/start.md"):
+        assert "run of fewer than 104 updates" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+
+
 class ByHand(Digits):
     """The same network, trained by manual optimization on a loss that has no upper bound."""
 

@@ -151,7 +151,7 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
     how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
     # Without a replay it is not known whether the backward pass made such a gradient.
-    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (on_after_backward, hooks)."
+    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (hooks)."
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",

@@ -95,7 +95,7 @@ def test_a_gradient_that_a_hook_wrote(value: float, tmp_path: Path) -> None:
     for found in guard.interventions:
         assert found.finding is not None
         assert found.cause == ("unexplained" if math.isnan(value) else "exploding_gradient")
-        assert "on_after_backward" in found.finding.suggestion
+        assert "hooks" in found.finding.suggestion
 
 
 def test_a_loss_that_is_bad_by_hand(tmp_path: Path) -> None:
