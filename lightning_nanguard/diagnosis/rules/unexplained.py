@@ -22,9 +22,7 @@ def changed_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     if not asked or evidence.corrupt is not None or evidence.undo or evidence.redone:
         return None
     if clues.gradient_finite is False:
-        what = (
-            "no operation of the backward pass made the gradient not finite, and it is so when the batch is run again"
-        )
+        what = "no operation of the backward pass made the gradient not finite, and a replay shows the same"
         return _changed(case, thresholds, f"{what}. Look at hooks of tensors (register_hook).")
     norm, found = clues.norm, math.inf if fault.value is None or math.isnan(fault.value) else fault.value
     if not clues.gradient_finite or norm is None or not norm < found / thresholds.learner.spike_factor:

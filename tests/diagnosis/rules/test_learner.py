@@ -202,14 +202,14 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             SPIKE,
             {"usual_norm": 1.5, "comparable": False},
             Clues(norm=1e9),
-            'Clip gradients: self.clip_gradients(optimizer, 3, "norm"). Or look for code that writes to gradients (hooks).',
+            'Clip gradients: self.clip_gradients(optimizer, 3, "norm"). Or look for code that writes to gradients',
         ),
         # Of two bad tensors the weight explains the buffer.
         (
             CORRUPTED,
             {"corrupt": "buffer b", "jump": "parameter w"},
             Clues(),
-            "and buffer b is no longer finite, although no earlier reading was bad. Look for code that writes to parameter w:",
+            "and buffer b is no longer finite, although no earlier reading was bad. Look for code that writes to param",
         ),
         (
             SPIKE,
