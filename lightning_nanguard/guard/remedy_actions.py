@@ -174,6 +174,11 @@ class RemedyActions:
         loss = self.rehearsal.loss_after(restored, factor, updates)
         return None if loss is None else loss / self.context.monitors.loss_unit()
 
+    def rate_factor_of_restored(self) -> float:
+        """Factor that leads to the learning rate at which the restored state was taken; 1 if it is not known."""
+        restored, now = self.context.state.restored, self.context.rate.first()
+        return restored.rate / now if restored is not None and restored.rate and now else 1.0
+
     def rehearsal_batches(self) -> int:
         """Number of batches on which rates can be tried."""
         return self.context.replay.rehearsal_batches()
