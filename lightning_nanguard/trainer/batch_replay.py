@@ -170,7 +170,7 @@ class TrainerBatchReplay:
         return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
     def step_trace(self) -> StepTrace | None:
-        """What was found when the first batch asked for was traced; ``None`` if it cannot be run, or memory is short."""
+        """What was found when the first batch asked for was traced; ``None`` if it could not be run again."""
         if self._trace is None and self._repeatable():
             weights = [p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]]
             copies = copies_of(weights)
