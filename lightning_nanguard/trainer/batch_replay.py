@@ -30,13 +30,7 @@ from lightning_nanguard.thresholds.batches import BatchesThresholds
 from lightning_nanguard.trainer.private.clock import set_clock
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
-from lightning_nanguard.trainer.private.training_step import (
-    alone,
-    clip_as_configured,
-    forward_backward,
-    loss_with_graph,
-    run_training_step,
-)
+from lightning_nanguard.trainer.private.training_step import BareStep, alone, clip_as_configured
 from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 
@@ -77,6 +71,8 @@ class TrainerBatchReplay:
         self._clipper = clipper
         self._delay = delay
         self._limits = thresholds
+        # Runs batches as they are, without restoring anything but their containers.
+        self.step = BareStep(trainer, thresholds.repeated)
         self._distrusted = -1
         # Index of the micro-batch to diagnose, if only one of the window is bad.
         self.suspect: int | None = None
@@ -166,7 +162,7 @@ class TrainerBatchReplay:
         """
         if not self._repeatable():
             return None
-        run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
+        run = partial(self.step.loss, self.batch, self.batch_idx)
         return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
 
     def step_trace(self) -> StepTrace | None:
@@ -177,7 +173,7 @@ class TrainerBatchReplay:
 
             def run() -> float | None:
                 with uncompiled(), tracer:
-                    return run_training_step(self._trainer, self.batch, self.batch_idx)
+                    return self.step.loss(self.batch, self.batch_idx)
 
             whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
             draws = any(self._ranks.gather(tracer.draws))
@@ -289,7 +285,7 @@ class TrainerBatchReplay:
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
 
     def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
-        run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)
+        run = partial(self.step.forward_backward, optimizer, batch, batch_idx)
         value = self._attempt(partial(self._rehearsed, run) if rehearsed else run, batch)
         if value is not None:
             _average_gradients(self._ranks, optimizer)
@@ -297,7 +293,7 @@ class TrainerBatchReplay:
 
     def _loss(self, batch: Any, batch_idx: int) -> float | None:
         # With gradients, because the loss itself may need some: of inputs, or of an inner step.
-        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx), batch)
+        return self._attempt(partial(self.step.loss, batch, batch_idx), batch)
 
     def _rehearsed(self, run: Callable[[], float | None], *, redrawn: bool = False) -> float | None:
         """Run the present batch in its own rehearsal, which needs memory for a copy."""
@@ -322,7 +318,7 @@ class TrainerBatchReplay:
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with its recorded random numbers."""
         _rewind(self._trainer, self.batches, micro)
-        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
+        return self.step.loss_with_graph(micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager
     def untraced(self) -> Iterator[None]:

@@ -29,7 +29,6 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
@@ -194,7 +193,7 @@ class Diagnostics:
         self.preflight_due = False
         preflight = Preflight(
             self._module,
-            partial(loss_with_graph, self._trainer, batch_idx=self._replay.batch_idx),
+            partial(self._replay.step.loss_with_graph, batch_idx=self._replay.batch_idx),
             self._replay.untraced,
             rules=self._rules,
             thresholds=self._thresholds,

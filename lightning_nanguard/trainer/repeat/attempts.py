@@ -18,7 +18,6 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.callbacks import IsGuard, is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, may_be_numeric, with_values_of
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
 from lightning_nanguard.trainer.repeat.window import AccumulationWindow, WindowEntry
@@ -252,7 +251,7 @@ class Attempts:
         try:
             with self.replay.untraced():
                 micro.start.restore()
-                loss = loss_with_graph(self.trainer, batch, micro.run.batch_idx)
+                loss = self.replay.step.loss_with_graph(batch, micro.run.batch_idx)
                 if loss is None:
                     return True
                 if backward:
