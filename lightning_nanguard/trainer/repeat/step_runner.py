@@ -22,6 +22,7 @@ from lightning_nanguard.trainer.private.closures import (
 from lightning_nanguard.trainer.private.training_mode import as_in_training
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
+from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdates
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
@@ -55,7 +56,8 @@ class StepRunner:
         self._alone = context.acts_alone
         self._window = runs.window
         self._numbers = AttributeNumbers(context.thresholds.batches.repeated)
-        self._updates = UpdatesAgain(runs)
+        self._kept = KeptUpdates(runs)
+        self._updates = UpdatesAgain(runs, self._kept)
         self._windows = WindowAgain(runs)
         self._ranks = RanksAgain(runs)
 
@@ -325,4 +327,4 @@ class StepRunner:
     def _keep(self) -> None:
         """Keep the data of the next update, so that it can be repeated."""
         if self._window.completes:
-            self._updates.keep()
+            self._kept.keep()
