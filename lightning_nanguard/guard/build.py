@@ -21,6 +21,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.bad_start import BadStart
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.branch import Branches
@@ -119,6 +120,7 @@ def build_guard(
             skipper=skipper,
             snapshots=snapshots,
             plausibility=plausibility,
+            bad_start=BadStart(context),
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
             judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),

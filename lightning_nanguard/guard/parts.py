@@ -7,6 +7,7 @@ from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.checkpoints.saving import SaveGuard
+from lightning_nanguard.guard.bad_start import BadStart
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
@@ -40,6 +41,7 @@ class GuardParts:
         skipper: Skips updates.
         snapshots: Takes and checks snapshots.
         plausibility: Finds tensors that are finite and far out of range.
+        bad_start: Knows what was not finite before the first update.
         certification: Decides when snapshots are taken and certified.
         investigator: Gathers evidence.
         judge: Separates healthy readings from faults.
@@ -61,6 +63,7 @@ class GuardParts:
     skipper: StepSkipper
     snapshots: SnapshotManager
     plausibility: PlausibilityCheck
+    bad_start: BadStart
     certification: Certification
     investigator: Investigator
     judge: ReadingJudge
