@@ -149,17 +149,13 @@ def _recovery(
 
 
 def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:
-    def largest_norm(optimizer_index: int) -> float | None:
-        history = context.monitors.history(optimizer_index)
-        return None if history is None else history.largest_norm()
-
     return PlausibilityCheck(
         context.learner,
         context.ring,
         investigator.is_worse,
         context.thresholds.snapshots.plausibility,
         certain_only=context.settings.act_on == "certain",
-        largest_norm=largest_norm,
+        largest_norm=lambda optimizer_index: context.monitors.history(optimizer_index).largest_norm(),
     )
 
 

@@ -130,7 +130,7 @@ class Investigator:
             The evidence; and the ranks whose state or batch is not finite, if not all are concerned.
         """
         fault, reading = found.fault, found.reading
-        history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
+        history = self._context.monitors.history(reading.optimizer_index)
         target = self._ring.good(history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]

@@ -144,8 +144,7 @@ class Receipts:
         early = known.due < limits.updates
         newest = -(max(known.due, limits.updates) // limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
-        history = self.context.monitors.history(0)
-        judged = judge_receipt(run, without, None if history is None else history.first, limits)
+        judged = judge_receipt(run, without, self.context.monitors.history(0).first, limits)
         known.verdicts += [] if early else [judged.verdict]
         known.due = limits.updates if early else 2 * known.due
         if not judged.plain and known.verdicts[-limits.in_a_row :] != [judged.verdict] * limits.in_a_row:

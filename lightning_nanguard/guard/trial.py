@@ -220,7 +220,7 @@ class TrialRunner:
             if not (found and trial.lacks > 0 and is_enough(trial, 1, self._limits)):
                 return None
         if trial.lacks > 0 and not arm.from_best:
-            arm = running.best_now(self._first_loss())
+            arm = running.best_now(self._context.monitors.history(0).first)
             trial = replace(trial, factor=arm.factor)
         arm.branch.state.healthy = running.before + len(arm.losses)
         if trial.lacks > 0 and any(one.factor < arm.factor for one in running.arms):
@@ -228,10 +228,6 @@ class TrialRunner:
         self._begun_again = False
         self._end("confirmed" if trial.lacks > 0 else "not confirmed", "", trial.lacks, trial.factor)
         return ShownTrial(trial, arm.branch.state)
-
-    def _first_loss(self) -> float | None:
-        history = self._context.monitors.history(0)
-        return None if history is None else history.first
 
     def _losses(self, running: RunningTrial, compared: ArmComparison) -> TrialLosses | None:
         arm, under = compared.arm, compared.under
@@ -257,7 +253,7 @@ class TrialRunner:
             running.start.append(found)
         if running.updates == self._limits.picked_after:
             return self._pick(running)
-        running.compare_if_due(self._first_loss())
+        running.compare_if_due(self._context.monitors.history(0).first)
         return self._compare(running, loss)
 
     def _compare(self, running: RunningTrial, loss: float) -> bool:

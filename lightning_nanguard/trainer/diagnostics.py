@@ -208,8 +208,8 @@ class Diagnostics:
         if not (self._examines or self.asked):
             return
         history, asked = self._context.monitors.history(0), self.asked
-        course = None if history is None else self._examination.due(self._context.state.step, history, asked=asked)
-        if history is None or course is None:
+        course = self._examination.due(self._context.state.step, history, asked=asked)
+        if course is None:
             return
         self.asked = False
         if not self._replay.comparable() or not self._is_whole():
