@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, StateKey, describe, states_of, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, StateKey, describe, name_in_keys, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, capture, clone, copy_all, fits, put, writable
 from lightning_nanguard.thresholds.fixed import LEAST_LOSS_SCALE
 
@@ -195,7 +195,7 @@ def _restore_state(
             wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        name = names.get(id(parameter), f"#{id(parameter)}")
+        name = name_in_keys(names, parameter)
         entries, own = wanted.get(name, {}), state.get(parameter, {})
         left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:

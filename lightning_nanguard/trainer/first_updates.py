@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.first_batches import FirstBatches
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
-from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
+from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen, prefixes
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
@@ -287,9 +287,7 @@ class FirstUpdates:
 
     def _mode(self, path: str) -> ModeSeen:
         one = self._modes[path]
-        words = path.split(".")
-        around = (".".join(words[: count + 1]) for count in range(len(words)))
-        within = next((name for name in around if not self._module.get_submodule(name).training), path)
+        within = next((name for name in prefixes(path) if not self._module.get_submodule(name).training), path)
         return ModeSeen(path, type(one).__name__, _drops(one), path not in self._idle, within)
 
 

@@ -72,10 +72,7 @@ class KeptUpdates:
         self._ends: deque[tuple[int, int]] = deque(maxlen=limits.updates_again or 1)
         # The snapshot that the last rollback restored, and the first update after it.
         self._rolled_back = -1, -1
-        learner = context.learner
-        alone = context.acts_alone
-        plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
-        self._possible = alone and plain and limits.updates_again > 0
+        self._possible = context.acts_alone and context.learner.is_plain and limits.updates_again > 0
 
     def keep(self) -> None:
         """Keep the data of the update that is about to be made."""
