@@ -124,7 +124,6 @@ def build_guard(
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
             judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),
-            runner=runner,
             recovery=recovery,
             hyperparameters=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
             outliers=OutlierWatch(context, loop),

@@ -17,7 +17,6 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.outlier_watch import OutlierWatch
-from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -45,7 +44,6 @@ class GuardParts:
         certification: Decides when snapshots are taken and certified.
         investigator: Gathers evidence.
         judge: Separates healthy readings from faults.
-        runner: Carries plans out.
         recovery: Cuts the rate, clips, and ends both again.
         hyperparameters: Replaces invalid learning rates and other hyperparameters.
         outliers: Gives advice about single updates whose numbers are far from those around them.
@@ -67,7 +65,6 @@ class GuardParts:
     certification: Certification
     investigator: Investigator
     judge: ReadingJudge
-    runner: PlanRunner
     recovery: Recovery
     hyperparameters: HyperparameterWatch
     outliers: OutlierWatch

@@ -28,7 +28,7 @@ def is_weight(key: StateKey) -> bool:
 
 
 def restore(
-    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None
+    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] = lambda key: True
 ) -> tuple[StateKey, ...]:
     """Restore the learner from a snapshot, in place.
 
@@ -44,7 +44,6 @@ def restore(
         Keys of the weights and buffers that both have but that could not be restored, because their shape has changed.
     """
     snapshot.wait()
-    keep = _everything if keep is None else keep
     saved = {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
     pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
@@ -62,10 +61,6 @@ def restore(
     if learner.scaler is not None and snapshot.scaler and keep(("scaler",)):
         restore_scaler(learner.scaler, snapshot.scaler)
     return failed
-
-
-def _everything(key: StateKey) -> bool:
-    return True
 
 
 def weights_if_room(

@@ -126,7 +126,7 @@ class TrainerBatchReplay:
 
     def batch_finite(self) -> bool | None:
         """Whether the micro-batches of the present update are finite where the healthy ones before it are."""
-        batches = [micro.batch for micro in self._shown or self.batches.newest()]
+        batches = [micro.batch for micro in self._at_hand()]
         finite = batch_finite(batches)
         if finite is not False:
             return finite
@@ -219,12 +219,12 @@ class TrainerBatchReplay:
 
     def train_at_hand(self) -> float | None:
         """Make the present update with its recorded random numbers; return the loss before the update."""
-        return self._runs.update(partial(self._gradients_of, self._shown or self.batches.newest()))
+        return self._runs.update(partial(self._gradients_of, self._at_hand()))
 
     def loss_at_hand(self) -> float | None:
         """Loss of the present update under the present weights, with its recorded random numbers."""
         losses = []
-        for micro in self._shown or self.batches.newest():
+        for micro in self._at_hand():
             self._rewind(micro)
             losses.append(self._runs.loss(micro.batch, micro.index))
         known = [loss for loss in losses if loss is not None]
@@ -253,6 +253,10 @@ class TrainerBatchReplay:
         """Loss of a batch under the present weights."""
         return self._runs.loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
 
+    def _at_hand(self) -> list[MicroBatch]:
+        """The micro-batches of the present update, or of the earlier one that :meth:`showing` shows."""
+        return self._shown or self.batches.newest()
+
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
@@ -262,7 +266,7 @@ class TrainerBatchReplay:
         """Inside, the present batch runs in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
             # A fault that depends on random numbers comes back only with the same numbers.
-            for micro in [one for one in self._shown or self.batches.newest() if one.batch is self.batch][-1:]:
+            for micro in [one for one in self._at_hand() if one.batch is self.batch][-1:]:
                 self._rewind(micro, redrawn=redrawn)
             yield
 

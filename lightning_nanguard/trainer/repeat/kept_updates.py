@@ -15,7 +15,6 @@ from lightning_nanguard.state.learner import scheduled_values
 from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepStart
-from lightning_nanguard.trainer.private.closures import accumulated
 from lightning_nanguard.trainer.private.packages import logged_at
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.window import WindowEntry
@@ -112,7 +111,11 @@ class KeptUpdates:
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
                 before = self._runs.guard.steps.undos.measures()
-            clock, step, window = self._trainer.global_step, logged_at(self._trainer), accumulated(self._trainer)
+            clock, step, window = (
+                self._trainer.global_step,
+                logged_at(self._trainer),
+                self._trainer.accumulate_grad_batches,
+            )
             kept.append(
                 KeptUpdate(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch, window)
             )
