@@ -85,7 +85,7 @@ class Certification:
             Whether a shape has changed.
         """
         context = self.context
-        newest = context.ring.pending or next(iter(context.ring.certified), None)
+        newest = context.ring.latest
         if newest is None:
             return False
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())

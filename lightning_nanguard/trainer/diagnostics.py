@@ -147,8 +147,7 @@ class Diagnostics:
         good: Snapshot | None,
     ) -> Bundle:
         state = state_of(self._module)
-        if good is None and self._context.ring.certified:
-            good = self._context.ring.certified[0]
+        good = good or self._context.ring.last_certified
         if evidence.undo and good is not None and not good.shared():
             # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}

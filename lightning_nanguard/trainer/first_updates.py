@@ -252,9 +252,7 @@ class FirstUpdates:
 
     def _start(self) -> Mapping[str, Tensor]:
         """Parameters before the first update, if a snapshot still holds them."""
-        ring = self._context.ring
-        snapshots = [*ring.certified, *([ring.pending] if ring.pending is not None else [])]
-        first = min(snapshots, key=lambda one: one.step, default=None)
+        first = min(self._context.ring.all(), key=lambda one: one.step, default=None)
         if first is None or first.step > 0 or first.shared():
             return {}
         leaves = {path[1]: leaf for path, leaf in first.leaves.items() if path[0] == "parameter"}

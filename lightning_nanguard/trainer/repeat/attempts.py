@@ -237,11 +237,9 @@ class Attempts:
         others = [one for one in others if one is not None]
         if any(self._succeeds(micro, one, backward=backward) for one in others):
             return True
-        if not context.ring.certified:
-            return False
-        good = context.ring.certified[0]
-        mine = weights_if_room(context.learner, device=good.device())
-        if mine is None:
+        good = context.ring.last_certified
+        mine = None if good is None else weights_if_room(context.learner, device=good.device())
+        if good is None or mine is None:
             return False
         with part_of_snapshot(context.learner, good, mine):
             # Batch and weights may both be bad.

@@ -101,29 +101,32 @@ class KeptUpdates:
         while len(kept) >= max(1, self._room):
             kept.popleft()
         # After a gap, the kept updates begin at the pending snapshot, which may be certified before they are needed.
-        newest = ring.pending or next(iter(ring.certified), None)
+        newest = ring.latest
         first = number if newest is None else self._first_after(newest)
         if kept and kept[0].number > first:
             kept.clear()  # snapshots are too far apart for this
         if self._room and (kept or number <= first):
-            scheduled = scheduled_values(self._context.learner.optimizers[0].param_groups)
             before: Sequence[Callable[[], None]] = ()
             if opens_epoch or not kept or (newest is not None and newest.step == number - 1):
                 self._forget_measures()
                 before = self._runs.guard.steps.undos.measures()
-            clock, step, window = (
-                self._trainer.global_step,
-                logged_at(self._trainer),
-                self._trainer.accumulate_grad_batches,
-            )
             kept.append(
-                KeptUpdate(number, list(micros), scheduled, clock, before, opens_epoch, step, self._epoch, window)
+                KeptUpdate(
+                    number,
+                    list(micros),
+                    groups=scheduled_values(self._context.learner.optimizers[0].param_groups),
+                    global_step=self._trainer.global_step,
+                    measures=before,
+                    opens_epoch=opens_epoch,
+                    logged_at=logged_at(self._trainer),
+                    epoch=self._epoch,
+                    window=self._trainer.accumulate_grad_batches,
+                )
             )
 
     def _forget_measures(self) -> None:
         """Release the metrics and means that no remaining snapshot and no epoch needs."""
-        ring = self._context.ring
-        after = {one.step for one in (*ring.certified, ring.pending) if one is not None}
+        after = {one.step for one in self._context.ring.all()}
         for update in self._kept:
             if not update.opens_epoch and update.number - 1 not in after:
                 update.measures = ()

@@ -193,12 +193,12 @@ class StepRunner:
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
     def _may_go_back(self, fault: Fault) -> bool:
-        ring = self._runs.guard.context.ring
         vouch_for_start(self._runs.guard.context, self._check.number - 1)
-        if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
+        good = self._runs.guard.context.ring.last_certified
+        if good is None or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1
-        if self._runs.replay.batch_finite() is False or self._updates.since(ring.certified[0], last, last + 1) is None:
+        if self._runs.replay.batch_finite() is False or self._updates.since(good, last, last + 1) is None:
             return False
         return not (self._updates.futile and self._check.state_is_finite())
 

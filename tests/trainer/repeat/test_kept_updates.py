@@ -93,9 +93,9 @@ def test_nothing_is_kept_where_snapshots_are_too_far_apart(tmp_path: Path, monke
     made: list[int] = []
 
     class Counted(kept_updates.KeptUpdate):  # type: ignore[misc]
-        def __init__(self, number: int, *rest: Any) -> None:
+        def __init__(self, number: int, *rest: Any, **named: Any) -> None:
             made.append(number)
-            super().__init__(number, *rest)
+            super().__init__(number, *rest, **named)
 
     monkeypatch.setattr(kept_updates, "KeptUpdate", Counted)
     room = Thresholds(batches=BatchesThresholds(repeated=RepeatedStepsThresholds(updates_again=5)))
