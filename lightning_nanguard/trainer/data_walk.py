@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.data_check import Collated, Unreadable
-from lightning_nanguard.measure.sample_parts import is_separable, part_of
+from lightning_nanguard.measure.sample_parts import is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.state.batch_origin import row_of
 
@@ -133,4 +133,4 @@ class DataWalk:
                 yield BadSample("", batch=number), batch
                 continue
             for index in range(count):
-                yield BadSample("", batch=number, index=index), Collated(part_of(batch, [index]))
+                yield BadSample("", batch=number, index=index), Collated(select_samples(batch, [index]))

@@ -18,9 +18,9 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.callbacks import IsGuard, is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
+from lightning_nanguard.trainer.repeat.accumulation_window import AccumulationWindow, WindowEntry
 from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, may_be_numeric, with_values_of
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
-from lightning_nanguard.trainer.repeat.window import AccumulationWindow, WindowEntry
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.types import Fault
 

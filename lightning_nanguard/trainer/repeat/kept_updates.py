@@ -16,8 +16,8 @@ from lightning_nanguard.state.random_state import is_checked
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepStart
 from lightning_nanguard.trainer.private.packages import logged_at
+from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
-from lightning_nanguard.trainer.repeat.window import WindowEntry
 
 
 @final

@@ -20,6 +20,7 @@ from lightning_nanguard.trainer.private.closures import (
     with_outputs_of,
 )
 from lightning_nanguard.trainer.private.training_mode import as_in_training
+from lightning_nanguard.trainer.repeat.accumulation_window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
 from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdates
@@ -27,7 +28,6 @@ from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
 from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
-from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.window_again import WindowAgain
 from lightning_nanguard.types import Fault, Reading
 

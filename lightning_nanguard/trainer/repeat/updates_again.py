@@ -22,11 +22,11 @@ from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
 from lightning_nanguard.trainer.private.closures import accumulating, end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
 from lightning_nanguard.trainer.private.packages import logged_at
+from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdate, KeptUpdates
 from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
 from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words, written_outside
-from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Reading
 
 _logger = logging.getLogger("lightning_nanguard")
