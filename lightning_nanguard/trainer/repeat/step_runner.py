@@ -97,10 +97,8 @@ class StepRunner:
                 self._window.close()
 
     def _bad(self, micro: WindowEntry, outcome: Outcome) -> Any:
-        if self._runs.together and outcome.error is None:
-            return self._ranks.run(outcome)
         if self._runs.together:
-            return given(outcome)
+            return self._ranks.run(outcome) if outcome.error is None else given(outcome)
         may_repeat = self._runs.may_repeat()
         self._runs.memory.close()
         if not may_repeat:
