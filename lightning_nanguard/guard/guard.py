@@ -28,11 +28,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Guard:
-    """Guards one training run. A loop calls it in each step, and it detects, decides, acts and records.
-
-    Args:
-        parts: Its parts.
-    """
+    """Guards one training run. A loop calls it in each step, and it detects, decides, acts and records."""
 
     def __init__(self, parts: GuardParts) -> None:
         self._parts = parts

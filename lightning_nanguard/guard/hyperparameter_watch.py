@@ -117,7 +117,9 @@ class HyperparameterWatch:
         if len(self.context.learner.optimizers) > 1:
             place += f" of optimizer {optimizer_index}"
         cause = "invalid_learning_rate" if is_rate else "invalid_hyperparameter"
-        fault = Fault(cause, "learner", place, first.number, message)
+        fault = Fault(
+            "invalid_learning_rate" if is_rate else "invalid_hyperparameter", "learner", place, first.number, message
+        )
         finding = Finding(
             cause,
             confidence=1.0,

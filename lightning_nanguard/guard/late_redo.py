@@ -37,9 +37,6 @@ class LateRedo:
         """Make the updates since the last good state again; return whether the fault was gone.
 
         If it was not, nothing has changed.
-
-        Args:
-            found: The fault.
         """
         snapshot, state = self._snapshot(found), self.context.state
         if snapshot is None or state.redo_since is None:

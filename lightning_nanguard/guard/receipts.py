@@ -113,11 +113,7 @@ class Receipts:
             self._not_measured(known.global_step, self.context.state.step - known.step, reason)
 
     def after(self, readings: Sequence[Reading]) -> None:
-        """Continue the comparison after a healthy update.
-
-        Args:
-            readings: Its readings.
-        """
+        """Continue the comparison after a healthy update."""
         known = self._open
         if known is None:
             return

@@ -170,9 +170,6 @@ class TrialRunner:
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
         """Continue the trial after a healthy update.
 
-        Args:
-            readings: Its readings.
-
         Returns:
             The suspicion, with what the trial has shown, if it ends with this update.
         """

@@ -292,11 +292,7 @@ def is_undone(metric: Metric) -> bool:
 
 @final
 class _MetricMemory:
-    """Stores the states of a metric, and copies them only if they have changed since the last copy.
-
-    Args:
-        metric: The metric.
-    """
+    """Stores the states of a metric, and copies them only if they have changed since the last copy."""
 
     __slots__ = ("_marks", "_states", "metric")
 

@@ -88,11 +88,7 @@ class TrainerBatchReplay:
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
-        """Inside, one micro-batch of the present window is known to be the bad one.
-
-        Args:
-            batch_idx: Its index.
-        """
+        """Inside, one micro-batch of the present window is known to be the bad one."""
         before = self.batch_idx
         self.suspect = self.batch_idx = batch_idx
         try:

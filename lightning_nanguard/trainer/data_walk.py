@@ -53,11 +53,7 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @final
 class _Readable(Dataset[Any]):
-    """A data set in which a sample that cannot be read is reported as such.
-
-    Args:
-        data: The data set.
-    """
+    """A data set in which a sample that cannot be read is reported as such."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
