@@ -108,10 +108,10 @@ class RemedyActions:
 
         Copies that it does not have are set to the weights.
         """
-        context, certified = self.context, self.context.ring.certified
+        context, certified = self.context, self.context.ring.last_certified
         learner, corrupt = context.learner, context.finite.corrupt
         place = "" if self._found is None else self._found.fault.place
-        snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
+        snapshot = None if certified is None else context.ranks.join_snapshot(certified)
         bad = bad_averages(learner.averages(), corrupt, place)
         if snapshot is not None:
             restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
