@@ -92,7 +92,8 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
     # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
     again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
-    it = name if name == evidence.jump else "it"
+    seen = evidence.corrupt or case.fault.place
+    it = name if seen.startswith("buffer ") and name != seen else "it"
     look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
     memory = (
         f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
