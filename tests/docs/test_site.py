@@ -73,6 +73,7 @@ def test_every_detector_is_described() -> None:
     found = sections("detectors.md")
     assert known == {"NonFinite", "GradientSpike", "DivergingLoss"}
     for name in known:
+        assert name in found, f"no section of docs/detectors.md: {name}"
         assert all(f"**{part}.**" in found[name] for part in PARTS), name
 
 
@@ -83,6 +84,7 @@ def test_every_remedy_is_described() -> None:
     # Averages are restored in any case, so nobody lists their remedy.
     assert {type(one).__name__ for one in executors(()).values()} - {"AverageRollback", "ScaleRollback"} <= known
     for name in known:
+        assert name in found, f"no section of docs/remedies.md: {name}"
         arguments = set(inspect.signature(getattr(lightning_nanguard, name)).parameters) - {"thresholds"}
         assert arguments <= set(re.findall(r"^\| `(\w+)` \|", found[name], re.MULTILINE)), name
 
@@ -121,7 +123,9 @@ def test_every_cause_is_described() -> None:
     """Each cause that the package can name has a section with all three parts, and no other has one."""
     found = sections("causes.md", "###")
     suspicions = {"exploding_loss", "stuck_loss", "gradient_spike"}
-    assert found.keys() - suspicions == causes() - suspicions
+    missing, gone = causes() - suspicions - found.keys(), found.keys() - suspicions - causes()
+    assert not missing, f"no section of docs/causes.md: {', '.join(sorted(missing))}"
+    assert not gone, f"docs/causes.md, but no cause: {', '.join(sorted(gone))}"
     for name, text in found.items():
         assert all(f"- **{part}.**" in text for part in PARTS), name
 
