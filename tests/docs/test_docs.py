@@ -123,10 +123,11 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_named_in_the_architecture_exist() -> None:
-    """Every module that the architecture's table names is there."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"`([a-z_/]+\.py)`", text)):
-        assert (ROOT / "lightning_nanguard" / name).exists(), name
+    """Every module that a page about the inside names is there."""
+    for page in ("architecture", "trials", "repeats"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        for name in set(re.findall(r"`([a-z_/]+\.py)`", text)):
+            assert (ROOT / "lightning_nanguard" / name).exists(), f"{page}.md: {name}"
 
 
 def test_tests_named_in_the_documents_exist() -> None:
