@@ -146,6 +146,16 @@ def test_tests_named_in_the_documents_exist() -> None:
         assert not case or f'"{case}"' in source, f"{file}::{name}[{case}]"
 
 
+def test_names_of_tests_in_the_documents_exist() -> None:
+    """A test that a document names without its file is there, too."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    there = {name for path in files for name in re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8"))}
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    upstream = {"test_hpc_restore_attempt"}  # of Lightning's own tests
+    assert len(named) > 40
+    assert not (missing := sorted(named - there - upstream)), ", ".join(missing)
+
+
 def test_every_public_name_is_there() -> None:
     """What the package says it has can be had, and nothing else."""
     for name in lightning_nanguard.__all__:
