@@ -218,7 +218,7 @@ class Diagnostician:
         if good is None:
             return case
         change = unexplained_change(self._learner, good, self._thresholds.state)
-        alone = change is not None and change.name == case.fault.place
+        alone = change is not None and change.name in (case.fault.place, case.evidence.jump)
         return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
 
     def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:

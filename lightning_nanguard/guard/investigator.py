@@ -208,13 +208,13 @@ class Investigator:
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
             return known
         growth = self.growth()
-        # Weights that are not finite need no comparison.
-        if target is None or known.corrupt is not None:
+        # Weights that are not finite need no comparison. A buffer may be bad because of a weight that is far too large.
+        if target is None or not (known.corrupt or "buffer ").startswith("buffer "):
             return replace(known, growth=growth)
         target = self._ranks.join_snapshot(target)
         jump = None if known.undo else first_over_ranks(self._ranks, self._jump(target))[0]
         known = replace(known, growth=growth, jump=jump)
-        if not self._compare_allowed:
+        if not self._compare_allowed or known.corrupt is not None:
             return known
         if fault.scope == "learner":
             return known if fault.proof == "none" else self._try(found, known, target)

@@ -128,6 +128,7 @@ class RemedyActions:
 
     def redone(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
+        self.context.ring.drop_pending()  # its state is that of the updates before
         self.context.state.restored, self.context.state.redone = snapshot, True
         self._forget(snapshot)
 

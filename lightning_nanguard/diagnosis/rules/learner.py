@@ -10,6 +10,7 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
+    blamed_unseen,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
@@ -58,7 +59,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
-    return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
+    weight = case.evidence.jump or case.fault.place  # which explains a buffer that is too large
+    return grew and weight.startswith("parameter") and case.clues.moved_alone is False
 
 
 def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
@@ -69,6 +71,10 @@ def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
+    weight = case.evidence.jump
+    if weight is not None and name.startswith("buffer "):
+        # A weight far out of proportion makes the statistics of later layers bad, and these are often seen first.
+        name, what = weight, f"is far larger than any weight of the last good state, and {name} {what}"
     times = case.times("corrupted_state", name)
     return Finding(
         "corrupted_state",
@@ -86,10 +92,11 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
     # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
     again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
-    look = "Look for code that writes to it: a hook, a callback, an in-place operation."
+    it = name if name == evidence.jump else "it"
+    look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
     memory = (
         f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
-        "writes to it. Test the device."
+        f"writes to {it}. Test the device."
     )
     if evidence.redone:
         return memory if again else f"so no batch and no rate caused it. {look}"
@@ -148,13 +155,15 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     # The Trainer does not clip under manual optimization.
     by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
     how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
+    # Without a replay it is not known whether the backward pass made such a gradient.
+    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (hooks)."
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
-        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.",
+        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.{writes}",
     )
 
 
@@ -232,6 +241,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
+    if blamed_unseen(fault, evidence, thresholds):
+        return known.rate_unseen
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
     return known.rate_worse if worse and blameless else 0.0
 

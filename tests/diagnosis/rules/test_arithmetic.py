@@ -14,7 +14,7 @@ from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER,
 FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True)
 
 ROWS: list[Row] = [
-    (None, LOSS, {}, Clues()),
+    ("unexplained", LOSS, {}, Clues()),
     (None, LOSS, {}, Clues(replayed=True, loss=1.0, gradient_finite=True)),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", lowest=-0.5))),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", from_weights=True, from_target=True))),
