@@ -95,7 +95,7 @@ class Diagnostician:
             good: The good state to run the batch from. By default it is chosen from the ring.
             healthy: Healthy batches before this update. NaN and Inf in the same fields as in these are usual.
         """
-        unstable = unstable_setting(self._learner.optimizers, self._thresholds.learner)
+        unstable = unstable_setting(self._learner.optimizers, self._thresholds.learner, evidence)
         # A second question about a fault, asked because there is more evidence, is not about a second fault.
         for one in list(self._earlier):
             if (one.step, one.fault, one.place) == (evidence.step, fault.kind, fault.place):
