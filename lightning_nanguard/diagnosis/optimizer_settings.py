@@ -52,17 +52,26 @@ def unstable_setting(
                     f"the weight decay is {decay:.4g}: at a learning rate of {rate:.4g} it multiplies each weight by "
                     f"{1 - rate * decay:.4g} in every update. Use a weight decay far below {1 / rate:.4g}"
                 )
-            # With momentum, the pushes of the updates before add up.
-            rate *= evidence.multiplier
-            times = 1 - rate * decay / (1 - momentum)
-            grew = min(evidence.growth, math.exp(min(evidence.step * math.log(max(times, 1.0)), 700.0)))
-            if decay < 0.0 and grew > thresholds.grown:
-                return (
-                    f"the weight decay is {decay:.4g}: a negative one makes weights grow, at a learning rate of "
-                    f"{rate:.4g} to {'about ' if momentum else ''}{times:.4g} times their size in every update. "
-                    f"Use {-decay:.4g} if the sign is wrong, or 0"
-                )
+            if grows := _growth_by_decay(rate * evidence.multiplier, decay, momentum, thresholds, evidence):
+                return grows
     return ""
+
+
+def _growth_by_decay(
+    rate: float, decay: float, momentum: float, thresholds: LearnerThresholds, evidence: Evidence
+) -> str:
+    """How a negative weight decay makes weights grow, in words; ``""`` if they did not grow by it."""
+    if decay >= 0.0:
+        return ""
+    # With momentum, those of the updates before add up.
+    times = 1 - rate * decay / (1 - momentum)
+    explained = evidence.step * math.log(times)
+    if min(math.log(max(evidence.growth, 1.0)), explained) <= math.log(thresholds.grown):
+        return ""
+    return (
+        f"the weight decay is {decay:.4g}: a negative one makes weights grow, at a learning rate of {rate:.4g} to "
+        f"{'about ' if momentum else ''}{times:.4g} times their size in every update. Use a positive one, or 0"
+    )
 
 
 def _number(group: dict[str, Any], key: str) -> float:
