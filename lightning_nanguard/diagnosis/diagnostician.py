@@ -10,15 +10,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues, compared
-from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
+from lightning_nanguard.diagnosis.case import Case, Change, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
-from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay, runs_finite
+from lightning_nanguard.diagnosis.replay import gradient_fits, loss_and_gradient_norm, replay, runs_finite
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
@@ -196,6 +197,10 @@ class Diagnostician:
         if self._low_precision and _not_finite(clues) and not clues.bad_fields:
             with self._untraced():
                 clues = replace(clues, finite_in_float32=runs_finite(module, partial(step, True)))
+        elif clues.gradient_finite is False and clues.origin is not None and clues.origin.backward:
+            if any(p.dtype == torch.float16 for p in module.parameters()):
+                with isolated(self._untraced):
+                    clues = replace(clues, gradient_fits=gradient_fits(module, partial(step, False)))
         return clues
 
     def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
@@ -217,12 +222,16 @@ class Diagnostician:
         """Find out whether an implausible weight grew as a whole or in a few elements. No batch is run."""
         if good is None:
             return case
-        change = unexplained_change(self._learner, good, self._thresholds.state)
+        change = self._change_since(good)
         alone = change is not None and change.name == case.fault.place
         return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
 
-    def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
+    def _change_since(self, good: Snapshot) -> Change | None:
         change = unexplained_change(self._learner, good, self._thresholds.state)
+        return None if change is None or change.updated else change
+
+    def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
+        change = self._change_since(good)
         clues = replace(clues, change=change, moved_alone=change is not None)
         if change is None:
             return clues

@@ -151,6 +151,8 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     """A batch that is finite in float32 and not in 16 bits."""
     fault, clues, confidence = case.fault, case.clues, thresholds.confidence
     origin = clues.origin
+    if clues.gradient_fits is not None:
+        return _gradient_overflow(case, confidence.low_precision_proven) if clues.gradient_fits else None
     if clues.finite_in_float32 is True:
         sure = confidence.low_precision_proven
     elif number_format_exhausted(fault) and clues.finite_in_float32 is None:
@@ -177,6 +179,19 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
         samples=origin.samples if origin is not None else (),
         suggestion=text,
         scope="batch" if fault.scope == "batch" else None,
+    )
+
+
+def _gradient_overflow(case: Case, sure: float) -> Finding:
+    """A gradient too large for weights in float16. No sample is at fault for the number format."""
+    origin = case.clues.origin
+    return Finding(
+        "low_precision_overflow",
+        sure,
+        evidence={"precision": "float16", **(origin_evidence(origin) if origin is not None else {})},
+        place=origin.place if origin is not None else case.fault.place,
+        suggestion="the loss is finite, and its gradient overflows in float16, whose largest number is 65,504. It fits "
+        "in float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise the targets).",
     )
 
 
