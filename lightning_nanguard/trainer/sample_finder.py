@@ -27,7 +27,7 @@ from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.rules.phrases import DRAWN
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, part_of
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
@@ -95,6 +95,8 @@ class SampleFinder:
         self._seen: dict[tuple[int, int], Found] = {}
         # Samples of the newest such batch that are finite in the data set but not in the batch.
         self._spread: dict[tuple[int, int], set[int]] = {}
+        # The newest batch of one sample that is good among other samples.
+        self._too_small: tuple[int, int] | None = None
 
     def close(self) -> None:
         """The fit is over."""
@@ -178,6 +180,8 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = found  # the present update leaves these out
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
+        if bad is not None and not found and samples(micro.batch) == 1:
+            self._too_small = origin.epoch, origin.position
         if not found:
             self._in_vain += self._passes - passes
         return self._samples(micro, origin, found)
@@ -225,8 +229,7 @@ class SampleFinder:
 
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
         self._passes += 1
-        # Batch norm rejects a batch of one.
-        part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
+        part = self._part(micro, indices)
         try:
             with self._replay.untraced():
                 step = partial(self._replay.rerun, replace(micro, batch=part), False)
@@ -234,6 +237,15 @@ class SampleFinder:
         except Exception as error:
             return True if may_be_numeric(error, part) else None
         return None if found is None else not all(one - one == 0.0 for one in found)
+
+    def _part(self, micro: MicroBatch, indices: Sequence[int]) -> Any:
+        """Some samples of a batch. A batch of one sample may be bad because of its size alone."""
+        if samples(micro.batch) == 1:
+            for healthy in reversed(self._replay.batches.healthy_before()):
+                if (part := among(micro.batch, healthy)) is not None:
+                    return part
+        # Batch norm rejects a batch of one.
+        return part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
 
     def _samples(self, micro: MicroBatch, origin: BatchOrigin, found: Found) -> list[BadSample]:
         return [
@@ -297,6 +309,8 @@ class SampleFinder:
         origin = about.origin
         if origin is None:
             return finding
+        if self._too_small == (origin.epoch, origin.position):
+            return replace(finding, samples=())
         here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, about.index)}
         indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
         spread = self._spread.get((origin.epoch, origin.position), set())

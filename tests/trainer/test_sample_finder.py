@@ -122,6 +122,37 @@ def test_what_the_model_takes_is_not_bad(tmp_path: Path) -> None:
     assert [one.row for one in found] == [33]
 
 
+class NormalisesSelf(LogTargets):
+    """Divides by the spread of its batch, by a function or by hand."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+        self.net = nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        centred = x - x.mean(0)
+        spread = (centred.square().sum(0) / (len(x) - 1)).sqrt() if self.by_hand else x.std(0)
+        return super().training_step((centred / spread, y), index)
+
+
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_fault_of_the_size_of_a_batch_is_none_of_its_rows(by_hand: bool, tmp_path: Path) -> None:
+    """The row of a batch of one is bad only if it is bad among other rows, too."""
+    for bad, named in (({}, []), ({"y96": -1.0}, [96])):
+        guard = trained(
+            DataLoader(rows(97, **bad), batch_size=8), tmp_path / str(len(bad)), NormalisesSelf(by_hand), max_epochs=2
+        )
+        found = listed(guard)
+        assert [one.row for one in found] == named
+        assert len(guard.interventions) == 2
+        for one in guard.interventions:
+            assert one.finding is not None
+            assert list(one.finding.rows) == named
+
+
 def test_healthy_data_leave_no_file(tmp_path: Path) -> None:
     """A run without a bad sample writes no list."""
     assert not (folder_of(trained(rows(), tmp_path)) / BAD_SAMPLES_FILE).exists()

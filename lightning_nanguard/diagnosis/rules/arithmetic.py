@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
 from lightning_nanguard.diagnosis.rules.phrases import (
@@ -88,7 +90,9 @@ def division_by_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     text = None if origin is None else _division(origin, thresholds.data.near_zero)
     if origin is None or text is None:
         return None
-    return finding_at("division_by_zero", thresholds.confidence.operation, origin, text)
+    found = finding_at("division_by_zero", thresholds.confidence.operation, origin, text)
+    # The number of the values is at fault, and no sample.
+    return replace(found, samples=()) if origin.operation in _SPREADS and not origin.backward else found
 
 
 def _division(origin: Origin, near_zero: float) -> str | None:
