@@ -175,6 +175,7 @@ class Clues:
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers; ``None`` if this was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
+        spoilt_buffers: Those of them that hold none in the last good state.
         labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
 
@@ -196,6 +197,7 @@ class Clues:
     norms: tuple[tuple[str, float], ...] = ()
     gone_otherwise: bool | None = None
     bad_buffers: tuple[str, ...] = ()
+    spoilt_buffers: tuple[str, ...] = ()
     labels: LabelRelation | None = None
 
 
@@ -212,12 +214,11 @@ class Layer:
         outputs: Root mean square of its outputs.
         lowest: Smallest output.
         highest: Largest output.
-        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) within 1 % of its lowest or highest
-            value; ``None`` for other layers.
+        saturated: Share of a bounded activation's outputs within 1 % of its lowest or highest value; ``None`` otherwise.
         dead: Share of a ReLU's units that are positive for no sample; ``None`` otherwise, and below eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.
-        update: Norm of the last update of its own weights over ``weight``; ``None`` if it is not known.
+        update: Norm of the last update of its own weights over ``weight``; ``None`` if not known.
     """
 
     path: str
@@ -244,8 +245,7 @@ class Objective:
         probabilities: Whether the input of the loss holds probabilities: from 0 to 1, with a sum of 1 over the classes.
         softmax: What computed these probabilities: the path of a module, or a line; empty if it is not known.
         value: The loss.
-        chance: The loss at chance level: log(classes), or the mean square of a target without classes; ``None`` if it
-            is not known.
+        chance: Its chance level: log(classes), or the mean square of a target without classes; ``None`` if not known.
         lowest: Smallest class index of the target; ``None`` if it holds none.
         highest: Largest class index.
         outside: Samples whose class index is out of range.

@@ -173,7 +173,7 @@ class Diagnostician:
                     if _not_finite(replayed):
                         chosen = index
                         self.looked_at = micros[chosen]
-                        case = replace(case, clues=self._look_closer(replayed, micros[index]))
+                        case = replace(case, clues=self._look_closer(replayed, micros[index], good))
                         break
         # During the many updates of a trial any element may change a lot.
         recent = fault.scope != "learner" or fault.certain
@@ -203,12 +203,16 @@ class Diagnostician:
                     clues = replace(clues, gradient_fits=gradient_fits(module, partial(step, False)))
         return clues
 
-    def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
+    def _look_closer(self, clues: Clues, micro: MicroBatch, good: Snapshot | None) -> Clues:
         """Find out whether the fault depends on the random numbers of the step, or on buffers."""
         module = self._learner.module
         bad = tuple(name for name, buffer in module.named_buffers() if bad_unless_masked(buffer))
         if bad:
-            return replace(clues, bad_buffers=bad)
+            before = {} if good is None else {name: good.leaves.get(("buffer", name)) for name in bad}
+            spoilt = tuple(
+                name for name, leaf in before.items() if isinstance(leaf, Tensor) and not bad_unless_masked(leaf)
+            )
+            return replace(clues, bad_buffers=bad, spoilt_buffers=spoilt)
         if clues.bad_fields or micro.streams is None:
             return clues
         for draw in range(self._thresholds.replay.other_draws):

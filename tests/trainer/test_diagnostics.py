@@ -10,7 +10,7 @@ import torch
 from pytorch_lightning import Callback
 from torch import nn
 
-from lightning_nanguard import Case, Detector, Fault, Finding, NaNGuard, Reading
+from lightning_nanguard import Case, Detector, Fault, Finding, NaNGuard, Reading, TrainingDivergedError
 from lightning_nanguard.diagnosis import bundle
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
@@ -151,3 +151,27 @@ def test_a_head_with_unused_outputs_that_diverges(tmp_path: Path) -> None:
     assert "corrupted_state" not in {one.cause for one in guard.interventions}
     assert guard.interventions[0].finding is not None
     assert guard.interventions[0].finding.scope == "learner"
+
+
+class CountsOfZero(Task):
+    """Keeps means of what each code was given, and divides by how often it was given something."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(), lambda p: torch.optim.Adam(p, 2e-3))
+        self.register_buffer("means", torch.ones(4))
+
+    def loss(self, batch: Any, name: str) -> torch.Tensor:
+        used = self.means.detach().clone()
+        counts = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        self.means.copy_(torch.ones(4) / counts)
+        return super().loss(batch, name) * (used - used.detach().max() + 1.0).exp().mean()
+
+
+def test_a_buffer_that_a_forward_pass_makes_infinite(tmp_path: Path) -> None:
+    """It was finite before the first update, and no cut of the rate is told as a change of the schedule."""
+    guard = NaNGuard(dirpath=tmp_path)
+    with pytest.raises(TrainingDivergedError, match="buffer means"):
+        fit(CountsOfZero(), batches(count=40), guard, folder=tmp_path)
+    assert {one.cause for one in guard.interventions} == {"corrupted_state"}
+    assert all(one.finding is not None and one.finding.place == "buffer means" for one in guard.interventions)

@@ -216,7 +216,7 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     """A buffer, such as class weights, that was not finite before the first update."""
     bad, origin = case.clues.bad_buffers, case.clues.origin
     # A buffer that was finite at the start is corrupted state.
-    if case.evidence.corrupt is not None or case.evidence.undo:
+    if case.evidence.corrupt is not None or case.clues.spoilt_buffers or case.evidence.undo:
         return None
     if not bad:
         return None if origin is None or case.clues.bad_fields else _given_bad(origin, thresholds)
