@@ -449,6 +449,44 @@ def test_searches_in_vain_are_bounded(tmp_path: Path) -> None:
     assert RootOfOutput.passes < 200 + 100 + 256 + 5 * 32 + 20 * skipped
 
 
+class Exponential(LogTargets):
+    """A rate that is the exponential of a sum of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        nn.init.constant_(self.net.weight, 0.15)
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        logits = self.net(x)
+        return (logits.exp() - y * logits).mean()
+
+
+def test_the_samples_that_make_a_finite_gradient_too_large(tmp_path: Path) -> None:
+    """Those without which the gradient is a usual one are named, and not listed as bad samples: they may be good."""
+    guard = trained(
+        DataLoader(rows(96, x77=320.0, x78=330.0), batch_size=8), tmp_path, Exponential()
+    )
+    (one,) = guard.interventions
+    found = one.finding
+    assert found is not None
+    assert (one.fault, found.cause, found.rows) == ("gradient_overflow", "unnormalised_input", (77, 78))
+    assert found.suggestion.startswith("without samples 5 and 6 of this batch the gradient norm would be ")
+    assert 0 < found.evidence["norm_without"] < 10
+    assert listed(guard) == []
+
+
+def test_a_gradient_that_all_samples_make_too_large(tmp_path: Path) -> None:
+    """No sample is named if the gradient stays too large without any few of them."""
+    data = rows(96)
+    for row in range(72, 80):
+        data[row] = (data[row][0].abs() * 0 + torch.tensor([320.0, 0.0, 0.0, 0.0]), data[row][1])
+    guard = trained(DataLoader(data, batch_size=8), tmp_path, Exponential())
+    assert [one.fault for one in guard.interventions] == ["gradient_overflow"]
+    assert all(one.finding is not None and not one.finding.samples for one in guard.interventions)
+
+
 class Combined(LogTargets):
     """Takes a batch of each of two loaders."""
 
