@@ -209,12 +209,12 @@ class Layer:
 
     Attributes:
         path: Path of the module, ``"net.2"``. If the user's code multiplies by a weight itself, the path of the weight.
-        kind: Class of the module, ``"Linear"``, or the user's call of a function: ``"sigmoid, model.py:12"``.
+        kind: Class of the module, ``"Linear"``, or the user's call of a function, ``"sigmoid, model.py:12"``.
         inputs: Root mean square of its inputs; ``None`` if they are not floating-point numbers.
         outputs: Root mean square of its outputs.
         lowest: Smallest output.
         highest: Largest output.
-        saturated: Share of a bounded activation's outputs within 1 % of its lowest or highest value; ``None`` otherwise.
+        saturated: Share of a bounded activation's outputs within 1 % of its lowest or highest value; else ``None``.
         dead: Share of a ReLU's units that are positive for no sample; ``None`` otherwise, and below eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.

@@ -197,10 +197,9 @@ class Diagnostician:
         if self._low_precision and _not_finite(clues) and not clues.bad_fields:
             with self._untraced():
                 clues = replace(clues, finite_in_float32=runs_finite(module, partial(step, True)))
-        elif clues.gradient_finite is False and clues.origin is not None and clues.origin.backward:
-            if any(p.dtype == torch.float16 for p in module.parameters()):
-                with isolated(self._untraced):
-                    clues = replace(clues, gradient_fits=gradient_fits(module, partial(step, False)))
+        elif _overflows_backward(clues) and any(p.dtype == torch.float16 for p in module.parameters()):
+            with isolated(self._untraced):
+                clues = replace(clues, gradient_fits=gradient_fits(module, partial(step, False)))
         return clues
 
     def _look_closer(self, clues: Clues, micro: MicroBatch, good: Snapshot | None) -> Clues:
@@ -268,6 +267,10 @@ class Diagnostician:
 
 def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
+
+
+def _overflows_backward(clues: Clues) -> bool:
+    return clues.gradient_finite is False and clues.origin is not None and clues.origin.backward
 
 
 def _failed(fault: Fault) -> str:

@@ -130,8 +130,8 @@ class LearnerThresholds:
             is ill-conditioned.
         rate_likely: Confidence in the rate at which a rate above its limit raises the confidence. With less confidence,
             a single steep batch may be the reason.
-        lowered_in_vain: Factor by which the guard has lowered the rate since the same fault, at which the rate is not the
-            cause if no weight grew.
+        lowered_in_vain: Factor by which the guard has lowered the rate since the same fault, at which the rate is not
+            the cause if no weight grew.
         usual_sgd: A usual learning rate and weight decay of SGD (those of ResNets on ImageNet, to a factor of five). If
             the two together make weights grow, the one that is farther above is at fault.
         usual_adamw: The same for AdamW (the defaults of ``torch.optim.AdamW``).

@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from lightning_nanguard import NaNGuard
-
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
 from lightning_nanguard.types import Evidence
 from tests.helpers import batches, fit, task

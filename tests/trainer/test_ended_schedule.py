@@ -14,7 +14,10 @@ from tests.helpers import batches, fit, task
 
 FORMS: dict[str, tuple[Any, int | None]] = {
     "restart after the first updates": (lambda made: schedulers.CosineAnnealingWarmRestarts(made, 65), None),
-    "restart in the last moment": (lambda made: schedulers.LambdaLR(made, lambda n: 1e-3 if 40 < n < 127 else 1.0), None),
+    "restart in the last moment": (
+        lambda made: schedulers.LambdaLR(made, lambda n: 1e-3 if 40 < n < 127 else 1.0),
+        None,
+    ),
     "a cosine that rises again": (lambda made: schedulers.CosineAnnealingLR(made, 64), None),
     "ended": (lambda made: schedulers.ExponentialLR(made, 0.9), 128),
 }

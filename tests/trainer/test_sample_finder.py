@@ -465,9 +465,7 @@ class Exponential(LogTargets):
 
 def test_the_samples_that_make_a_finite_gradient_too_large(tmp_path: Path) -> None:
     """Those without which the gradient is a usual one are named, and not listed as bad samples: they may be good."""
-    guard = trained(
-        DataLoader(rows(96, x77=320.0, x78=330.0), batch_size=8), tmp_path, Exponential()
-    )
+    guard = trained(DataLoader(rows(96, x77=320.0, x78=330.0), batch_size=8), tmp_path, Exponential())
     (one,) = guard.interventions
     found = one.finding
     assert found is not None

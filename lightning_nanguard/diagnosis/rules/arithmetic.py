@@ -195,7 +195,7 @@ def _gradient_overflow(case: Case, sure: float) -> Finding:
         evidence={"precision": "float16", **(origin_evidence(origin) if origin is not None else {})},
         place=origin.place if origin is not None else case.fault.place,
         suggestion="the loss is finite, and its gradient overflows in float16, whose largest number is 65,504. It fits "
-        "in float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise the targets).",
+        "in float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise targets).",
     )
 
 

@@ -378,7 +378,9 @@ def _course_of_rate(case: Case, rate: float, thresholds: DiagnosisThresholds) ->
     differs = now != f"{rate:.4g}"
     cut = f" ({multiplier:.3g} times that of the schedule, by the guard)" if differs and multiplier < 1 else ""
     if first is not None:
-        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (f", and is {now} now{cut}" if differs else "")
+        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (
+            f", and is {now} now{cut}" if differs else ""
+        )
     if differs and _lowered_by_guard(case, rate):
         return f"the learning rate is {now}, to which the guard has lowered it from {rate:.4g}"
     return f"the learning rate is {now}{cut}" + (f", and was {rate:.4g} before" if differs else "")
