@@ -47,7 +47,8 @@ class Suspicions:
     def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
 
-        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause.
+        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause. If the
+        loss does not show which weights are better, a suspicion of the learner is told only if the weights show it.
 
         Args:
             fault: The suspicion.
@@ -58,7 +59,7 @@ class Suspicions:
         if fault.doubtful and not self._above_first(fault, reading.optimizer_index) > 0:
             return
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
-        if fault.doubtful and found is None:
+        if found is None and (fault.doubtful or (fault.scope == "learner" and self.investigator.loss_shows_nothing())):
             return
         self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
         if found is not None:

@@ -41,6 +41,9 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         if fault.scope == "learner" and fault.certain:
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
+    if case.clues.spoilt_buffers:
+        name = f"buffer {case.clues.spoilt_buffers[0]}"
+        return _corrupted(case, thresholds, known.state_non_finite, name, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
@@ -172,7 +175,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     limits = thresholds.learner
     rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
-    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
+    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits) or _lowered_in_vain(case, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
     if allowed is not None and not above and not _rate_is_shown(case, limits):
@@ -183,6 +186,13 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     found = "; ".join(parts) or "the loss diverged"
     text = f"{found}. {_how_to_lower(case, thresholds)}{_to(case, thresholds)}."
     return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
+
+
+def _lowered_in_vain(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether the same fault came at a far higher rate before, and the weights have not grown at the present one."""
+    now, rates = case.evidence.lr, [one.lr for one in case.earlier_here() if one.lr is not None]
+    lowered = now is not None and max(rates, default=0.0) > limits.lowered_in_vain * now
+    return lowered and case.evidence.multiplier < 1 and case.evidence.growth <= limits.grown_told
 
 
 def _learner_finding(
@@ -204,7 +214,7 @@ def _how_to_lower(case: Case, thresholds: DiagnosisThresholds) -> str:
     if _risen_from(case, thresholds) is not None:
         return "Look at the schedule, or whatever else raises it, or lower the peak"
     rate, now = _rate(case), case.evidence.lr
-    peaked = rate is not None and now is not None and now < rate
+    peaked = rate is not None and now is not None and now < rate and not _lowered_by_guard(case, rate)
     return "Lower the peak of the learning rate" if peaked else "Use a warm-up of the learning rate, or lower it"
 
 
@@ -379,12 +389,23 @@ def _rate(case: Case) -> float | None:
 
 def _course_of_rate(case: Case, rate: float, thresholds: DiagnosisThresholds) -> str:
     """The highest rate in words, with the first one of the run or the present one if these are others."""
-    first = _risen_from(case, thresholds)
+    first, multiplier = _risen_from(case, thresholds), case.evidence.multiplier
     now = f"{rate if case.evidence.lr is None else case.evidence.lr:.4g}"
     differs = now != f"{rate:.4g}"
+    cut = f" ({multiplier:.3g} times that of the schedule, by the guard)" if differs and multiplier < 1 else ""
     if first is not None:
-        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (f", and is {now} now" if differs else "")
-    return f"the learning rate is {now}" + (f", and was {rate:.4g} before" if differs else "")
+        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (
+            f", and is {now} now{cut}" if differs else ""
+        )
+    if differs and _lowered_by_guard(case, rate):
+        return f"the learning rate is {now}, to which the guard has lowered it from {rate:.4g}"
+    return f"the learning rate is {now}{cut}" + (f", and was {rate:.4g} before" if differs else "")
+
+
+def _lowered_by_guard(case: Case, rate: float) -> bool:
+    """Whether the guard alone, and no schedule, has lowered the rate from ``rate`` to the present one."""
+    now, multiplier = case.evidence.lr, case.evidence.multiplier
+    return now is not None and multiplier < 1 and math.isclose(now, rate * multiplier, rel_tol=1e-3)
 
 
 def _in_other_groups(case: Case) -> str:

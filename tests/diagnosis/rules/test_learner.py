@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Origin
+from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Finding, Origin
+from lightning_nanguard.diagnosis.case import EarlierFinding
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import (
@@ -41,6 +42,8 @@ ROWS: list[Row] = [
     ("corrupted_state", LOSS, {"jump": "parameter w", "comparison": WORSE}, Clues(origin=Origin("exp", highest=1e30))),
     ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
     ("corrupted_state", FAR_OUT, {}, Clues()),
+    # A buffer that an earlier update made bad, and the good state is finite.
+    ("corrupted_state", LOSS, {}, Clues(bad_buffers=("cb",), spoilt_buffers=("cb",), origin=EXP)),
     ("corrupted_state", MOMENT, {}, Clues()),
     # The updates since the snapshot, made again, did not make it so, whatever else speaks against the rate.
     ("corrupted_state", LARGE, {"redone": True, "growth": 1e6, "climbing": True}, Clues(moved_alone=False)),
@@ -175,6 +178,25 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             Clues(),
             "the learning rate is 0.4, and was 0.5 before; the loss",
         ),
+        # The guard's own cuts are not those of the schedule.
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.001, "highest_lr": 0.002, "multiplier": 0.5},
+            Clues(),
+            "the learning rate is 0.001, to which the guard has lowered it from 0.002; the loss",
+        ),
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.001, "highest_lr": 0.002, "multiplier": 0.5},
+            Clues(),
+            "Use a warm-up of the learning rate, or lower it",
+        ),
+        (
+            EXPLODING,
+            {"comparison": WORSE, "lr": 0.001, "highest_lr": 0.5, "multiplier": 0.5},
+            Clues(),
+            "the learning rate is 0.001 (0.5 times that of the schedule, by the guard), and was 0.5 before; the loss",
+        ),
         # The rate of the next update is above that of the updates so far, and there is one parameter group.
         (
             EXPLODING,
@@ -224,6 +246,22 @@ def test_suggestions_have_numbers(fault: Fault, known: dict[str, Any], clues: Cl
     finding = RuleSet().diagnose(Case(fault, Evidence(step=9, **known), clues))
     assert finding is not None
     assert said in finding.suggestion
+
+
+@pytest.mark.parametrize(
+    ("known", "cause"),
+    [
+        ({"lr": 2.5e-6, "multiplier": 1.25e-3}, None),
+        ({"lr": 1e-4, "multiplier": 0.05}, "learning_rate_too_high"),
+        ({"lr": 2.5e-6}, "learning_rate_too_high"),
+        ({"lr": 2.5e-6, "multiplier": 1.25e-3, "growth": 9.0}, "learning_rate_too_high"),
+    ],
+)
+def test_a_rate_that_the_guard_has_lowered_in_vain(known: dict[str, Any], cause: str | None) -> None:
+    """A fault that is there again at a far lower rate, at weights that did not grow, is not that of the rate."""
+    earlier = (EarlierFinding(2, EXPLODING.kind, EXPLODING.place, Finding("unknown_operation", 0.3), 0.002),)
+    finding = RuleSet().diagnose(Case(EXPLODING, Evidence(step=9, comparison=WORSE, **known), earlier=earlier))
+    assert (None if finding is None else finding.cause) == cause
 
 
 @pytest.mark.parametrize(("rate", "cause"), [(20.0, "learning_rate_too_high"), (5.0, "log_of_zero")])
