@@ -46,6 +46,9 @@ from lightning_nanguard.types import (
     Stop,
 )
 
+_IN_A_ROW = "max_bad_batches"
+"""The limit of :class:`~lightning_nanguard.Budget` on bad updates in a row."""
+
 
 class Proposes(Protocol):
     """The part of a remedy that the policy uses."""
@@ -104,7 +107,8 @@ class Policy:
             return self._count_restore(fault, evidence, state, plan)
         start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
         if start and not self._other_learns(evidence):
-            return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
+            limit = "" if self._most_in_a_row(start=True) == self.thresholds.blame.patience_with_chance else _IN_A_ROW
+            return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad", limit),), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
         if trial is not None:
@@ -148,11 +152,11 @@ class Policy:
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):
-            return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad"),), state
+            return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad", _IN_A_ROW),), state
         state = replace(state, skips=(*state.skips, evidence.step))
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
         if share is not None and len(state.skips) > max(self.thresholds.few_skips, share * seen):
-            return (Stop(f"{len(state.skips)} of the last {seen} updates were bad"),), state
+            return (Stop(f"{len(state.skips)} of the last {seen} updates were bad", "max_skip_share"),), state
         # With deferred readback the update was already made, so a rollback undoes it.
         return ((Restore(0),) if evidence.undo else (Skip(),)), state
 
@@ -264,7 +268,8 @@ class Policy:
         here = state.restores_of(where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
-            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault"),), state
+            limit = "max_rollbacks" if len(state.restores) > self.budget.max_rollbacks else "max_rollbacks_per_place"
+            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault", limit),), state
         return plan, state
 
 
