@@ -38,8 +38,8 @@ def run(chosen: argparse.Namespace) -> int:
             folders.append(folder)
     if len(folders) < 2:
         say(
-            f"nanguard: compare takes the newest run of each folder: name two or more folders of runs. There is only one "
-            f"run, {folders[0]}",
+            "nanguard: compare takes the newest run of each folder: name two or more folders of runs. There is only "
+            f"one run, {folders[0]}",
             file=sys.stderr,
         )
         return 2

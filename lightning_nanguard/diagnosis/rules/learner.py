@@ -87,8 +87,8 @@ def _corrupted(
         text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
     elif soon and not redone:
         text = (
-            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to it: "
-            "a callback, a hook, the forward pass or the optimizer."
+            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
+            "it: a callback, a hook, the forward pass or the optimizer."
         )
     else:
         text = (

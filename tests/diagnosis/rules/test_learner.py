@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Origin
+from lightning_nanguard import Case, Clues, Comparison, Curvature, Evidence, Fault, Finding, Origin
+from lightning_nanguard.diagnosis.case import EarlierFinding
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import (
@@ -231,8 +232,8 @@ def test_weights_that_grew_early(rate: float, cause: str) -> None:
 
 
 def test_a_trial_says_which_rate_to_go_to() -> None:
-    """The evidence has the rate that the trial has shown to be ahead, for the message of the intervention; of a collapse
-    the suggestion is to look elsewhere first."""
+    """The evidence has the rate that the trial has shown to be ahead, for the message of the intervention; of a
+    collapse the suggestion is to look elsewhere first."""
     said = {}
     for base in ("start", "best"):
         known = Evidence(step=99, trial=Trial(0.6, base, 1 / 64), lr=0.64, first=2.3, levels=(0.4,))  # type: ignore[arg-type]
@@ -254,3 +255,17 @@ def test_a_steep_batch_is_no_divergence(comparison: Comparison) -> None:
     known = {"usual_norm": 1.0, "first": 0.5, "loss_unit": 0.2, "comparison": comparison, "lr": 0.1, "healthy_steps": 9}
     assert surest_cause(SPIKE, known, Clues(norm=1e9)) == "exploding_gradient"
     assert surest_cause(SPIKE, {**known, "comparison": Comparison(9.0, 0.2)}, Clues()) == "learning_rate_too_high"
+
+
+@pytest.mark.parametrize(("since", "said"), [(0, "again at once after"), (1, "again 1 update after")])
+def test_a_state_that_is_bad_again_after_a_rollback(since: int, said: str) -> None:
+    """The words name no count of faults, and everything that may write to the state between two updates."""
+    first = Finding("corrupted_state", 0.9, place="parameter w")
+    earlier = (EarlierFinding(8, LOSS.kind, LOSS.place, first),)
+    known = Evidence(step=9, corrupt="parameter w", healthy_since_restore=since)
+    finding = RuleSet().diagnose(Case(LOSS, known, earlier=earlier))
+    assert finding is not None
+    assert finding.suggestion == (
+        f"parameter w is no longer finite, {said} a rollback. Look for code that writes to it: a callback, a hook, the "
+        "forward pass or the optimizer."
+    )
