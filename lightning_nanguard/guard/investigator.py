@@ -130,7 +130,7 @@ class Investigator:
             The evidence; and the ranks whose state or batch is not finite, if not all are concerned.
         """
         fault, reading = found.fault, found.reading
-        history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
+        history = self._context.monitors.history(reading.optimizer_index)
         target = self._ring.good(history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
@@ -188,9 +188,10 @@ class Investigator:
         if not (bad or fault.scope == "state"):
             return False
         averages = {key for key, _ in leaves if key[0] == "average"}
-        if bad is not None and self._ring.certified and self._ranks.world == 1:
-            self._ring.certified[0].wait()
-            idle = self._learner.idle_statistics(self._ring.certified[0].leaves)
+        good = self._ring.last_certified
+        if bad is not None and good is not None and self._ranks.world == 1:
+            good.wait()
+            idle = self._learner.idle_statistics(good.leaves)
             # A batch whose statistics overflow may have changed the weights, too. NaN and a negative variance do not
             # come from a batch with a finite loss.
             averages |= {key for key, leaf in leaves if key in idle and not bool(torch.isinf(leaf).any())}

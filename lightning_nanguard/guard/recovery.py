@@ -11,7 +11,6 @@ from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.decide.recovery import give_back, note_too_high
-from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
@@ -127,7 +126,7 @@ class Recovery:
         state, limits = self._state, self._limits
         if not (reduce.rehearse and self._reviews.due(state.healthy_steps)):
             return
-        history = self._context.monitors.history(0) or ReadingHistory()
+        history = self._context.monitors.history(0)
         before, ratio = self._rate.effective(), self._rate.ratio()
         if not before:
             return

@@ -27,7 +27,7 @@ def is_separable(batch: Any, count: int) -> bool:
     return bool(tensors) and all(is_plain(one) and one.dim() > 0 and len(one) == count for one in tensors)
 
 
-def part_of(batch: Any, indices: Sequence[int]) -> Any:
+def select_samples(batch: Any, indices: Sequence[int]) -> Any:
     """The batch that the loader would have made from some of the samples.
 
     Args:

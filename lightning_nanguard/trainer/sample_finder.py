@@ -27,7 +27,7 @@ from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.rules.phrases import DRAWN
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import hash_of, is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
@@ -226,7 +226,7 @@ class SampleFinder:
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
         self._passes += 1
         # Batch norm rejects a batch of one.
-        part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
+        part = select_samples(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
         try:
             with self._replay.untraced():
                 step = partial(self._replay.rerun, replace(micro, batch=part), False)

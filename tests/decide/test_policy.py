@@ -286,7 +286,7 @@ def test_a_stop_names_the_limit_of_rollbacks(limit: str) -> None:
     """It is the argument of the budget that allows no further rollback."""
     policy, state = Policy(default_remedies(), Budget(**{limit: 2})), PolicyState()
     for _ in range(3):
-        plan, state = policy.decide(EXPLODING, GOOD, state)
+        plan, state = policy.decide(dataclasses.replace(EXPLODING, certain=True), GOOD, state)
     assert [one.limit for one in plan if isinstance(one, Stop)] == [limit]
 
 

@@ -70,39 +70,46 @@ def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
     times = case.times("corrupted_state", name)
-    since = case.evidence.healthy_since_restore
-    soon = since is not None and since < thresholds.blame.calm_when_late
-    # A memory fault is gone with the good state, and does not come back soon after a restore.
-    gone = case.clues.change is None or case.clues.good_finite is True
-    redone = case.evidence.redone
-    if case.evidence.told and not redone:
-        text = f"and {case.evidence.told}."
-    elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
-        text = (
-            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
-            "them from the loss. If there is none, look for code that writes to it."
-        )
-    elif times == 1 or not gone:
-        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
-        text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
-    elif soon and not redone:
-        text = (
-            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
-            "it: a callback, a hook, the forward pass or the optimizer."
-        )
-    else:
-        text = (
-            f"for the {_ordinal(times)} time, although no earlier reading was bad and the restored state was good: "
-            "a memory fault, or code that writes to it. Test the device."
-        )
     return Finding(
         "corrupted_state",
         confidence,
         evidence={"tensor": name, "times": float(times), **numbers},
         place=name,
-        suggestion=f"{name} {what}, {text}",
+        suggestion=f"{name} {what}, {_where_to_look(case, name, times, thresholds.blame)}",
         scope="state",
     )
+
+
+def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -> str:
+    """What may have made a tensor bad, for the ``times``-th time, and what the user can do."""
+    evidence, since = case.evidence, case.evidence.healthy_since_restore
+    # A memory fault is gone with the good state, and does not come back soon after a restore.
+    gone = case.clues.change is None or case.clues.good_finite is True
+    again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
+    look = "Look for code that writes to it: a hook, a callback, an in-place operation."
+    memory = (
+        f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
+        "writes to it. Test the device."
+    )
+    if evidence.redone:
+        return memory if again else f"so no batch and no rate caused it. {look}"
+    if evidence.told:
+        return f"and {evidence.told}."
+    if case.fault.rate_may_cause and name.startswith("buffer"):
+        return (
+            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
+            "them from the loss. If there is none, look for code that writes to it."
+        )
+    if not again:
+        return (
+            f"although no {'earlier reading' if since is None else 'reading since the last rollback'} was bad. {look}"
+        )
+    if since is not None and since < limits.calm_when_late:
+        return (
+            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
+            "it: a callback, a hook, the forward pass or the optimizer."
+        )
+    return memory
 
 
 def _ordinal(number: int) -> str:

@@ -195,8 +195,7 @@ def test_a_low_rate_that_diverges_is_ill_conditioned(steepest: float, typical: f
             BACK,
             {"first": 2.3, "levels": (0.4,), "lr": 0.5, "trial": Trial(0.6, "start", 1.0), "growth": 9.0},
             Clues(),
-            "an earlier state, trained at the present rate, has a lower loss after equally many updates; a weight "
-            "matrix grew to 9 times its norm.",
+            "trained at the present rate, has a lower loss after equally many updates; a weight matrix grew to 9 times",
         ),
         (SPIKE, {"usual_norm": 1.5}, Clues(norm=1e9), "Clip gradients: Trainer(gradient_clip_val=3)."),
         (OVERFLOW, {}, Clues(), 'Trainer(gradient_clip_val=1, gradient_clip_algorithm="value").'),
