@@ -82,7 +82,7 @@ class Origin:
         exponent: Exponent of a power; ``None`` if there is none, or more than one.
         from_weights: Whether its input depends on the weights.
         from_target: Whether its input depends on the target.
-        from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements that it selects.
+        from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements it selects.
         empty: Whether its input had no elements.
         infinite: Whether one of its inputs was already infinite.
         put_in: Whether the user's code wrote the value as a number (a mask of −inf, a NaN), and it reached the loss.
@@ -125,12 +125,14 @@ class Change:
         before: Its value in the good state.
         now: Its present value.
         usual: How far the elements of this weight moved otherwise.
+        updated: Whether no other element of it moved at all, and another weight left its range as a whole.
     """
 
     name: str
     before: float
     now: float
     usual: float
+    updated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,7 @@ class LabelRelation:
 
     Attributes:
         rows: Rows that were compared.
-        shared: Share of them whose nearest neighbour has the same label. Neighbours are found in several views of the
-            inputs; this is the highest share.
+        shared: Share of them whose nearest neighbour has the same label: the highest of several views of the inputs.
         chance: The same share if labels are assigned by chance.
         exceeds: Whether the share is clearly above that of shuffled labels, in at least one view.
     """
@@ -165,6 +166,7 @@ class Clues:
         gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
         origin: The operation that gave the first non-finite value.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
+        gradient_fits: Whether a gradient that overflows in float16 weights fits in float32; ``None`` if not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
         change: A change since the good state that no update explains; ``None`` without one.
@@ -173,6 +175,7 @@ class Clues:
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers; ``None`` if this was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
+        spoilt_buffers: Those of them that hold none in the last good state.
         labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
 
@@ -185,6 +188,7 @@ class Clues:
     gradient_finite: bool | None = None
     origin: Origin | None = None
     finite_in_float32: bool | None = None
+    gradient_fits: bool | None = None
     good_loss: float | None = None
     good_finite: bool | None = None
     change: Change | None = None
@@ -193,6 +197,7 @@ class Clues:
     norms: tuple[tuple[str, float], ...] = ()
     gone_otherwise: bool | None = None
     bad_buffers: tuple[str, ...] = ()
+    spoilt_buffers: tuple[str, ...] = ()
     labels: LabelRelation | None = None
 
 
@@ -204,19 +209,16 @@ class Layer:
 
     Attributes:
         path: Path of the module, ``"net.2"``. If the user's code multiplies by a weight itself, the path of the weight.
-        kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or the function that the user's code calls, with
-            the line: ``"sigmoid, model.py:12"``.
+        kind: Class of the module, ``"Linear"``, or the user's call of a function, ``"sigmoid, model.py:12"``.
         inputs: Root mean square of its inputs; ``None`` if they are not floating-point numbers.
         outputs: Root mean square of its outputs.
         lowest: Smallest output.
         highest: Largest output.
-        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) within 1 % of its lowest or highest
-            value; ``None`` for other layers.
-        dead: Share of the units of a ReLU that are positive for no sample; ``None`` for other layers, and for fewer
-            than eight samples.
+        saturated: Share of a bounded activation's outputs within 1 % of its lowest or highest value; else ``None``.
+        dead: Share of a ReLU's units that are positive for no sample; ``None`` otherwise, and below eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.
-        update: Norm of the last update of its own weights over ``weight``; ``None`` if it is not known.
+        update: Norm of the last update of its own weights over ``weight``; ``None`` if not known.
     """
 
     path: str
@@ -239,13 +241,11 @@ class Objective:
     Attributes:
         function: ``"cross_entropy"``, ``"nll_loss"``, ``"mse_loss"``, ``"binary_cross_entropy"``, …
         line: ``file.py:12`` in the user's code; empty if it is not known.
-        classes: Number of classes in the target (class indices, or one-hot rows); ``None`` if the target holds no
-            classes.
+        classes: Number of classes in the target (class indices, or one-hot rows); ``None`` if it holds none.
         probabilities: Whether the input of the loss holds probabilities: from 0 to 1, with a sum of 1 over the classes.
         softmax: What computed these probabilities: the path of a module, or a line; empty if it is not known.
         value: The loss.
-        chance: The loss at chance level: log(classes), or the mean square of a target without classes; ``None`` if it
-            is not known.
+        chance: Its chance level: log(classes), or the mean square of a target without classes; ``None`` if not known.
         lowest: Smallest class index of the target; ``None`` if it holds none.
         highest: Largest class index.
         outside: Samples whose class index is out of range.

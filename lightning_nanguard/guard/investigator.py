@@ -71,6 +71,11 @@ class Investigator:
         """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""
         return self._trials.hindrance(run=self._context.settings.act_on == "evidence")
 
+    def loss_shows_nothing(self) -> bool:
+        """Whether the loss is known not to show which weights are better. With ``act_on="certain"`` no batch is run."""
+        trace = self._replay.step_trace() if self._finite_compared else None
+        return trace is not None and trace.own_targets
+
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
         return {

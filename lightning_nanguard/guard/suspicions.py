@@ -14,6 +14,8 @@ from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
+_REMEDIES = "Lower the learning rate, clip gradients, or look at that batch"
+
 
 @final
 @dataclass(eq=False)
@@ -47,7 +49,8 @@ class Suspicions:
     def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
 
-        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause.
+        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause. If the
+        loss does not show which weights are better, a suspicion of the learner is told only if the weights show it.
 
         Args:
             fault: The suspicion.
@@ -58,9 +61,9 @@ class Suspicions:
         if fault.doubtful and not self._above_first(fault, reading.optimizer_index) > 0:
             return
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
-        if fault.doubtful and found is None:
+        if found is None and (fault.doubtful or (fault.scope == "learner" and self.investigator.loss_shows_nothing())):
             return
-        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
+        self.remember(fault, clock, "finite, so nothing was done", _REMEDIES)
         if found is not None:
             suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)

@@ -47,6 +47,26 @@ def select_samples(batch: Any, indices: Sequence[int]) -> Any:
     return _picked(mapped(batch, pick), pick)
 
 
+def among(batch: Any, others: Any) -> Any:
+    """A batch of the first sample of a separable batch and all samples of another; ``None`` if these do not fit.
+
+    Example:
+        >>> among([torch.ones(1, 2)], [torch.zeros(2, 2)])
+        [tensor([[1., 1.],
+                [0., 0.],
+                [0., 0.]])]
+    """
+    theirs = dict(named_tensors(others))
+    count = next((len(tensor) for tensor in theirs.values() if tensor.dim()), 0)
+    made = select_samples(batch, [0] * (count + 1))
+    for name, tensor in named_tensors(made):
+        other = theirs.get(name)
+        if other is None or not is_plain(other) or other.shape != (count, *tensor.shape[1:]):
+            return None
+        tensor[1:] = other
+    return made
+
+
 def _picked(value: Any, pick: Any) -> Any:
     """Select the samples in lists of words too."""
     if isinstance(value, dict):

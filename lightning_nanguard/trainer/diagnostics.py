@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.bundle import Bundle, name_of_class
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
@@ -26,6 +26,7 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.ended_schedule import EndedSchedule
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
@@ -105,6 +106,7 @@ class Diagnostics:
         )
         self._examines = arguments.examine_after is not None
         self.first_updates = None if self._ranks.sharded else FirstUpdates(trainer, module, context)
+        self._ended: EndedSchedule | None = None
         self.preflight_due = arguments.preflight and trainer.global_step == 0
         self.asked = False
 
@@ -152,7 +154,7 @@ class Diagnostics:
             # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
-            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
+            module=name_of_class(type(self._module)),
             hparams=dict(self._module.hparams),
             fault=fault,
             evidence=evidence,
@@ -168,6 +170,8 @@ class Diagnostics:
         self._examine_if_due()
         if self.first_updates is not None and self.first_updates.end_batch():
             self.judge_first_updates()
+        if self._ended is not None:
+            self._look_at_schedule(self._ended)
 
     def close(self) -> None:
         """The fit is over."""
@@ -184,8 +188,19 @@ class Diagnostics:
             first.close()
             seen = first.observation()
             found = () if seen is None else mistakes(seen, self._thresholds)
+            if seen is not None:
+                step, optimizers = self._context.state.step, self._context.learner.optimizers
+                self._ended = EndedSchedule(seen, optimizers, step, self._thresholds)
         for finding in found:
             self.advise(_FIRST_UPDATES, finding)
+
+    def _look_at_schedule(self, ended: EndedSchedule) -> None:
+        """Give advice once a schedule that seemed to have ended has raised no rate for long enough."""
+        finding = ended.look(self._context.state.step)
+        if finding is not None:
+            self.advise(_FIRST_UPDATES, finding)
+        if not ended.waits:
+            self._ended = None
 
     def preflight(self, batch: Any) -> None:
         """Check the first batch and the untrained model, and give advice."""

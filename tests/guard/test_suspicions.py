@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from lightning_nanguard import Detector, Fault, NaNGuard, Reading
+from lightning_nanguard.diagnosis.step_tracer import StepTrace
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.types import ActOn, Evidence, Finding
@@ -54,6 +55,26 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(
     assert told is not None
     assert told[0] == 6
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
+
+
+@pytest.mark.parametrize(("settings", "told"), [(CERTAIN, True), (EVIDENCE, False)], ids=["certain", "evidence"])
+def test_a_loss_that_does_not_show_which_weights_are_better(
+    settings: Settings, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives no reason for advice about the learner, and is not found out where no batch may be run for it. A batch
+    with an unusual loss is told all the same, and so are weights that grew far."""
+    loop, suspicions = trained(settings)
+    trace = StepTrace(own_targets=True, writes=False, unused=frozenset())
+    monkeypatch.setattr(loop, "step_trace", lambda: trace)
+    suspicions.advise(LEARNER, Reading(6, 0, 9.0, 1.0), late=True)
+    assert bool(loop.advice) == told
+    assert (loop.guard.context.state.told is not None) == told
+    suspicions.advise(FAULT, Reading(6, 0, 9.0, 1.0), late=True)
+    assert [one.cause for one in loop.advice][told:] == ["loss_spike"]
+    monkeypatch.setattr(suspicions.investigator, "growth", lambda: 1e3)
+    monkeypatch.setattr(loop, "diagnose", lambda *_: Finding("learning_rate_too_high", 0.8))
+    suspicions.advise(LEARNER, Reading(7, 0, 9.0, 1.0), late=True)
+    assert loop.advice[-1].cause == "learning_rate_too_high"
 
 
 def test_the_rate_of_an_earlier_peak_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:

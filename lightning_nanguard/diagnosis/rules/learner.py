@@ -41,6 +41,9 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         if fault.scope == "learner" and fault.certain:
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
+    if case.clues.spoilt_buffers:
+        name = f"buffer {case.clues.spoilt_buffers[0]}"
+        return _corrupted(case, thresholds, known.state_non_finite, name, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
@@ -109,11 +112,13 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
             "them from the loss. If there is none, look for code that writes to it."
         )
     if not again:
-        return f"although no earlier reading was bad. {look}"
+        return (
+            f"although no {'earlier reading' if since is None else 'reading since the last rollback'} was bad. {look}"
+        )
     if since is not None and since < limits.calm_when_late:
         return (
-            f"{again}and {counted(since, 'update')} after the state was restored: the update or the forward pass "
-            "causes this each time. Look at the code that computes it."
+            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
+            "it: a callback, a hook, the forward pass or the optimizer."
         )
     return memory
 
@@ -173,7 +178,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     limits = thresholds.learner
     rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
-    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
+    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits) or _lowered_in_vain(case, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
     if allowed is not None and not above and not _rate_is_shown(case, limits):
@@ -184,6 +189,13 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     found = "; ".join(parts) or "the loss diverged"
     text = f"{found}. {_how_to_lower(case, thresholds)}{_to(case, thresholds)}."
     return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
+
+
+def _lowered_in_vain(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether the same fault came at a far higher rate before, and the weights have not grown at the present one."""
+    now, rates = case.evidence.lr, [one.lr for one in case.earlier_here() if one.lr is not None]
+    lowered = now is not None and max(rates, default=0.0) > limits.lowered_in_vain * now
+    return lowered and case.evidence.multiplier < 1 and case.evidence.growth <= limits.grown_told
 
 
 def _learner_finding(
@@ -205,7 +217,7 @@ def _how_to_lower(case: Case, thresholds: DiagnosisThresholds) -> str:
     if _risen_from(case, thresholds) is not None:
         return "Look at the schedule, or whatever else raises it, or lower the peak"
     rate, now = _rate(case), case.evidence.lr
-    peaked = rate is not None and now is not None and now < rate
+    peaked = rate is not None and now is not None and now < rate and not _lowered_by_guard(case, rate)
     return "Lower the peak of the learning rate" if peaked else "Use a warm-up of the learning rate, or lower it"
 
 
@@ -259,7 +271,6 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
         parts.append(f"{_course_of_rate(case, rate, thresholds)}{_in_other_groups(case)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
@@ -276,7 +287,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"the norm of a weight matrix is {evidence.growth:.3g} times what it was at the start")
+        parts.append(f"a weight matrix grew to {evidence.growth:.2g} times its norm")
     return numbers, parts
 
 
@@ -320,7 +331,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
         f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the curvature is "
         f"{curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add normalisation layers, use an "
-        f"adaptive optimizer (Adam), or lower the rate below {allowed:.2g}."
+        "adaptive optimizer (Adam), or lower the rate."
     )
     return _learner_finding("ill_conditioned", thresholds.confidence.ill_conditioned, case, numbers, text)
 
@@ -380,12 +391,23 @@ def _rate(case: Case) -> float | None:
 
 def _course_of_rate(case: Case, rate: float, thresholds: DiagnosisThresholds) -> str:
     """The highest rate in words, with the first one of the run or the present one if these are others."""
-    first = _risen_from(case, thresholds)
+    first, multiplier = _risen_from(case, thresholds), case.evidence.multiplier
     now = f"{rate if case.evidence.lr is None else case.evidence.lr:.4g}"
     differs = now != f"{rate:.4g}"
+    cut = f" ({multiplier:.3g} times that of the schedule, by the guard)" if differs and multiplier < 1 else ""
     if first is not None:
-        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (f", and is {now} now" if differs else "")
-    return f"the learning rate is {now}" + (f", and was {rate:.4g} before" if differs else "")
+        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (
+            f", and is {now} now{cut}" if differs else ""
+        )
+    if differs and _lowered_by_guard(case, rate):
+        return f"the learning rate is {now}, to which the guard has lowered it from {rate:.4g}"
+    return f"the learning rate is {now}{cut}" + (f", and was {rate:.4g} before" if differs else "")
+
+
+def _lowered_by_guard(case: Case, rate: float) -> bool:
+    """Whether the guard alone, and no schedule, has lowered the rate from ``rate`` to the present one."""
+    now, multiplier = case.evidence.lr, case.evidence.multiplier
+    return now is not None and multiplier < 1 and math.isclose(now, rate * multiplier, rel_tol=1e-3)
 
 
 def _in_other_groups(case: Case) -> str:
@@ -406,13 +428,12 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
-    """The rate to lower it to: from a trial, or for advice a guess."""
-    rate, trial = _rate(case), case.evidence.trial
-    if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
-        return f" to {rate * trial.factor:.2g}"
-    if rate is None or case.fault.certain or _risen_from(case, thresholds) is not None:
-        # After a certain fault the rate at which the run goes on is a better answer than a guess. A schedule may have
-        # raised the rate so far that a guess is above what the user meant.
+    """For advice a guess at the rate to lower it to; empty for a fault that the guard acts on."""
+    fault, rate, trial = case.fault, _rate(case), case.evidence.trial
+    acts = fault.certain or fault.scope != "learner" or fault.proof == "none" or (trial is not None and trial.lacks > 0)
+    if rate is None or acts or _risen_from(case, thresholds) is not None:
+        # The message of an intervention adds the rate at which the run goes on, which is a better answer than a guess.
+        # A schedule may have raised the rate so far that a guess is above what the user meant.
         return ""
     # The curvature along one step allows too much where noise, momentum or other directions make the run diverge.
     limit = None if case.curvature is None else case.curvature.largest_rate
