@@ -137,10 +137,10 @@ class Monitors:
             return replace(fault, doubtful=True)
         return fault
 
-    def history(self, optimizer_index: int) -> ReadingHistory | None:
-        """History of an optimizer's losses and norms, ``None`` before its first reading."""
+    def history(self, optimizer_index: int) -> ReadingHistory:
+        """History of an optimizer's losses and norms; an empty one before its first reading."""
         known = self._monitors.get(optimizer_index)
-        return None if known is None else known.up_to_date()[1]
+        return ReadingHistory(self._thresholds.history) if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
         """Add a reading to the history of its optimizer. :meth:`check` must have been called for it before."""

@@ -226,7 +226,7 @@ class Diagnostician:
         if good is None:
             return case
         change = self._change_since(good)
-        alone = change is not None and change.name == case.fault.place
+        alone = change is not None and change.name in (case.fault.place, case.evidence.jump)
         return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
 
     def _change_since(self, good: Snapshot) -> Change | None:

@@ -73,7 +73,7 @@ class OutlierWatch:
             elif other is not None and self._shows_more_than_size(other):
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
-        newest = next(iter(self._context.ring.certified), None)
+        newest = self._context.ring.last_certified
         if newest is not None and newest.step != self._compared:
             self._compared = newest.step
             self._compare_averages(newest)

@@ -152,7 +152,7 @@ class Suspicions:
         Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
         """
         history, above = self.context.monitors.history(optimizer_index), self._above_first(fault, optimizer_index)
-        if history is None or above <= 0:
+        if above <= 0:
             return True
         newest = history.losses(self.context.thresholds.detection.diverging_loss.readings)
         if len(newest) < 2:
@@ -162,8 +162,7 @@ class Suspicions:
 
     def _above_first(self, fault: Fault, optimizer_index: int) -> float:
         """How far the loss of a fault is above the first loss of the run; 0 if one of them is not known."""
-        history = self.context.monitors.history(optimizer_index)
-        first = None if history is None else history.first
+        first = self.context.monitors.history(optimizer_index).first
         return 0.0 if fault.value is None or first is None else fault.value - first
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:

@@ -27,7 +27,7 @@ def is_separable(batch: Any, count: int) -> bool:
     return bool(tensors) and all(is_plain(one) and one.dim() > 0 and len(one) == count for one in tensors)
 
 
-def part_of(batch: Any, indices: Sequence[int]) -> Any:
+def select_samples(batch: Any, indices: Sequence[int]) -> Any:
     """The batch that the loader would have made from some of the samples.
 
     Args:
@@ -58,7 +58,7 @@ def among(batch: Any, others: Any) -> Any:
     """
     theirs = dict(named_tensors(others))
     count = next((len(tensor) for tensor in theirs.values() if tensor.dim()), 0)
-    made = part_of(batch, [0] * (count + 1))
+    made = select_samples(batch, [0] * (count + 1))
     for name, tensor in named_tensors(made):
         other = theirs.get(name)
         if other is None or not is_plain(other) or other.shape != (count, *tensor.shape[1:]):

@@ -30,7 +30,6 @@ from lightning_nanguard.trainer.ended_schedule import EndedSchedule
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
@@ -150,8 +149,7 @@ class Diagnostics:
         good: Snapshot | None,
     ) -> Bundle:
         state = state_of(self._module)
-        if good is None and self._context.ring.certified:
-            good = self._context.ring.certified[0]
+        good = good or self._context.ring.last_certified
         if evidence.undo and good is not None and not good.shared():
             # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
@@ -209,7 +207,7 @@ class Diagnostics:
         self.preflight_due = False
         preflight = Preflight(
             self._module,
-            partial(loss_with_graph, self._trainer, batch_idx=self._replay.batch_idx),
+            partial(self._replay.step.loss_with_graph, batch_idx=self._replay.batch_idx),
             self._replay.untraced,
             rules=self._rules,
             thresholds=self._thresholds,
@@ -224,8 +222,8 @@ class Diagnostics:
         if not (self._examines or self.asked):
             return
         history, asked = self._context.monitors.history(0), self.asked
-        course = None if history is None else self._examination.due(self._context.state.step, history, asked=asked)
-        if history is None or course is None:
+        course = self._examination.due(self._context.state.step, history, asked=asked)
+        if course is None:
             return
         self.asked = False
         if not self._replay.comparable() or not self._is_whole():

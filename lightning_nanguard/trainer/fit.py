@@ -283,9 +283,9 @@ class Fit:
 
     def restore_finite(self) -> None:
         """Restore the newest certified snapshot if the state is not finite, before the guard leaves the run."""
-        certified = self.context.ring.certified
-        if certified and not self.context.settings.observe and self.context.corrupt()[0] is not None:
-            restore(self.context.learner, certified[0])
+        good = self.context.ring.last_certified
+        if good is not None and not self.context.settings.observe and self.context.corrupt()[0] is not None:
+            restore(self.context.learner, good)
 
     def end_epoch(self) -> None:
         """Forget a batch that began and did not run, and give advice about the module's own GradScaler."""

@@ -64,9 +64,6 @@ def fallen_scales(module: Any) -> Iterator[Finding]:
 
     A scaler has to make gradients larger, so a scale below 1 is useless. It skips each step that overflows without
     calling the optimizer, so the guard sees no step.
-
-    Args:
-        module: The trained module.
     """
     for name, value in vars(module).copy().items():
         if not isinstance(value, GradScaler) or not value.is_enabled():

@@ -30,7 +30,7 @@ from lightning_nanguard.diagnosis.rules.phrases import DRAWN, listed
 from lightning_nanguard.diagnosis.rules.signs import in_gradient
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
@@ -267,7 +267,7 @@ class SampleFinder:
             share = self._limits.largest_share
             found = None if bad is None else search(range(count), makes_it, share, self._limits)
             rest = [index for index in range(count) if index not in (found or ())]
-            left = self._measured(micro, part_of(micro.batch, rest)) if found else None
+            left = self._measured(micro, select_samples(micro.batch, rest)) if found else None
         if not found or left is None:
             self._in_vain += self._passes - passes
             return finding
@@ -282,7 +282,7 @@ class SampleFinder:
                 if (part := among(micro.batch, healthy)) is not None:
                     return part
         # Batch norm rejects a batch of one.
-        return part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
+        return select_samples(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
 
     def _samples(self, micro: MicroBatch, origin: BatchOrigin, found: Found) -> list[BadSample]:
         return [

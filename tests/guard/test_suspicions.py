@@ -151,7 +151,6 @@ def test_a_doubtful_suspicion_is_told_if_the_weights_show_its_cause(
     loop, suspicions = trained(CERTAIN)
     monkeypatch.setattr(type(suspicions.investigator), "growth", lambda self: growth)
     history = loop.guard.context.monitors.history(0)
-    assert history is not None
     assert history.first is not None
     loss = history.first + above
     fault = Fault("stuck_loss", "learner", "loss", loss, "it is high", certain=False, doubtful=True)
@@ -174,7 +173,6 @@ def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> Non
     """A loss that is above the first one by less than the newest losses differ is no sign of a divergence."""
     loop, suspicions = trained(Settings())
     history = loop.guard.context.monitors.history(0)
-    assert history is not None
     assert history.first is not None
     for step in range(7, 23):
         loop.guard.context.monitors.accept(Reading(step, 0, history.first + step % 2, 1.0))

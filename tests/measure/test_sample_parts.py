@@ -11,7 +11,7 @@ from torch.utils.data import default_collate
 
 from lightning_nanguard import sample_hash
 from lightning_nanguard.measure.batches import named_tensors
-from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, select_samples
 from tests.helpers import same_bits
 
 SAMPLES: dict[str, list[Any]] = {
@@ -28,7 +28,9 @@ def test_a_part_is_what_the_loader_would_have_given(kind: str) -> None:
     samples = SAMPLES[kind]
     assert is_separable(default_collate(samples), 4)
     for chosen in ([2], [0, 3], [1, 1]):
-        assert same_bits(part_of(default_collate(samples), chosen), default_collate([samples[i] for i in chosen]))
+        assert same_bits(
+            select_samples(default_collate(samples), chosen), default_collate([samples[i] for i in chosen])
+        )
 
 
 @pytest.mark.parametrize("kind", SAMPLES)

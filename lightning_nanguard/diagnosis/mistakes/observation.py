@@ -141,15 +141,15 @@ def largest_parts(names: Sequence[str], chosen: Collection[str]) -> tuple[str, .
     left_out: set[str] = set()
     for name in names:
         if name not in chosen:
-            left_out.update(_prefixes(name))
+            left_out.update(prefixes(name))
     found: dict[str, None] = {}
     for name in names:
         if name in chosen:
-            found[next(path for path in _prefixes(name) if path not in left_out)] = None
+            found[next(path for path in prefixes(name) if path not in left_out)] = None
     return tuple(found)
 
 
-def _prefixes(name: str) -> Iterable[str]:
+def prefixes(name: str) -> Iterable[str]:
     """All prefixes of a path, such as ``a``, ``a.0`` and ``a.0.w``."""
     words = name.split(".")
     return (".".join(words[: count + 1]) for count in range(len(words)))

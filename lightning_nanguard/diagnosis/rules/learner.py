@@ -10,6 +10,7 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
+    blamed_unseen,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
@@ -61,7 +62,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
-    return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
+    weight = case.evidence.jump or case.fault.place  # which explains a buffer that is too large
+    return grew and weight.startswith("parameter") and case.clues.moved_alone is False
 
 
 def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
@@ -72,40 +74,50 @@ def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
+    weight = case.evidence.jump
+    if weight is not None and name.startswith("buffer "):
+        # A weight far out of proportion makes the statistics of later layers bad, and these are often seen first.
+        name, what = weight, f"is far larger than any weight of the last good state, and {name} {what}"
     times = case.times("corrupted_state", name)
-    since = case.evidence.healthy_since_restore
-    soon = since is not None and since < thresholds.blame.calm_when_late
-    # A memory fault is gone with the good state, and does not come back soon after a restore.
-    gone = case.clues.change is None or case.clues.good_finite is True
-    redone = case.evidence.redone
-    if case.evidence.told and not redone:
-        text = f"and {case.evidence.told}."
-    elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
-        text = (
-            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
-            "them from the loss. If there is none, look for code that writes to it."
-        )
-    elif times == 1 or not gone:
-        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
-        text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
-    elif soon and not redone:
-        text = (
-            f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
-            "update or the forward pass causes this each time. Look at the code that computes it."
-        )
-    else:
-        text = (
-            f"for the {_ordinal(times)} time, although no earlier reading was bad and the restored state was good: "
-            "a memory fault, or code that writes to it. Test the device."
-        )
     return Finding(
         "corrupted_state",
         confidence,
         evidence={"tensor": name, "times": float(times), **numbers},
         place=name,
-        suggestion=f"{name} {what}, {text}",
+        suggestion=f"{name} {what}, {_where_to_look(case, name, times, thresholds.blame)}",
         scope="state",
     )
+
+
+def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -> str:
+    """What may have made a tensor bad, for the ``times``-th time, and what the user can do."""
+    evidence, since = case.evidence, case.evidence.healthy_since_restore
+    # A memory fault is gone with the good state, and does not come back soon after a restore.
+    gone = case.clues.change is None or case.clues.good_finite is True
+    again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
+    it = name if name == evidence.jump else "it"
+    look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
+    memory = (
+        f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
+        f"writes to {it}. Test the device."
+    )
+    if evidence.redone:
+        return memory if again else f"so no batch and no rate caused it. {look}"
+    if evidence.told:
+        return f"and {evidence.told}."
+    if case.fault.rate_may_cause and name.startswith("buffer"):
+        return (
+            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
+            "them from the loss. If there is none, look for code that writes to it."
+        )
+    if not again:
+        return f"although no earlier reading was bad. {look}"
+    if since is not None and since < limits.calm_when_late:
+        return (
+            f"{again}and {counted(since, 'update')} after the state was restored: the update or the forward pass "
+            "causes this each time. Look at the code that computes it."
+        )
+    return memory
 
 
 def _ordinal(number: int) -> str:
@@ -146,13 +158,15 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     # The Trainer does not clip under manual optimization.
     by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
     how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
+    # Without a replay it is not known whether the backward pass made such a gradient.
+    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (hooks)."
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
-        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.",
+        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.{writes}",
     )
 
 
@@ -237,6 +251,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
+    if blamed_unseen(fault, evidence, thresholds):
+        return known.rate_unseen
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
     return known.rate_worse if worse and blameless else 0.0
 

@@ -92,9 +92,6 @@ def _differs(was: Any, first: Any, again: Any) -> bool:
 class _Write(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds the first operation that makes a buffer bad.
 
-    Args:
-        buffer: The buffer.
-
     Attributes:
         line: The line of the user's code that calls the operation; empty if none is found.
     """

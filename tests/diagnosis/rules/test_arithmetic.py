@@ -16,7 +16,7 @@ FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_t
 HALF_PRODUCT = Origin("addmm", backward=True, dtype="float16")
 
 ROWS: list[Row] = [
-    (None, LOSS, {}, Clues()),
+    ("unexplained", LOSS, {}, Clues()),
     (None, LOSS, {}, Clues(replayed=True, loss=1.0, gradient_finite=True)),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", lowest=-0.5))),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", from_weights=True, from_target=True))),
