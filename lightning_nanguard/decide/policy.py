@@ -46,6 +46,9 @@ from lightning_nanguard.types import (
     Stop,
 )
 
+_IN_A_ROW = "max_bad_batches"
+"""The limit of :class:`~lightning_nanguard.Budget` on bad updates in a row."""
+
 
 class Proposes(Protocol):
     """The part of a remedy that the policy uses."""
@@ -104,8 +107,9 @@ class Policy:
             return self._count_restore(fault, evidence, state, plan)
         start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
         if start and not self._other_learns(evidence):
+            limit = "" if self._most_in_a_row(start=True) == self.thresholds.blame.patience_with_chance else _IN_A_ROW
             reason = f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"
-            return _end(fault, evidence, reason), state
+            return _end(fault, evidence, reason, limit), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
         if trial is not None:
@@ -149,11 +153,11 @@ class Policy:
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):
-            return _end(fault, evidence, f"{evidence.bad_in_a_row} updates in a row were bad"), state
+            return _end(fault, evidence, f"{evidence.bad_in_a_row} updates in a row were bad", _IN_A_ROW), state
         skips = (*state.skips, evidence.step)
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
         if share is not None and len(skips) > max(self.thresholds.few_skips, share * seen):
-            return _end(fault, evidence, f"{len(skips)} of the last {seen} updates were bad"), state
+            return _end(fault, evidence, f"{len(skips)} of the last {seen} updates were bad", "max_skip_share"), state
         # With deferred readback the update was already made, so a rollback undoes it.
         return ((Restore(0),) if evidence.undo else (Skip(),)), replace(state, skips=skips)
 
@@ -268,14 +272,15 @@ class Policy:
         here = state.restores_of(where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
+            limit = "max_rollbacks" if len(state.restores) > self.budget.max_rollbacks else "max_rollbacks_per_place"
             reason = f"the budget is used up: {total}, {here - 1} of them for this fault"
-            return _end(fault, evidence, reason), state
+            return _end(fault, evidence, reason, limit), state
         return plan, state
 
 
-def _end(fault: Fault, evidence: Evidence, reason: str) -> Plan:
+def _end(fault: Fault, evidence: Evidence, reason: str, limit: str = "") -> Plan:
     """The plan if nothing more can be tried. A run that stays finite goes on, as it would without the guard."""
-    return (Stop(reason),) if fault.certain or evidence.corrupt is not None else ()
+    return (Stop(reason, limit),) if fault.certain or evidence.corrupt is not None else ()
 
 
 def _where(fault: Fault, evidence: Evidence | None = None) -> str:

@@ -376,7 +376,7 @@ class Guard:
         return self._state.step
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
-        """Set the function that names the last good checkpoint in the error that ends a run."""
+        """Set the function that names, in lines, what lies on disk for the error that ends a run."""
         self._parts.recorder.on_disk = on_disk
 
     def state_dict(self) -> dict[str, Any]:

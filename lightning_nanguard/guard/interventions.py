@@ -192,7 +192,7 @@ class Interventions:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
             self.recorder.stop(fault, reason, finding, clock, restored)
         if stop is not None and not context.settings.observe:
-            self.recorder.stop(fault, stop.reason, finding, clock, restored)
+            self.recorder.stop(fault, stop.reason, finding, clock, restored, stop.limit)
         self.recorder.tried(found.fault, words)
 
 

@@ -14,6 +14,8 @@ from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
+_REMEDIES = "Lower the learning rate, clip gradients, or look at that batch"
+
 
 @final
 @dataclass(eq=False)
@@ -61,7 +63,7 @@ class Suspicions:
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
         if found is None and (fault.doubtful or (fault.scope == "learner" and self.investigator.loss_shows_nothing())):
             return
-        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
+        self.remember(fault, clock, "finite, so nothing was done", _REMEDIES)
         if found is not None:
             suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)

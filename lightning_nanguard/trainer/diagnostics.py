@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.bundle import Bundle, name_of_class
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
@@ -154,7 +154,7 @@ class Diagnostics:
             # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
-            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
+            module=name_of_class(type(self._module)),
             hparams=dict(self._module.hparams),
             fault=fault,
             evidence=evidence,

@@ -147,7 +147,7 @@ def test_observing_keeps_it_too(tmp_path: Path) -> None:
 def test_the_error_says_where_it_lies(tmp_path: Path) -> None:
     """A run that cannot be helped names the file that another may go on from."""
     guard = keeping(tmp_path, budget=Budget(max_rollbacks=2))
-    with pytest.raises(TrainingDivergedError, match=r"The last good checkpoint is .*nanguard-last-good\.ckpt"):
+    with pytest.raises(TrainingDivergedError, match=r"checkpoint: the last good one is .*nanguard-last-good\.ckpt"):
         train(guard, NaNWeight([15, 18, 21]))
     assert inspect(tmp_path / LAST_GOOD).good()
 

@@ -111,11 +111,13 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
             "them from the loss. If there is none, look for code that writes to it."
         )
     if not again:
-        return f"although no earlier reading was bad. {look}"
+        return (
+            f"although no {'earlier reading' if since is None else 'reading since the last rollback'} was bad. {look}"
+        )
     if since is not None and since < limits.calm_when_late:
         return (
-            f"{again}and {counted(since, 'update')} after the state was restored: the update or the forward pass "
-            "causes this each time. Look at the code that computes it."
+            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
+            "it: a callback, a hook, the forward pass or the optimizer."
         )
     return memory
 
@@ -268,7 +270,6 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
         parts.append(f"{_course_of_rate(case, rate, thresholds)}{_in_other_groups(case)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
@@ -285,7 +286,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"the norm of a weight matrix is {evidence.growth:.3g} times what it was at the start")
+        parts.append(f"a weight matrix grew to {evidence.growth:.2g} times its norm")
     return numbers, parts
 
 
@@ -329,7 +330,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
         f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the curvature is "
         f"{curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add normalisation layers, use an "
-        f"adaptive optimizer (Adam), or lower the rate below {allowed:.2g}."
+        "adaptive optimizer (Adam), or lower the rate."
     )
     return _learner_finding("ill_conditioned", thresholds.confidence.ill_conditioned, case, numbers, text)
 
@@ -426,13 +427,12 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
-    """The rate to lower it to: from a trial, or for advice a guess."""
-    rate, trial = _rate(case), case.evidence.trial
-    if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
-        return f" to {rate * trial.factor:.2g}"
-    if rate is None or case.fault.certain or _risen_from(case, thresholds) is not None:
-        # After a certain fault the rate at which the run goes on is a better answer than a guess. A schedule may have
-        # raised the rate so far that a guess is above what the user meant.
+    """For advice a guess at the rate to lower it to; empty for a fault that the guard acts on."""
+    fault, rate, trial = case.fault, _rate(case), case.evidence.trial
+    acts = fault.certain or fault.scope != "learner" or fault.proof == "none" or (trial is not None and trial.lacks > 0)
+    if rate is None or acts or _risen_from(case, thresholds) is not None:
+        # The message of an intervention adds the rate at which the run goes on, which is a better answer than a guess.
+        # A schedule may have raised the rate so far that a guess is above what the user meant.
         return ""
     # The curvature along one step allows too much where noise, momentum or other directions make the run diverge.
     limit = None if case.curvature is None else case.curvature.largest_rate
