@@ -29,6 +29,11 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
     if evidence.redone:
         return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
+    bad = evidence.corrupt
+    if fault.scope == "state" and _is_untrained(evidence, bad or fault.place):
+        known_by = known.state_implausible if bad is None else known.state_non_finite
+        what = "became far larger than before" if bad is None else "is no longer finite"
+        return _corrupted(case, thresholds, known_by, bad or fault.place, what)
     if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
@@ -55,6 +60,11 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
 
 
+def _is_untrained(evidence: Evidence, name: str) -> bool:
+    """Whether a bad parameter is one that no optimizer trains."""
+    return evidence.alone == "averages" and name.startswith("parameter")
+
+
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
@@ -75,7 +85,12 @@ def _corrupted(
     # A memory fault is gone with the good state, and does not come back soon after a restore.
     gone = case.clues.change is None or case.clues.good_finite is True
     redone = case.evidence.redone
-    if case.evidence.told and not redone:
+    if _is_untrained(case.evidence, name):
+        text = (
+            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
+            "weights: its decay must be below 1."
+        )
+    elif case.evidence.told and not redone:
         text = f"and {case.evidence.told}."
     elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
         text = (
