@@ -8,7 +8,6 @@ changes.
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, MutableMapping, Sequence
-from os.path import commonprefix
 from typing import Any, Protocol, final
 
 from torch import Tensor, nn
@@ -198,7 +197,8 @@ class Learner:
         trained = {n: one.shape for n, one in named.items() if _ready(one) and ("parameter", n) not in untrained}
         names = [key[1] for key, its in untrained.items() if its[1] == part != key[1]]
         # A wrapper may hold the copy, as AveragedModel does.
-        start = "".join(f"{one}." for one in commonprefix([name.split(".")[:-1] for name in names]))
+        inside = [level for level in zip(*(_prefixes(name)[:-1] for name in names), strict=False) if len({*level}) == 1]
+        start = f"{inside[-1][0]}." if inside else ""
         own = {name.removeprefix(start): named[name].shape for name in names}
         first = next(iter(own), "")
         for name in trained if own else ():
