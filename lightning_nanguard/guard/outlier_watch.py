@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import final
+from collections.abc import Mapping, Sequence
+from typing import Any, final
 
 from torch import Tensor
 
@@ -12,6 +12,7 @@ from lightning_nanguard.detect.outliers import Outlier, OutlierSearch, ranges_be
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.state.learner import StateKey, unwrapped
+from lightning_nanguard.state.plausibility import first_jump
 from lightning_nanguard.state.restore import average_of
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding, Reading
@@ -81,10 +82,13 @@ class OutlierWatch:
         if newest is not None and newest.step != self._compared:
             self._compared = newest.step
             self._compare_averages(newest)
+            self._compare_statistics(newest)
 
     def finish(self) -> None:
         """Look at the last updates of the run: a gradient norm or a learning rate far above those before it."""
-        limits = self._limits
+        limits, newest = self._limits, next(iter(self._context.ring.certified), None)
+        if newest is not None and not self._context.many:
+            self._tell_of_statistics(dict(self._context.learner.weights()), newest)
         for norms in self._norms.values():
             if (found := norms.at_end(times_above(limits.norm))) is not None:
                 self._advise("gradient_spike", "gradient", found, "Look at the batch of that update")
@@ -126,6 +130,39 @@ class OutlierWatch:
                     "was changed."
                 )
                 self._say("average_too_large", place, suggestion, norm=norm, most=limit)
+
+    def _compare_statistics(self, snapshot: Snapshot) -> None:
+        """Compare running statistics with those of the snapshot before, if their norms allow that one has grown far."""
+        if len(self._context.ring.certified) < 2:
+            return
+        before, limits = self._context.ring.certified[1], self._context.thresholds.snapshots.plausibility
+        grown: dict[StateKey, Any] = {}
+        for key, size in snapshot.typical.items():
+            leaf, then = snapshot.leaves.get(key), before.typical.get(key, math.inf)
+            # The size of a variance is that of its root.
+            if key[0] == "buffer" and isinstance(leaf, Tensor):
+                most = leaf.numel() * max(size, size**2)
+                grown |= {key: leaf} if most > limits.state_growth * max(then, limits.least_magnitude) else {}
+        if grown:
+            self._tell_of_statistics(grown, before)
+
+    def _tell_of_statistics(self, now: Mapping[StateKey, Any], before: Snapshot) -> None:
+        """Tell of running statistics that have grown as far as the guard acts on if it acts on evidence."""
+        context, limits = self._context, self._context.thresholds.snapshots.plausibility
+        # At first they come from their initial values.
+        if context.settings.act_on != "certain" or before.step <= limits.settled_after:
+            return
+        before.wait()
+        keys = [key for key in context.learner.statistics(now) if key[0] == "buffer"]
+        far = first_jump(now, before.leaves, keys, limits.state_growth, limits.least_magnitude)
+        if far is not None:
+            suggestion = (
+                f"{far} became more than {limits.state_growth:,.0f} times as large, although no loss or gradient was "
+                "bad, and in evaluation the module normalises by it. Look for a batch with numbers far out of range: "
+                "in training, normalisation hides them. Nothing was changed. "
+                'NaNGuard(act_on="evidence") would restore it.'
+            )
+            self._say("statistics_too_large", far, suggestion, times=limits.state_growth)
 
     def _begin(self, index: int) -> None:
         limits = self._limits
