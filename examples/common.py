@@ -54,9 +54,11 @@ def train(module: Any, data: Any, guard: NaNGuard | None = None, **options: Any)
 
 
 def tell(guard: NaNGuard, at_most: int = 2) -> None:
-    """Print the guard's advice and the causes of its interventions, once for each cause, suspicions last."""
-    given = sorted(guard.advice, key=lambda one: one.occasion == "a finite suspicion")
-    findings = [one.finding for one in given] + [one.finding for one in guard.interventions]
+    """Print the guard's advice and the causes of its interventions, once each; what follows from them last."""
+    last = ("skipped batches", "a finite suspicion")
+    findings = [one.finding for one in guard.advice if one.occasion not in last]
+    findings += [one.finding for one in guard.interventions]
+    findings += [one.finding for one in guard.advice if one.occasion in last]
     first: dict[str, Finding] = {}
     for finding in findings:
         if finding is not None:

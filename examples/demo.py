@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from digits import DigitsClassifier, DigitsDataModule, pl
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,6 +32,13 @@ from lightning_nanguard import NaNGuard, TrainingDivergedError
 
 GOOD_LR = 0.05
 HIGH_LR = 20 * GOOD_LR
+WORDS = {
+    "skip": "skipped",
+    "restore": "rollback",
+    "clip": "clipping",
+    "scale": "rate cut",
+    "give back": "rate up",
+}
 
 
 @dataclass(frozen=True)
@@ -120,24 +128,25 @@ def train(run: str, *, lr: float, corrupt: int, guarded: bool, epochs: int, dirp
 def table(results: list[Result]) -> Table:
     """The results side by side."""
     view = Table(
-        title="Handwritten digits: 450 held-out images",
-        caption="learning rate: at the start of the schedule → the guard's deepest cut → left by the guard at the end",
+        title="Handwritten digits: 450 held-out images", box=SIMPLE_HEAD, pad_edge=False, collapse_padding=True
     )
     view.add_column("run", no_wrap=True)
     view.add_column("guard")
     view.add_column("accuracy", justify="right")
     view.add_column("loss", justify="right")
-    view.add_column("interventions")
-    view.add_column("learning rate")
+    view.add_column("what it did", no_wrap=True)
+    for name in ("rate set", "lowest", "end"):
+        view.add_column(name, justify="right")
     for result in results:
-        done = ", ".join(f"{count} x {remedy}" for remedy, count in result.remedies.items())
+        rates = (result.lr_before, result.lr_lowest, result.lr_after)
+        done = [f"{count} x {WORDS.get(remedy, remedy)}" for remedy, count in result.remedies.items()]
         view.add_row(
             result.run,
             "yes" if result.guarded else "no",
             f"[{'green' if result.accuracy > 0.9 else 'red'}]{result.accuracy:.1%}",
-            "[red]nan" if result.loss is None else f"{result.loss:.3f}",
-            f"{result.interventions}: {done}" if done else "-",
-            " → ".join(f"{lr:.3g}" for lr in (result.lr_before, result.lr_lowest, result.lr_after)),
+            "[red]nan" if result.loss is None else f"{result.loss:.2f}",
+            "\n".join(done) or "-",
+            *(f"{lr:.3g}" for lr in rates),
             end_section=result.guarded or result.run == "healthy",
         )
     return view

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
         Case,
         Change,
         Clues,
-        Course,
         Curvature,
         EarlierFinding,
         GradientCheck,
@@ -43,6 +42,7 @@ if TYPE_CHECKING:
         Origin,
         Range,
     )
+    from lightning_nanguard.diagnosis.course import Course
     from lightning_nanguard.errors import BadCheckpointError, TrainingDivergedError
     from lightning_nanguard.measure.sample_parts import sample_hash
     from lightning_nanguard.record.base import RunInfo, Sink
@@ -65,7 +65,7 @@ _HOMES = {
     "ClipGradients": "act.clip_gradients",
     "Clues": "diagnosis.case",
     "Comparison": "types",
-    "Course": "diagnosis.case",
+    "Course": "diagnosis.course",
     "Curvature": "diagnosis.case",
     "EarlierFinding": "diagnosis.case",
     "Detector": "detect.base",

@@ -55,6 +55,9 @@ class RunControl(Protocol):
         can be run again.
         """
 
+    def rate_factor_of_restored(self) -> float:
+        """Factor that leads to the learning rate at which the restored state was taken; 1 if it is not known."""
+
     def rehearsal_batches(self) -> int:
         """Number of batches that :meth:`rehearse` can use."""
 

@@ -82,8 +82,8 @@ class ReduceLR(Remedy):
         few = rehearses and run.rehearsal_batches() <= limits.few
         found = rehearsed_cut(run.rehearse, step.factor, limits, few=few) if rehearses else None
         if found is None:
-            # No rate was tried, so only the curvature of one batch is known.
-            factor = min(step.factor, max(step.most, limits.largest_untried))
+            # No rate was tried, or none was good. Only the curvature of a batch and the rate of the state are known.
+            factor = min(step.factor, max(step.most, limits.largest_untried), run.rate_factor_of_restored())
         else:
             # A rate proven long ago may be too high now. A rehearsal that clearly shows this has priority.
             factor = max(found, min(step.least, limits.trusted * found))

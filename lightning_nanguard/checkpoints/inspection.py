@@ -53,11 +53,7 @@ def run_of(checkpoint: Mapping[str, Any]) -> str:
 
 
 def run_of_file(path: Path) -> str | None:
-    """Id of the guarded run that saved a checkpoint file; ``None`` if it cannot be read. The tensors are not read.
-
-    Args:
-        path: The file.
-    """
+    """Id of the guarded run that saved a checkpoint file; ``None`` if it cannot be read. The tensors are not read."""
     return _run_and_step(path)[0]
 
 

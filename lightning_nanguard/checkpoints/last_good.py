@@ -93,8 +93,8 @@ class LastGood:
         self._remove(self.pending)
 
     def message(self) -> str:
-        """A sentence that says where the certified file lies; ``""`` if there is none."""
-        return f"The last good checkpoint is {self.path}. " if self.path.exists() else ""
+        """A line that says where the certified file lies; ``""`` if there is none."""
+        return f"checkpoint: the last good one is {self.path}" if self.path.exists() else ""
 
     def end(self) -> None:
         """End the fit: a certified file replaces the older one, and a file that is not certified is removed."""

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import is_optimizer_state, is_weight
-from lightning_nanguard.state.learner import Learner, StateKey, unwrapped
+from lightning_nanguard.state.learner import Learner, StateKey, name_in_keys, unwrapped
 
 
 def mended(checkpoint: Mapping[str, Any], learner: Learner, good: Mapping[StateKey, Any]) -> dict[str, Any]:
@@ -67,7 +67,7 @@ def _optimizer_state(learner: Learner, index: int, good: Mapping[StateKey, Any])
             by_name.setdefault(key[2], {})[key[3]] = leaf
     parameters = [p for group in learner.optimizers[index].param_groups for p in group["params"]]
     numbers = [number for group in packed["param_groups"] for number in group["params"]]
-    named = [names.get(id(parameter), f"#{id(parameter)}") for parameter in parameters]
+    named = [name_in_keys(names, parameter) for parameter in parameters]
     state = {number: by_name[name] for number, name in zip(numbers, named, strict=True) if name in by_name}
     own = [
         {key[3]: leaf for key, leaf in good.items() if key[:3] == ("group", index, number)}

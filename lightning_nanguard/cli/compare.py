@@ -37,7 +37,11 @@ def run(chosen: argparse.Namespace) -> int:
         if not any(folder.samefile(other) for other in folders):
             folders.append(folder)
     if len(folders) < 2:
-        say(f"nanguard: name the folders of two or more runs; there is only one, {folders[0]}", file=sys.stderr)
+        say(
+            "nanguard: compare takes the newest run of each folder: name two or more folders of runs. There is only "
+            f"one run, {folders[0]}",
+            file=sys.stderr,
+        )
         return 2
     for folder in folders:
         if not (folder / CURVE_FILE).is_file():

@@ -6,18 +6,20 @@ import argparse
 import shlex
 import sys
 from collections.abc import Sequence
+from itertools import pairwise
 from pathlib import Path
 
 from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file, read_records
-from lightning_nanguard.record.messages import describe_advice, tell, tell_again
+from lightning_nanguard.record.messages import describe_advice, tell_again
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
 from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
+from lightning_nanguard.record.thinning import Thinning
 from lightning_nanguard.report.data import RunData, read_run_data
 from lightning_nanguard.report.recorded import recorded_around
-from lightning_nanguard.types import Advice, Kind
+from lightning_nanguard.types import Advice, Intervention
 
 NAME = "explain"
 HELP = "say what the guard did in a run, why, and what to do about it"
@@ -31,13 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         help=f"folder of a run, or a folder with runs below it, or one file {RECORDS_FILE}",
     )
+    parser.add_argument(
+        "--all", action="store_true", help="tell every intervention, not only the 1st, 2nd, 4th, 8th … of each kind"
+    )
 
 
 def run(chosen: argparse.Namespace) -> int:
     """Tell each run: how it went, its records and its advice."""
     where: Path = chosen.run_folder
     if where.is_file():
-        if _tell_file(where, read_run_data(where.parent)):
+        if _tell([where], read_run_data(where.parent), everything=chosen.all):
             return 0
         say(f"nanguard: there is no record in {where}", file=sys.stderr)
         return 2
@@ -52,9 +57,8 @@ def run(chosen: argparse.Namespace) -> int:
         say(headline(data))
         _say_where_it_stands(data)
         _say_what_is_elsewhere(data, folders)
-        for name in (RECORDS_FILE, ADVICE_FILE):
-            if (folder / name).is_file():
-                _tell_file(folder / name, data)
+        files = [folder / name for name in (RECORDS_FILE, ADVICE_FILE)]
+        _tell([file for file in files if file.is_file()], data, everything=chosen.all)
         for trial in data.trials:
             say(trial.told())
         if data.interventions or data.advice:
@@ -111,7 +115,9 @@ def _say_where_it_stands(data: RunData) -> None:
         rate = "" if data.rate_now is None else f"; the learning rate is {data.rate_now:.4g}"
         say(f"  the loss went from {first:.4g} to {last:.4g}{rate}")
     if data.mostly_skipped:
-        say(f"  {data.mostly_skipped}; what to do: {TO_DO}")
+        # The first one may be in an earlier folder of the run.
+        read = "read why the first of them was skipped" if data.earlier else f"see step {data.first_skipped} below"
+        say(f"  {data.mostly_skipped}; what to do: {TO_DO.format(read=read)}")
 
 
 def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
@@ -122,28 +128,45 @@ def _say_what_is_elsewhere(data: RunData, told: Sequence[Path]) -> None:
             say(f"  what came before it was resumed: nanguard explain {shlex.quote(str(part.folder))}")
 
 
-def _tell_file(file: Path, data: RunData) -> int:
-    """Tell the records or the advice in a file; gives their number."""
-    if file.name == ADVICE_FILE:
-        advice = read_file(file, Advice.from_dict)
-        for piece in advice:
-            say(describe_advice(piece))
-        return len(advice)
-    seen: set[Kind] = set()
-    before = None
-    records = read_records(file)
-    for record in records:
-        if data.resumed_at and before is not None and record.global_step < before:
-            say("-- the run was resumed from an earlier step --")
-        before = record.global_step
-        if record.kind in seen:
-            say(tell_again(record))
+def _tell(files: Sequence[Path], data: RunData, *, everything: bool) -> int:
+    """Tell the records and the advice in files of a run, in the order of their steps; gives their number."""
+    advice: list[Advice] = []
+    records: list[Intervention] = []
+    for file in files:
+        if file.name == ADVICE_FILE:
+            advice += read_file(file, Advice.from_dict)
         else:
-            seen.add(record.kind)
-            say(tell(record))
-            for line in recorded_around(record, data):
-                say(f"  {line}")
-        receipt = receipt_of(record, data.receipts)
-        if receipt is not None:
-            say(f"  result: {receipt.in_words()}")
-    return len(records)
+            records += read_records(file)
+    told: list[Intervention | Advice] = [*records, *advice]
+    if not data.resumed_at or (_in_order(records) and _in_order(advice)):
+        told.sort(key=lambda one: one.global_step)
+    thinning, before, hidden = Thinning(everything=everything), None, 0
+    for one in told:
+        if isinstance(one, Advice):
+            say(describe_advice(one))
+            continue
+        if data.resumed_at and before is not None and one.global_step < before:
+            say("-- the run was resumed from an earlier step --")
+        before = one.global_step
+        hidden += not _tell_record(one, data, thinning.shown(one))
+    if hidden:
+        say(f"-- {counted(hidden, 'intervention')} not shown: nanguard explain --all --")
+    return len(told)
+
+
+def _in_order(records: Sequence[Intervention | Advice]) -> bool:
+    return all(one.global_step <= other.global_step for one, other in pairwise(records))
+
+
+def _tell_record(record: Intervention, data: RunData, text: str) -> bool:
+    """Tell one intervention with its result; gives whether it was told. One with a result is always told."""
+    receipt = receipt_of(record, data.receipts)
+    if not text and receipt is None:
+        return False
+    say(text or tell_again(record))
+    if "\n" in text:  # in full
+        for line in recorded_around(record, data):
+            say(f"  {line}")
+    if receipt is not None:
+        say(f"  result: {receipt.in_words()}")
+    return True

@@ -33,6 +33,8 @@ class Command(Protocol):
         """Carry it out; the exit status."""
 
 
+_PACKAGE = str(Path(__file__).parents[1])
+
 # Each imports what takes time (torch, Lightning) only when it runs.
 COMMANDS: tuple[Command, ...] = (explain, report, compare, samples, tail, last_good, check, replay)
 
@@ -63,7 +65,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
     except Exception as error:  # a wrong argument or file, or the user's module or data, which the command has run
-        say(f"nanguard: {type(error).__name__}: {error}{_place(error)}", file=sys.stderr)
+        say(f"nanguard: {_in_words(error)}", file=sys.stderr)
         return 2
     finally:
         logger.removeFilter(once)
@@ -85,9 +87,20 @@ class _Once(logging.Filter):
         return new
 
 
+def _in_words(error: Exception) -> str:
+    """What an exception says, with its class and its place in the user's code if it comes from there."""
+    place, frames = _place(error), extract_tb(error.__traceback__)
+    if isinstance(error, OSError) and error.filename is not None and error.strerror and not place:
+        return f"{error.strerror}: {error.filename}"
+    own = bool(frames) and frames[-1].filename.startswith(_PACKAGE) and isinstance(error, (ValueError, OSError))
+    if not place and (own or isinstance(error, ImportError)):
+        return str(error)  # it is written for the user
+    return f"{type(error).__name__}: {error}{place}"
+
+
 def _place(error: Exception) -> str:
     """The innermost line of the user's code that an exception came through, in words; empty without one."""
-    packages = (*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), str(Path(__file__).parents[1]), "<frozen ")
+    packages = (*map(sysconfig.get_path, ("purelib", "platlib", "stdlib")), _PACKAGE, "<frozen ")
     own = [one for one in extract_tb(error.__traceback__) if not one.filename.startswith(packages)]
     return f" ({own[-1].filename}, line {own[-1].lineno}, in {own[-1].name})" if own else ""
 

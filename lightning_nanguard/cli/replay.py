@@ -27,7 +27,9 @@ HELP = "run the batch of an incident again and say what happened"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("bundle", type=Path, help="folder of the incident")
-    parser.add_argument("--module", help="class of the module, or a function that makes it: package.file:Class")
+    parser.add_argument(
+        "--module", help="class of the module, or a function that makes it: package.file:Class or file.py:Class"
+    )
     parser.add_argument(
         "--args",
         type=json.loads,
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(chosen: argparse.Namespace) -> int:
     """Print the incident, then what came of its replay; 1 where neither a bad number nor its cause came back."""
-    from lightning_nanguard.diagnosis.bundle import describe, read, versions
+    from lightning_nanguard.diagnosis.bundle import describe, read, to_import, versions
     from lightning_nanguard.trainer.offline.replay import replay_bundle
     from lightning_nanguard.trainer.private.first_batch import without_messages
     from lightning_nanguard.trainer.private.packages import is_module_class
@@ -51,7 +53,7 @@ def run(chosen: argparse.Namespace) -> int:
     if chosen.module is None:
         raise ValueError(
             "name the class of the module, or a function that makes it. For safety, an incident never chooses the code "
-            f"that runs. If you trust the module of the run, add --module {shlex.quote(incident.module)}"
+            f"that runs. If you trust the module of the run, add --module {shlex.quote(to_import(incident.module))}"
         )
     build = load(chosen.module)
     with without_messages():

@@ -15,9 +15,11 @@ from lightning_nanguard.record.bad_samples import (
     read_bad_samples,
     write_csv,
 )
+from lightning_nanguard.record.files import RECORDS_FILE, read_records
 from lightning_nanguard.record.run_history import earlier_parts
 from lightning_nanguard.record.run_log import RUN_FILE, RunLog, find_runs
 from lightning_nanguard.record.text import counted
+from lightning_nanguard.types import Intervention
 
 NAME = "samples"
 HELP = "list the bad samples that the guard found in a run, by their rows in the data set"
@@ -57,7 +59,13 @@ def run(chosen: argparse.Namespace) -> int:
             say(f"  {describe_sample(one)}")
     if not groups:
         say("nanguard: no bad sample was found")
+        if any(one.finding is not None and one.finding.rows for one in _records(where)):
+            say("Rows that explain names are samples whose loss or gradient failed. No bad number was found in them.")
     return status
+
+
+def _records(where: Path) -> list[Intervention]:
+    return [one for file in where.rglob(RECORDS_FILE) for one in read_records(file)]
 
 
 def _groups(where: Path) -> list[tuple[list[Path], str]]:

@@ -46,6 +46,9 @@ from lightning_nanguard.types import (
     Stop,
 )
 
+_IN_A_ROW = "max_bad_batches"
+"""The limit of :class:`~lightning_nanguard.Budget` on bad updates in a row."""
+
 
 class Proposes(Protocol):
     """The part of a remedy that the policy uses."""
@@ -104,7 +107,9 @@ class Policy:
             return self._count_restore(fault, evidence, state, plan)
         start = evidence.healthy_steps == 0 and evidence.bad_in_a_row >= self._most_in_a_row(start=True)
         if start and not self._other_learns(evidence):
-            return (Stop(f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"),), state
+            limit = "" if self._most_in_a_row(start=True) == self.thresholds.blame.patience_with_chance else _IN_A_ROW
+            reason = f"no update was ever good: the first {evidence.bad_in_a_row} were all bad"
+            return _end(fault, evidence, reason, limit), state
         scope = find_scope(fault, evidence, self.thresholds.blame)
         trial = evidence.trial
         if trial is not None:
@@ -148,15 +153,16 @@ class Policy:
 
     def _skip(self, fault: Fault, evidence: Evidence, state: PolicyState) -> tuple[Plan, PolicyState]:
         if evidence.bad_in_a_row > self._most_in_a_row() and not self._other_learns(evidence):
-            return (Stop(f"{evidence.bad_in_a_row} updates in a row were bad"),), state
-        state = replace(state, skips=(*state.skips, evidence.step))
+            return _end(fault, evidence, f"{evidence.bad_in_a_row} updates in a row were bad", _IN_A_ROW), state
+        skips = (*state.skips, evidence.step)
         seen, share = min(self.budget.window, evidence.step + 1), self.budget.max_skip_share
-        if share is not None and len(state.skips) > max(self.thresholds.few_skips, share * seen):
-            return (Stop(f"{len(state.skips)} of the last {seen} updates were bad"),), state
+        if share is not None and len(skips) > max(self.thresholds.few_skips, share * seen):
+            return _end(fault, evidence, f"{len(skips)} of the last {seen} updates were bad", "max_skip_share"), state
         # With deferred readback the update was already made, so a rollback undoes it.
-        return ((Restore(0),) if evidence.undo else (Skip(),)), state
+        return ((Restore(0),) if evidence.undo else (Skip(),)), replace(state, skips=skips)
 
     def _go_back(self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope) -> tuple[Plan, PolicyState]:
+        before = state
         attempt, state = self._escalate(evidence, state) if scope == "learner" else (0, state)
         steps = self._proposals(fault, evidence, state, scope, attempt)
         if any(isinstance(step, Stop) for step in steps):
@@ -171,14 +177,16 @@ class Policy:
         if not restoring and (lost or not steps):
             if fault.scope == "batch" and not lost:
                 return self._skip(fault, evidence, state)
-            return (Stop("the learner is at fault, and no remedy in the list can help"),), state
+            return _end(fault, evidence, "the learner is at fault, and no remedy in the list can help"), before
         if restoring and not evidence.levels:
-            return (Stop("the learner is at fault, and there is no good state yet to go back to"),), state
+            reason = "the learner is at fault, and there is no good state yet to go back to"
+            return _end(fault, evidence, reason), before
         if scope == "learner":
             rates = [rate for rate in (evidence.lr, evidence.highest_lr) if rate is not None]
             highest = max(rates, default=math.inf)
             state = note_failed(highest, evidence.healthy_steps, state, self.thresholds.recovery)
-        return self._count_restore(fault, evidence, state, tuple(steps))
+        plan, state = self._count_restore(fault, evidence, state, tuple(steps))
+        return plan, state if plan else before
 
     def _proposals(
         self, fault: Fault, evidence: Evidence, state: PolicyState, scope: Scope, attempt: int
@@ -260,12 +268,19 @@ class Policy:
         plain = all(isinstance(step, (Restore, RestoreScale)) for step in plan)
         if failed >= (self.thresholds.same_restores if plain else self.thresholds.corrected_restores):
             reason = f"the fault came back after each of {failed} rollbacks, before another snapshot was certified"
-            return (Stop(reason),), state
+            return _end(fault, evidence, reason), state
         here = state.restores_of(where)
         if len(state.restores) > self.budget.max_rollbacks or here > self.budget.max_rollbacks_per_place:
             total = f"{len(state.restores) - 1} rollbacks within {self.budget.window} updates"
-            return (Stop(f"the budget is used up: {total}, {here - 1} of them for this fault"),), state
+            limit = "max_rollbacks" if len(state.restores) > self.budget.max_rollbacks else "max_rollbacks_per_place"
+            reason = f"the budget is used up: {total}, {here - 1} of them for this fault"
+            return _end(fault, evidence, reason, limit), state
         return plan, state
+
+
+def _end(fault: Fault, evidence: Evidence, reason: str, limit: str = "") -> Plan:
+    """The plan if nothing more can be tried. A run that stays finite goes on, as it would without the guard."""
+    return (Stop(reason, limit),) if fault.certain or evidence.corrupt is not None else ()
 
 
 def _where(fault: Fault, evidence: Evidence | None = None) -> str:

@@ -141,10 +141,10 @@ class Monitors:
         """The faults that the detectors find in the newest readings when a fit ends, with the optimizer's index."""
         return [(index, fault) for index, one in self._monitors.items() for fault in one.up_to_date()[0].at_end()]
 
-    def history(self, optimizer_index: int) -> ReadingHistory | None:
-        """History of an optimizer's losses and norms, ``None`` before its first reading."""
+    def history(self, optimizer_index: int) -> ReadingHistory:
+        """History of an optimizer's losses and norms; an empty one before its first reading."""
         known = self._monitors.get(optimizer_index)
-        return None if known is None else known.up_to_date()[1]
+        return ReadingHistory(self._thresholds.history) if known is None else known.up_to_date()[1]
 
     def accept(self, reading: Reading) -> None:
         """Add a reading to the history of its optimizer. :meth:`check` must have been called for it before."""

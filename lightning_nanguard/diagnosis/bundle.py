@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import math
 import platform
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
@@ -207,6 +208,34 @@ def describe(bundle: Bundle) -> str:
     finding = bundle.finding
     known = "no cause found in the run" if finding is None else f"cause in the run: {describe_finding(finding)}"
     return f"{bundle.fault.kind} in {bundle.fault.place or bundle.module}: {bundle.fault.message or '-'}; {known}"
+
+
+def name_of_class(kind: type) -> str:
+    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, or ``file.py:Class`` of a script.
+
+    Args:
+        kind: The class.
+    """
+    home, main = kind.__module__, sys.modules.get("__main__")
+    if home == "__main__":
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        if spec is not None:  # python -m package.file
+            home = spec.name
+        elif file is not None and file.endswith(".py"):
+            path = Path(file).absolute()
+            home = str(path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path)
+    return f"{home}:{kind.__qualname__}"
+
+
+def to_import(module: str) -> str:
+    """The module of an incident as the user has to name it: no other process can import from a run's own ``__main__``.
+
+    Example:
+        >>> to_import("package.file:Class"), to_import("__main__:Class")
+        ('package.file:Class', 'FILE.py:Class')
+    """
+    home, _, name = module.partition(":")
+    return f"FILE.py:{name}" if home == "__main__" else module
 
 
 def _jsonable(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from collections import Counter
 from pathlib import Path
 from typing import final
 
-from lightning_nanguard.diagnosis.bundle import Bundle, safetensors, write
+from lightning_nanguard.diagnosis.bundle import Bundle, safetensors, to_import, write
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, BundleThresholds
 from lightning_nanguard.types import Fault, Finding
 
@@ -58,7 +58,7 @@ class BundleStore:
                 error,
             )
             return None
-        command = shlex.join(["nanguard", "replay", str(path), "--module", bundle.module])
+        command = shlex.join(["nanguard", "replay", str(path), "--module", to_import(bundle.module)])
         _logger.warning(
             "NaNGuard: the batch and the state before the step are saved in %s. To run them again: %s", path, command
         )

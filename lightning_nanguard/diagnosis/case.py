@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from lightning_nanguard.diagnosis.course import Course
 from lightning_nanguard.record.text import with_line
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
 from lightning_nanguard.types import Evidence, Fault, Finding
 
 Look = Literal["nothing", "batch", "replay"]
@@ -82,7 +82,7 @@ class Origin:
         exponent: Exponent of a power; ``None`` if there is none, or more than one.
         from_weights: Whether its input depends on the weights.
         from_target: Whether its input depends on the target.
-        from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements that it selects.
+        from_mask: Whether its input depends on a comparison, such as a mask, or the number of elements it selects.
         empty: Whether its input had no elements.
         infinite: Whether one of its inputs was already infinite.
         put_in: Whether the user's code wrote the value as a number (a mask of −inf, a NaN), and it reached the loss.
@@ -125,12 +125,14 @@ class Change:
         before: Its value in the good state.
         now: Its present value.
         usual: How far the elements of this weight moved otherwise.
+        updated: Whether no other element of it moved at all, and another weight left its range as a whole.
     """
 
     name: str
     before: float
     now: float
     usual: float
+    updated: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,8 +141,7 @@ class LabelRelation:
 
     Attributes:
         rows: Rows that were compared.
-        shared: Share of them whose nearest neighbour has the same label. Neighbours are found in several views of the
-            inputs; this is the highest share.
+        shared: Share of them whose nearest neighbour has the same label: the highest of several views of the inputs.
         chance: The same share if labels are assigned by chance.
         exceeds: Whether the share is clearly above that of shuffled labels, in at least one view.
     """
@@ -165,6 +166,7 @@ class Clues:
         gradient_finite: Whether every gradient was finite then; ``None`` if there was no backward pass.
         origin: The operation that gave the first non-finite value.
         finite_in_float32: Whether loss and gradients are finite without autocast; ``None`` if it was not tried.
+        gradient_fits: Whether a gradient that overflows in float16 weights fits in float32; ``None`` if not tried.
         good_loss: The loss under the last good state with the same random numbers; ``None`` if it was not tried.
         good_finite: Whether this loss and the norm of its gradient are finite. If so, not the batch alone is at fault.
         change: A change since the good state that no update explains; ``None`` without one.
@@ -173,6 +175,7 @@ class Clues:
         norms: Gradient norm of every weight, by name, in the order of the module.
         gone_otherwise: Whether loss and gradient are finite with other random numbers; ``None`` if this was not tried.
         bad_buffers: Buffers of the module that hold NaN or +Inf, if the loss is not finite.
+        spoilt_buffers: Those of them that hold none in the last good state.
         labels: Whether the labels depend on the inputs; ``None`` if this was not examined.
     """
 
@@ -185,6 +188,7 @@ class Clues:
     gradient_finite: bool | None = None
     origin: Origin | None = None
     finite_in_float32: bool | None = None
+    gradient_fits: bool | None = None
     good_loss: float | None = None
     good_finite: bool | None = None
     change: Change | None = None
@@ -193,6 +197,7 @@ class Clues:
     norms: tuple[tuple[str, float], ...] = ()
     gone_otherwise: bool | None = None
     bad_buffers: tuple[str, ...] = ()
+    spoilt_buffers: tuple[str, ...] = ()
     labels: LabelRelation | None = None
 
 
@@ -204,19 +209,16 @@ class Layer:
 
     Attributes:
         path: Path of the module, ``"net.2"``. If the user's code multiplies by a weight itself, the path of the weight.
-        kind: Name of the module's class, ``"Linear"``, ``"Sigmoid"``, or the function that the user's code calls, with
-            the line: ``"sigmoid, model.py:12"``.
+        kind: Class of the module, ``"Linear"``, or the user's call of a function, ``"sigmoid, model.py:12"``.
         inputs: Root mean square of its inputs; ``None`` if they are not floating-point numbers.
         outputs: Root mean square of its outputs.
         lowest: Smallest output.
         highest: Largest output.
-        saturated: Share of the outputs of a bounded activation (sigmoid, tanh, …) within 1 % of its lowest or highest
-            value; ``None`` for other layers.
-        dead: Share of the units of a ReLU that are positive for no sample; ``None`` for other layers, and for fewer
-            than eight samples.
+        saturated: Share of a bounded activation's outputs within 1 % of its lowest or highest value; else ``None``.
+        dead: Share of a ReLU's units that are positive for no sample; ``None`` otherwise, and below eight samples.
         gradient: Norm of the gradient of its weights; ``None`` without weights or a backward pass.
         weight: Norm of its weights; ``None`` without any.
-        update: Norm of the last update of its own weights over ``weight``; ``None`` if it is not known.
+        update: Norm of the last update of its own weights over ``weight``; ``None`` if not known.
     """
 
     path: str
@@ -239,13 +241,11 @@ class Objective:
     Attributes:
         function: ``"cross_entropy"``, ``"nll_loss"``, ``"mse_loss"``, ``"binary_cross_entropy"``, …
         line: ``file.py:12`` in the user's code; empty if it is not known.
-        classes: Number of classes in the target (class indices, or one-hot rows); ``None`` if the target holds no
-            classes.
+        classes: Number of classes in the target (class indices, or one-hot rows); ``None`` if it holds none.
         probabilities: Whether the input of the loss holds probabilities: from 0 to 1, with a sum of 1 over the classes.
         softmax: What computed these probabilities: the path of a module, or a line; empty if it is not known.
         value: The loss.
-        chance: The loss at chance level: log(classes), or the mean square of a target without classes; ``None`` if it
-            is not known.
+        chance: Its chance level: log(classes), or the mean square of a target without classes; ``None`` if not known.
         lowest: Smallest class index of the target; ``None`` if it holds none.
         highest: Largest class index.
         outside: Samples whose class index is out of range.
@@ -336,61 +336,6 @@ class Curvature:
     def largest_rate(self) -> float | None:
         """The rate above which a step along d no longer lowers the loss; ``None`` without a curvature above 0."""
         return 2 * self.slope / self.bend if self.slope > 0 and self.bend > 0 else None
-
-
-@dataclass(frozen=True, slots=True)
-class Course:
-    """The course of a run over its newest updates, which were all finite.
-
-    Attributes:
-        updates: Number of these updates.
-        first: Loss of the untrained model.
-        before: Median loss at their start.
-        now: Median loss at their end.
-        spread: Median change of the level, up or down, from one eighth of these updates to the next.
-        norm: Median gradient norm.
-        opposed: Cosine of a batch's gradients before and after one update on it; ``None`` if it was not measured.
-        noise: Norm of the gradient's noise divided by that of its mean; ``None`` if it was not measured.
-        batches: Number of batches on which the noise was measured.
-        clear: Mean of their gradients in standard errors of this mean.
-        lr: Effective learning rate of the first group.
-        batch_size: Samples in a batch; ``None`` if that is not known.
-        chance: Loss of a model that knows nothing about the inputs; ``None`` if it is not known.
-    """
-
-    updates: int
-    first: float
-    before: float
-    now: float
-    spread: float
-    norm: float
-    opposed: float | None = None
-    noise: float | None = None
-    batches: int = 0
-    clear: float = 0.0
-    lr: float | None = None
-    batch_size: int | None = None
-    chance: float | None = None
-
-    def moves(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
-        """Whether the loss has fallen, by more than it varies from one eighth of the updates to the next."""
-        least = thresholds.moved * max(abs(self.first), 1e-12)
-        return self.before - self.now > max(least, thresholds.spreads * self.spread)
-
-    def falls(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
-        """Whether the loss falls clearly, by a share of its present level, even if this is little of the first loss."""
-        least = thresholds.fallen * abs(self.before)
-        return self.before - self.now > max(least, thresholds.spreads * self.spread)
-
-    def rises(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
-        """Whether the loss has risen above its level: the loss function or the data changed, or the run diverges."""
-        least = thresholds.risen * abs(self.first)
-        return self.now - self.before > max(least, thresholds.spreads * self.spread)
-
-    def high(self, thresholds: PlateauThresholds = DEFAULT.plateau) -> bool:
-        """Whether most of the untrained model's loss is still there, or the loss is at chance level."""
-        untrained = self.now > self.first - thresholds.learned * max(abs(self.first), 1e-12)
-        return untrained or (self.chance is not None and self.now > thresholds.near_chance * self.chance)
 
 
 NO_FAULT = Fault("no_fault", "state", "")

@@ -136,7 +136,7 @@ class DataCheck:
             found += [
                 replace(
                     self._places[index],
-                    cause=f"reaches {number:.4g} where samples usually stay within {usual:.4g}",
+                    cause=f"reaches {number:.4g} in magnitude where half of the samples stay within {usual:.4g}",
                     columns={name: ()},
                 )
                 for index, number in enumerate(numbers)

@@ -10,15 +10,16 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, final
 
+import torch
 from torch import Tensor
 
 from lightning_nanguard.diagnosis.batch import batch_clues, compared
-from lightning_nanguard.diagnosis.case import Case, Clues, EarlierFinding, Look, Model
+from lightning_nanguard.diagnosis.case import Case, Change, Clues, EarlierFinding, Look, Model
 from lightning_nanguard.diagnosis.curvature import curvature_along_update
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated, uncompiled
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
-from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm, replay, runs_finite
+from lightning_nanguard.diagnosis.replay import gradient_fits, loss_and_gradient_norm, replay, runs_finite
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.diagnosis.rules.signs import learner_diverged, number_format_exhausted, worse_than_before
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot, unexplained_change
@@ -95,7 +96,7 @@ class Diagnostician:
             good: The good state to run the batch from. By default it is chosen from the ring.
             healthy: Healthy batches before this update. NaN and Inf in the same fields as in these are usual.
         """
-        unstable = unstable_setting(self._learner.optimizers, self._thresholds.learner)
+        unstable = unstable_setting(self._learner.optimizers, self._thresholds.learner, evidence)
         # A second question about a fault, asked because there is more evidence, is not about a second fault.
         for one in list(self._earlier):
             if (one.step, one.fault, one.place) == (evidence.step, fault.kind, fault.place):
@@ -172,7 +173,7 @@ class Diagnostician:
                     if _not_finite(replayed):
                         chosen = index
                         self.looked_at = micros[chosen]
-                        case = replace(case, clues=self._look_closer(replayed, micros[index]))
+                        case = replace(case, clues=self._look_closer(replayed, micros[index], good))
                         break
         # During the many updates of a trial any element may change a lot.
         recent = fault.scope != "learner" or fault.certain
@@ -196,14 +197,21 @@ class Diagnostician:
         if self._low_precision and _not_finite(clues) and not clues.bad_fields:
             with self._untraced():
                 clues = replace(clues, finite_in_float32=runs_finite(module, partial(step, True)))
+        elif _overflows_backward(clues) and any(p.dtype == torch.float16 for p in module.parameters()):
+            with isolated(self._untraced):
+                clues = replace(clues, gradient_fits=gradient_fits(module, partial(step, False)))
         return clues
 
-    def _look_closer(self, clues: Clues, micro: MicroBatch) -> Clues:
+    def _look_closer(self, clues: Clues, micro: MicroBatch, good: Snapshot | None) -> Clues:
         """Find out whether the fault depends on the random numbers of the step, or on buffers."""
         module = self._learner.module
         bad = tuple(name for name, buffer in module.named_buffers() if bad_unless_masked(buffer))
         if bad:
-            return replace(clues, bad_buffers=bad)
+            before = {} if good is None else {name: good.leaves.get(("buffer", name)) for name in bad}
+            spoilt = tuple(
+                name for name, leaf in before.items() if isinstance(leaf, Tensor) and not bad_unless_masked(leaf)
+            )
+            return replace(clues, bad_buffers=bad, spoilt_buffers=spoilt)
         if clues.bad_fields or micro.streams is None:
             return clues
         for draw in range(self._thresholds.replay.other_draws):
@@ -217,12 +225,16 @@ class Diagnostician:
         """Find out whether an implausible weight grew as a whole or in a few elements. No batch is run."""
         if good is None:
             return case
-        change = unexplained_change(self._learner, good, self._thresholds.state)
-        alone = change is not None and change.name == case.fault.place
+        change = self._change_since(good)
+        alone = change is not None and change.name in (case.fault.place, case.evidence.jump)
         return replace(case, clues=replace(case.clues, change=change, moved_alone=alone))
 
-    def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
+    def _change_since(self, good: Snapshot) -> Change | None:
         change = unexplained_change(self._learner, good, self._thresholds.state)
+        return None if change is None or change.updated else change
+
+    def _compare_with_snapshot(self, clues: Clues, micro: MicroBatch, good: Snapshot) -> Clues:
+        change = self._change_since(good)
         clues = replace(clues, change=change, moved_alone=change is not None)
         if change is None:
             return clues
@@ -255,6 +267,10 @@ class Diagnostician:
 
 def _not_finite(clues: Clues) -> bool:
     return clues.origin is not None or clues.gradient_finite is False
+
+
+def _overflows_backward(clues: Clues) -> bool:
+    return clues.gradient_finite is False and clues.origin is not None and clues.origin.backward
 
 
 def _failed(fault: Fault) -> str:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.batch import batch_clues, samples
-from lightning_nanguard.diagnosis.case import Case, Course, Curvature, Layer, Model, Objective
+from lightning_nanguard.diagnosis.case import Case, Curvature, Layer, Model, Objective
+from lightning_nanguard.diagnosis.course import Course
 from lightning_nanguard.diagnosis.curvature import (
     Hessian,
     Vector,

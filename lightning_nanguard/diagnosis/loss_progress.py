@@ -7,7 +7,7 @@ from statistics import median
 from typing import final
 
 from lightning_nanguard.detect.history import ReadingHistory
-from lightning_nanguard.diagnosis.case import Course
+from lightning_nanguard.diagnosis.course import Course
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, ExaminationThresholds, PlateauThresholds
 
 

@@ -17,6 +17,7 @@ from lightning_nanguard.diagnosis.isolation import Untraced, isolated, without_a
 from lightning_nanguard.diagnosis.operation_trace import OperationTrace, RunningModules, storage_key
 from lightning_nanguard.measure.norms import double_norm
 from lightning_nanguard.state.device import OutOfMemory
+from lightning_nanguard.thresholds.fixed import HALF_SCALE
 
 Step = Callable[[], Tensor | None]
 """Runs a batch forward and gives the loss with its graph, ``None`` if there is none."""
@@ -109,8 +110,23 @@ def runs_finite(module: nn.Module, step: Step) -> bool | None:
     return None if found is None else all(map(math.isfinite, found))
 
 
-def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float] | None:
-    """Loss and gradient norm of one more run; ``None`` if there is no loss. The caller undoes what the run changes."""
+def gradient_fits(module: nn.Module, step: Step) -> bool | None:
+    """Whether the gradient of a finite loss, which overflows in float16, fits in float32; ``None`` without a loss.
+
+    A gradient is proportional to its loss. So the gradient of a small part of the loss shows it without another format.
+    """
+    found = loss_and_gradient_norm(module, step, HALF_SCALE)
+    return None if found is None or not math.isfinite(found[0]) else math.isfinite(found[1])
+
+
+def loss_and_gradient_norm(module: nn.Module, step: Step, scale: float = 1.0) -> tuple[float, float] | None:
+    """Loss and gradient norm of one more run; ``None`` if there is no loss. The caller undoes what the run changes.
+
+    Args:
+        module: The trained module.
+        step: Runs a batch forward and returns the loss with its graph.
+        scale: The loss is multiplied by it before the backward pass, and the norm is divided by it.
+    """
     with without_anomaly_checks():
         loss = step()
         if loss is None:
@@ -118,4 +134,5 @@ def loss_and_gradient_norm(module: nn.Module, step: Step) -> tuple[float, float]
         value = float(loss.detach())
         if not math.isfinite(value):
             return value, math.nan
-        return value, math.sqrt(sum(double_norm(one) ** 2 for one in gradients_by_name(loss, module).values()))
+        found = gradients_by_name(loss * scale, module).values()
+        return value, math.sqrt(sum(double_norm(one) ** 2 for one in found)) / scale

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -34,8 +35,10 @@ def unexplained_change(
     """The trained weight in which a few elements changed far more than the rest since a snapshot.
 
     Updates change the elements of a tensor by similar amounts. A bit flip or memory corruption changes one far more.
+    If one element alone moved, the other weights show whether an update did it (:attr:`Change.updated`).
     """
     found: list[Change] = []
+    left: set[str] = set()
     for path, live in learner.weights():
         then = snapshot.leaves.get(path)
         plain = path[0] == "parameter" and live.requires_grad and live.is_floating_point()
@@ -43,12 +46,17 @@ def unexplained_change(
             continue
         now = live.detach().double().flatten()
         change = _furthest_change(describe(path), then.to(now.device).double().flatten(), now, thresholds)
-        if change is not None:
+        if isinstance(change, Change):
             found.append(change)
-    return max(found, key=lambda change: abs(change.now), default=None)
+        elif change is not None:
+            left.add(change)
+    # An element that alone has a gradient has no others to be compared with.
+    found = [replace(change, updated=bool(left) and not change.usual) for change in found]
+    return max(found, key=lambda change: (not change.updated, abs(change.now)), default=None)
 
 
-def _furthest_change(name: str, before: Tensor, now: Tensor, thresholds: StateChangeThresholds) -> Change | None:
+def _furthest_change(name: str, before: Tensor, now: Tensor, thresholds: StateChangeThresholds) -> Change | str | None:
+    """The change of the element that moved most, if it is far from the others; the name if all left their range."""
     moved = (now - before).abs()
     furthest = int(moved.argmax())
     others = moved[moved > 0]
@@ -59,7 +67,8 @@ def _furthest_change(name: str, before: Tensor, now: Tensor, thresholds: StateCh
         usual = float(others.kthvalue(rank)[0])
     far, outside = float(moved[furthest]), thresholds.outside_factor * float(before.abs().max())
     # If the other elements left their range, too, an update changed all of them.
-    stayed = usual <= outside or outside == 0
-    if stayed and far > thresholds.moved_factor * usual and abs(float(now[furthest])) > outside and far > 0:
+    if usual > outside > 0:
+        return name
+    if far > thresholds.moved_factor * usual and abs(float(now[furthest])) > outside and far > 0:
         return Change(name, float(before[furthest]), float(now[furthest]), usual)
     return None

@@ -60,10 +60,10 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
     samples that are drawn from the model, detached outputs as targets, codes of a codebook, adversarial inputs,
     advantages. Under other weights the step has other constants, so its loss does not show which weights are better.
 
-    Such a constant is a tensor that was drawn from a distribution which depends on the weights, or that was computed from
-    them without a graph, and that an operation combines with tensors that have a gradient. Noise that does not depend on
-    the weights does not count, as in dropout, a variational autoencoder or diffusion. Neither do masks and indices that
-    are computed within the graph, as those of a hinge, of a router or of the hardest negatives.
+    Such a constant is a tensor that was drawn from a distribution which depends on the weights, or that was computed
+    from them without a graph, and that an operation combines with tensors that have a gradient. Noise that does not
+    depend on the weights does not count, as in dropout, a variational autoencoder or diffusion. Neither do masks and
+    indices that are computed within the graph, as those of a hinge, of a router or of the hardest negatives.
 
     Args:
         weights: The trained weights.
@@ -96,7 +96,8 @@ class StepTracer(TorchDispatchMode):  # type: ignore[no-untyped-call]
         graph = torch.is_grad_enabled()
         if graph and name != "detach" and any(one.requires_grad for one in tensors):
             self.own_targets |= any(self._constant(one) for one in tensors)
-        drawn = name in _DRAWS and any(storage_key(one) in self._of_weights for one in _distribution(func, args, kwargs))
+        given = _distribution(func, args, kwargs) if name in _DRAWS else ()
+        drawn = any(storage_key(one) in self._of_weights for one in given)
         result = func(*args, **kwargs)
         made = {storage_key(one) for one in tensors_in(result)}
         # Tensors that are made of a shape alone hold nothing of the weights.

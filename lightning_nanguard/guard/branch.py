@@ -140,9 +140,6 @@ class Branches:
     def train(self, branch: Branch) -> float | None:
         """Make the present update from a branch.
 
-        Args:
-            branch: The branch.
-
         Returns:
             Its loss before the update; ``None`` if it could not be made.
         """

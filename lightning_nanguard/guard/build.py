@@ -21,6 +21,7 @@ from lightning_nanguard.detect.base import Detector
 from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
+from lightning_nanguard.guard.bad_start import BadStart
 from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.branch import Branches
@@ -119,10 +120,10 @@ def build_guard(
             skipper=skipper,
             snapshots=snapshots,
             plausibility=plausibility,
+            bad_start=BadStart(context),
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
             judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),
-            runner=runner,
             recovery=recovery,
             hyperparameters=HyperparameterWatch(context, skipper, recorder, schedulers or {}),
             outliers=OutlierWatch(context, loop),
@@ -147,17 +148,13 @@ def _recovery(
 
 
 def _plausibility(context: GuardContext, investigator: Investigator) -> PlausibilityCheck:
-    def largest_norm(optimizer_index: int) -> float | None:
-        history = context.monitors.history(optimizer_index)
-        return None if history is None else history.largest_norm()
-
     return PlausibilityCheck(
         context.learner,
         context.ring,
         investigator.is_worse,
         context.thresholds.snapshots.plausibility,
         certain_only=context.settings.act_on == "certain",
-        largest_norm=largest_norm,
+        largest_norm=lambda optimizer_index: context.monitors.history(optimizer_index).largest_norm(),
     )
 
 

@@ -50,8 +50,7 @@ class Certification:
         if not self.investigator.initial_norms:
             self.investigator.initial_norms = norms_to_grow_from(context.learner.weights())
         context.ring.certified.clear()
-        history = context.monitors.history(0)
-        level = None if history is None else history.level()
+        level = context.monitors.history(0).level()
         if not self.snapshots.resume(level, partial(self._capture, step)):
             first = self._capture(step)
             if first is not None:
@@ -86,7 +85,7 @@ class Certification:
             Whether a shape has changed.
         """
         context = self.context
-        newest = context.ring.pending or next(iter(context.ring.certified), None)
+        newest = context.ring.latest
         if newest is None:
             return False
         resized = any(_is_resized(newest.leaves.get(key), live) for key, live in context.learner.weights())
@@ -128,7 +127,6 @@ class Certification:
     def _certify(self, pending: Snapshot, optimizer_index: int) -> None:
         context, state = self.context, self.context.state
         history = context.monitors.history(optimizer_index)
-        assert history is not None  # its reading was accepted
         pending.level = history.level()
         unit = history.loss_unit()
         keep_oldest = state.healthy_steps < context.thresholds.snapshots.ring.keep_start

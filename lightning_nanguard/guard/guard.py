@@ -15,14 +15,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.skip import unscales_itself
-from lightning_nanguard.distributed.ranks import first_over_ranks
-from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.certification import vouch_for_start
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.parts import GuardParts
 from lightning_nanguard.guard.step_parts import StepParts
-from lightning_nanguard.state.learner import describe
 from lightning_nanguard.state.restore import mend_averages
 from lightning_nanguard.types import Fault, Reading
 
@@ -31,11 +28,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class Guard:
-    """Guards one training run. A loop calls it in each step, and it detects, decides, acts and records.
-
-    Args:
-        parts: Its parts.
-    """
+    """Guards one training run. A loop calls it in each step, and it detects, decides, acts and records."""
 
     def __init__(self, parts: GuardParts) -> None:
         self._parts = parts
@@ -48,8 +41,6 @@ class Guard:
         self._judge = parts.judge
         # Whether weights and averages are swapped, as WeightAveraging does in validation.
         self.swapped = False
-        # A trained parameter that was not finite before the first update. A healthy update resets it to None.
-        self._bad_start: str | None = None
         # State of the present batch.
         self._open = False
         self._running = False
@@ -63,22 +54,7 @@ class Guard:
         """Check the state before the first update, and take the first snapshot."""
         context = self._context
         context.finite.begin(context.learner)
-        # Frozen parameters may be masks of -inf.
-        trained = (key for key, leaf in context.learner.weights() if key[0] == "parameter" and leaf.requires_grad)
-        mine = next((describe(key) for key in trained if key in context.finite.allowed), None)
-        bad, _ = first_over_ranks(context.ranks, mine)
-        if bad is not None:
-            _logger.info("NaNGuard: %s holds NaN or Inf before the first update; these elements are not checked.", bad)
-            self._bad_start = None if context.settings.observe else bad
-        statistics = context.learner.statistics([key for key, _ in context.learner.weights()])
-        spoilt = next((describe(key) for key in statistics if key in context.finite.allowed), None)
-        if spoilt is not None:
-            # A training batch is normalised by its own statistics, so its loss does not show bad running statistics.
-            _logger.warning(
-                "NaNGuard: %s holds NaN or Inf before the first update, so that the module gives NaN in evaluation "
-                "mode. Call reset_running_stats() of that layer, or begin with a good checkpoint.",
-                spoilt,
-            )
+        self._parts.bad_start.look()
         if not context.settings.observe:
             # The same hook scales the rate and removes the gradients of skipped updates.
             context.rate.attach(self._parts.skipper.remove_gradients, self._parts.skipper.return_gradients)
@@ -169,10 +145,9 @@ class Guard:
             if found:
                 self._parts.hyperparameters.refresh()
                 self._snapshots.placement.settle()  # handling the fault may write to the learner
-            if found and not found[0].reached:
-                vouch_for_start(self._context, found[0].reading.step - 1)
-            if found and self._bad_start is not None:
-                self._stop_if_lost_from_the_start(found[0])
+                if not found[0].reached:
+                    vouch_for_start(self._context, found[0].reading.step - 1)
+                self._parts.bad_start.stop_if_lost(found[0])
             for one in found:
                 self._judge.handle(one)
                 if self._state.restored is not None:
@@ -191,16 +166,6 @@ class Guard:
             self._parts.skipper.return_gradients()  # needed if the optimizer's step raised
             self._parts.skipper.skipped.clear()
         return not found and not passed_over
-
-    def _stop_if_lost_from_the_start(self, found: FoundFault) -> None:
-        # Training may survive such a weight, and the batch itself may be bad.
-        context = self._context
-        if found.reading.finite or False in context.ranks.gather(context.replay.batch_finite()):
-            return
-        raise TrainingDivergedError(
-            f"{self._bad_start} holds NaN or Inf before the first update, so there is no good state to go back to. "
-            "Look at how it was initialised, or at the checkpoint it came from, and start again."
-        )
 
     def end_epoch(self) -> bool:
         """End the epoch: forget a batch that was opened but not run; return whether there was one."""
@@ -369,7 +334,8 @@ class Guard:
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
     def _healthy(self) -> None:
-        state, self._bad_start = self._state, None
+        state = self._state
+        self._parts.bad_start.forget()
         state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
             return  # the GradScaler skipped the update, so it says nothing about the state
@@ -411,7 +377,7 @@ class Guard:
         return self._state.step
 
     def say_where(self, on_disk: Callable[[], str]) -> None:
-        """Set the function that names the last good checkpoint in the error that ends a run."""
+        """Set the function that names, in lines, what lies on disk for the error that ends a run."""
         self._parts.recorder.on_disk = on_disk
 
     def state_dict(self) -> dict[str, Any]:

@@ -22,7 +22,7 @@ from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
-from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop
+from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop, Trial
 
 
 @final
@@ -66,25 +66,11 @@ class Interventions:
         # Undo first what the batch changed in the statistics of batch norm, so that it does not count as bad state.
         undo = fault.scope == "batch" and not found.reached
         before = self.runner.undo(found) if undo and found.undo is not None else {}
-        known = Evidence(
-            step=state.step,
-            healthy_steps=state.healthy_steps,
-            healthy_since_restore=state.healthy_since_restore,
-            bad_in_a_row=max(1, state.bad_in_a_row),
-            good_beside=state.good_beside,
-            undo=found.reached,
-        )
+        known = self._known(found)
         with self.batch_of(found) as at_hand:
             evidence, ranks = self.investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
-            # The learner is finite, so the validation data are most likely at fault: only record it.
-            suggestion = (
-                "the weights and buffers are finite, so the data or the code that gave this number are at fault. Look "
-                "for NaN and Inf in the data, and for operations that are not defined for all of its values."
-            )
-            confidence = context.thresholds.diagnosis.confidence.suspicion
-            finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
-            self.recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
+            self._record_only(found)
             return False
         if fault.scope == "learner" and not fault.certain and evidence.alone == "averages" and evidence.corrupt:
             # What is bad explains no suspicion of the learner, which the next reading raises again.
@@ -95,12 +81,7 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self.policy.decide(fault, evidence, before_plan)
         if not plan:
-            trial = evidence.trial
-            # A confirmed trial is followed by another one.
-            follows = self.investigator.trial_runs or (trial is not None and trial.lacks > 0)
-            tried = trial is not None
-            if not (fault.certain or (tried if fault.doubtful else follows)):
-                self.suspicions.tell(fault, reading, self._clock(found), tried=tried)
+            self._tell(found, evidence.trial)
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self.investigator.conclude(fault, batch=skipped)
@@ -111,6 +92,37 @@ class Interventions:
         stays = fault.scope == "learner" and state.restored is None
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
         return stays and reading.finite and reading.loss_finite and self._dismiss(found)
+
+    def _known(self, found: FoundFault) -> Evidence:
+        """The evidence that needs no investigation."""
+        state = self.context.state
+        return Evidence(
+            step=state.step,
+            healthy_steps=state.healthy_steps,
+            healthy_since_restore=state.healthy_since_restore,
+            bad_in_a_row=max(1, state.bad_in_a_row),
+            good_beside=state.good_beside,
+            undo=found.reached,
+        )
+
+    def _record_only(self, found: FoundFault) -> None:
+        """Record a fault that is none of the learner, which is finite: most likely the validation data are at fault."""
+        fault, context = found.fault, self.context
+        suggestion = (
+            "the weights and buffers are finite, so the data or the code that gave this number are at fault. Look "
+            "for NaN and Inf in the data, and for operations that are not defined for all of its values."
+        )
+        confidence = context.thresholds.diagnosis.confidence.suspicion
+        finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
+        self.recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
+
+    def _tell(self, found: FoundFault, trial: Trial | None) -> None:
+        """Tell the user of a suspicion that is left alone, unless a trial answers it."""
+        fault, tried = found.fault, trial is not None
+        # A confirmed trial is followed by another one.
+        follows = self.investigator.trial_runs or (trial is not None and trial.lacks > 0)
+        if not (fault.certain or (tried if fault.doubtful else follows)):
+            self.suspicions.tell(fault, found.reading, self._clock(found), tried=tried)
 
     def _dismiss(self, found: FoundFault) -> bool:
         return self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
@@ -185,7 +197,7 @@ class Interventions:
             reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
             self.recorder.stop(fault, reason, finding, clock, restored)
         if stop is not None and not context.settings.observe:
-            self.recorder.stop(fault, stop.reason, finding, clock, restored)
+            self.recorder.stop(fault, stop.reason, finding, clock, restored, stop.limit)
         self.recorder.tried(found.fault, words)
 
 

@@ -71,6 +71,11 @@ class Investigator:
         """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""
         return self._trials.hindrance(run=self._context.settings.act_on == "evidence")
 
+    def loss_shows_nothing(self) -> bool:
+        """Whether the loss is known not to show which weights are better. With ``act_on="certain"`` no batch is run."""
+        trace = self._replay.step_trace() if self._finite_compared else None
+        return trace is not None and trace.own_targets
+
     def state_dict(self) -> dict[str, Any]:
         """The state in plain containers."""
         return {
@@ -130,7 +135,7 @@ class Investigator:
             The evidence; and the ranks whose state or batch is not finite, if not all are concerned.
         """
         fault, reading = found.fault, found.reading
-        history = self._context.monitors.history(reading.optimizer_index) or ReadingHistory()
+        history = self._context.monitors.history(reading.optimizer_index)
         target = self._ring.good(history.loss_unit())
         leaves = self._learner.leaves()
         unchanged = [(key, before.get(key[1], leaf) if key[0] == "buffer" else leaf) for key, leaf in leaves]
@@ -191,11 +196,12 @@ class Investigator:
         if not (bad or fault.scope == "state"):
             return False
         averages = {key for key, _ in leaves if key[0] == "average"}
-        if self._ring.certified:
+        good = self._ring.last_certified
+        if good is not None:
             averages |= self._learner.untrained().keys()
-        if bad is not None and self._ring.certified and self._ranks.world == 1:
-            self._ring.certified[0].wait()
-            idle = self._learner.idle_statistics(self._ring.certified[0].leaves)
+        if bad is not None and good is not None and self._ranks.world == 1:
+            good.wait()
+            idle = self._learner.idle_statistics(good.leaves)
             # A batch whose statistics overflow may have changed the weights, too. NaN and a negative variance do not
             # come from a batch with a finite loss.
             averages |= {key for key, leaf in leaves if key in idle and not bool(torch.isinf(leaf).any())}
@@ -212,13 +218,13 @@ class Investigator:
         if fault.scope == "batch" and (known.batch_finite is False or known.batch_strange is True):
             return known
         growth = self.growth()
-        # Weights that are not finite need no comparison.
-        if target is None or known.corrupt is not None:
+        # Weights that are not finite need no comparison. A buffer may be bad because of a weight that is far too large.
+        if target is None or not (known.corrupt or "buffer ").startswith("buffer "):
             return replace(known, growth=growth)
         target = self._ranks.join_snapshot(target)
         jump = None if known.undo else first_over_ranks(self._ranks, self._jump(target))[0]
         known = replace(known, growth=growth, jump=jump)
-        if not self._compare_allowed:
+        if not self._compare_allowed or known.corrupt is not None:
             return known
         if fault.scope == "learner":
             return known if fault.proof == "none" else self._try(found, known, target)

@@ -37,9 +37,6 @@ class LateRedo:
         """Make the updates since the last good state again; return whether the fault was gone.
 
         If it was not, nothing has changed.
-
-        Args:
-            found: The fault.
         """
         snapshot, state = self._snapshot(found), self.context.state
         if snapshot is None or state.redo_since is None:
@@ -57,9 +54,9 @@ class LateRedo:
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:
         """The snapshot to begin at; ``None`` if the updates cannot be made again."""
-        fault, reading, certified = found.fault, found.reading, self.context.ring.certified
+        fault, reading, good = found.fault, found.reading, self.context.ring.last_certified
         if not (found.late and fault.certain and fault.scope == "batch") or reading.finite or reading.scaler_skips:
             return None
-        if not certified or certified[0].step >= reading.step or not self.steps.check.may_go_back(fault):
+        if good is None or good.step >= reading.step or not self.steps.check.may_go_back(fault):
             return None
-        return certified[0]
+        return good

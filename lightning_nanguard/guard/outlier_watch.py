@@ -78,7 +78,7 @@ class OutlierWatch:
             elif other is not None and self._shows_more_than_size(other):
                 self._advise("loss_outlier", "loss", other, "Look at the batch of that update")
 
-        newest = next(iter(self._context.ring.certified), None)
+        newest = self._context.ring.last_certified
         if newest is not None and newest.step != self._compared:
             self._compared = newest.step
             self._compare_averages(newest)
@@ -86,7 +86,7 @@ class OutlierWatch:
 
     def finish(self) -> None:
         """Look at the last updates of the run: a gradient norm or a learning rate far above those before it."""
-        limits, newest = self._limits, next(iter(self._context.ring.certified), None)
+        limits, newest = self._limits, self._context.ring.last_certified
         if newest is not None and not self._context.many:
             self._tell_of_statistics(dict(self._context.learner.weights()), newest)
         for norms in self._norms.values():

@@ -7,6 +7,7 @@ from typing import final
 
 from lightning_nanguard.act.skip import StepSkipper
 from lightning_nanguard.checkpoints.saving import SaveGuard
+from lightning_nanguard.guard.bad_start import BadStart
 from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.caution import Caution
 from lightning_nanguard.guard.certification import Certification
@@ -16,7 +17,6 @@ from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.outlier_watch import OutlierWatch
-from lightning_nanguard.guard.plan_runner import PlanRunner
 from lightning_nanguard.guard.rank_readback import Readback
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.recorder import InterventionRecorder
@@ -40,10 +40,10 @@ class GuardParts:
         skipper: Skips updates.
         snapshots: Takes and checks snapshots.
         plausibility: Finds tensors that are finite and far out of range.
+        bad_start: Knows what was not finite before the first update.
         certification: Decides when snapshots are taken and certified.
         investigator: Gathers evidence.
         judge: Separates healthy readings from faults.
-        runner: Carries plans out.
         recovery: Cuts the rate, clips, and ends both again.
         hyperparameters: Replaces invalid learning rates and other hyperparameters.
         outliers: Gives advice about single updates whose numbers are far from those around them.
@@ -61,10 +61,10 @@ class GuardParts:
     skipper: StepSkipper
     snapshots: SnapshotManager
     plausibility: PlausibilityCheck
+    bad_start: BadStart
     certification: Certification
     investigator: Investigator
     judge: ReadingJudge
-    runner: PlanRunner
     recovery: Recovery
     hyperparameters: HyperparameterWatch
     outliers: OutlierWatch

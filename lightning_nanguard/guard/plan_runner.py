@@ -134,12 +134,12 @@ class ActingRunner:
 
         If it is not, nothing has changed.
         """
-        state, certified = self.context.state, self.context.ring.certified
-        if state.redo_since is None or not certified or not state.redo_since(certified[0], None):
+        state, good = self.context.state, self.context.ring.last_certified
+        if state.redo_since is None or good is None or not state.redo_since(good, None):
             return False
         if self.plausibility.is_far(found.fault.place):
             return False  # the updates that were made again have the same bits
-        self.actions.redone(certified[0])
+        self.actions.redone(good)
         return True
 
     def _leave_good(self) -> None:

@@ -113,11 +113,7 @@ class Receipts:
             self._not_measured(known.global_step, self.context.state.step - known.step, reason)
 
     def after(self, readings: Sequence[Reading]) -> None:
-        """Continue the comparison after a healthy update.
-
-        Args:
-            readings: Its readings.
-        """
+        """Continue the comparison after a healthy update."""
         known = self._open
         if known is None:
             return
@@ -144,8 +140,7 @@ class Receipts:
         early = known.due < limits.updates
         newest = -(max(known.due, limits.updates) // limits.judged_part)
         run, without = known.run[newest:], known.without[newest:]
-        history = self.context.monitors.history(0)
-        judged = judge_receipt(run, without, None if history is None else history.first, limits)
+        judged = judge_receipt(run, without, self.context.monitors.history(0).first, limits)
         known.verdicts += [] if early else [judged.verdict]
         known.due = limits.updates if early else 2 * known.due
         if not judged.plain and known.verdicts[-limits.in_a_row :] != [judged.verdict] * limits.in_a_row:

@@ -9,13 +9,10 @@ from typing import Any, NoReturn, final
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
+from lightning_nanguard.record.stop_message import stop_message
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Fault, Finding, Intervention
-
-_MORE = (
-    "The records of the earlier interventions say more. Raise the limits of the budget if the run should have gone on."
-)
 
 
 @final
@@ -38,7 +35,7 @@ class InterventionRecorder:
         self._restored = -1, -1
         # For each kind of fault at each place, the finding with the highest confidence.
         self._surest: dict[tuple[str, str], Finding] = {}
-        # Names the last good checkpoint on disk, from which the run can be started again.
+        # Names what lies on disk, in lines: the last good checkpoint, and the command that tells the run.
         self.on_disk: Callable[[], str] = str
 
     def mark(self) -> None:
@@ -156,6 +153,7 @@ class InterventionRecorder:
         finding: Finding | None,
         clock: Clock,
         restored: Snapshot | None = None,
+        limit: str = "",
     ) -> NoReturn:
         """End the run. The error names the surest cause of faults like the last one, else of any fault.
 
@@ -165,6 +163,7 @@ class InterventionRecorder:
             finding: The cause of the fault.
             clock: The clock of the fault.
             restored: The snapshot that was restored; ``None`` if none was.
+            limit: The limit of the budget that ended the run; empty if none did.
 
         Raises:
             TrainingDivergedError: Always.
@@ -173,23 +172,12 @@ class InterventionRecorder:
         best = self.best_finding(fault)
         if finding is None or best is None or best.cause == finding.cause or not best.samples:
             finding = best  # otherwise the surest one names samples of another batch, and this fault has its own cause
-        global_step, epoch, batch_idx = clock
         to = None if restored is None else restored.global_step
-        good = "There is no good state to go back to." if to is None else f"The module holds the weights of step {to}."
         raise TrainingDivergedError(
-            f"Training cannot go on: {reason}. Step {global_step} (epoch {epoch}, batch {batch_idx}): {fault.message} "
-            f"({fault.kind}, {fault.place}). {_why(finding)}Tried before: {'; '.join(self._tried) or 'nothing'}. "
-            f"{good} {self.on_disk()}{_MORE}",
+            stop_message(reason, fault, clock, finding, self._tried, to, limit=limit, on_disk=self.on_disk()),
             fault=fault,
             reason=reason,
             tried=tuple(self._tried),
             snapshot_step=to,
             finding=finding,
         )
-
-
-def _why(finding: Finding | None) -> str:
-    if finding is None:
-        return "No cause was found: try a lower learning rate, and look at the batch. "
-    place = f" in {finding.place}" if finding.place else ""
-    return f"Most likely cause: {finding.cause}{place}: {finding.suggestion} "

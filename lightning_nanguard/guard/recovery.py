@@ -11,7 +11,6 @@ from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.act.clip_gradients import ClipGradients
 from lightning_nanguard.act.reduce_lr import ReduceLR
 from lightning_nanguard.decide.recovery import give_back, note_too_high
-from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.rehearsal import Rehearsal, Reviews
@@ -61,6 +60,8 @@ class Recovery:
         self._tried = False  # whether a trial has found the present rate
         self._reviews = Reviews(self._limits)
         self._clipping_since = 0
+        # Of a checkpoint: the cut rate and the clipping, which a guard that only observes hands on and does not apply.
+        self._not_applied: dict[str, Any] = {}
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead.
@@ -127,7 +128,7 @@ class Recovery:
         state, limits = self._state, self._limits
         if not (reduce.rehearse and self._reviews.due(state.healthy_steps)):
             return
-        history = self._context.monitors.history(0) or ReadingHistory()
+        history = self._context.monitors.history(0)
         before, ratio = self._rate.effective(), self._rate.ratio()
         if not before:
             return
@@ -178,6 +179,7 @@ class Recovery:
             "clipper": self._context.clipper.state_dict(),
             "rate": self._rate.state_dict(),
             "reviews": self._reviews.state_dict(),
+            **self._not_applied,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -185,6 +187,9 @@ class Recovery:
         self._clipping_since = int(state["clipping_since"])
         self._lowered = int(state.get("lowered", 0))
         self._tried = state.get("tried", False) is True
-        self._context.clipper.load_state_dict(state["clipper"])
-        self._rate.load_state_dict(state["rate"])
+        if self._context.settings.observe:
+            self._not_applied = {name: dict(state[name]) for name in ("clipper", "rate")}
+        else:
+            self._context.clipper.load_state_dict(state["clipper"])
+            self._rate.load_state_dict(state["rate"])
         self._reviews.load_state_dict(state["reviews"])

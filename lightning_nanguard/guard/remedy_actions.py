@@ -109,10 +109,10 @@ class RemedyActions:
         These are copies of the weights, parameters that no optimizer trains, and bad numbers of running statistics.
         Copies that the snapshot does not have are set to the weights.
         """
-        context, certified = self.context, self.context.ring.certified
+        context, certified = self.context, self.context.ring.last_certified
         learner, corrupt = context.learner, context.finite.corrupt
         place = "" if self._found is None else self._found.fault.place
-        snapshot = context.ranks.join_snapshot(certified[0]) if certified else None
+        snapshot = None if certified is None else context.ranks.join_snapshot(certified)
         if snapshot is not None:
             untrained = learner.untrained()
             bad = bad_averages(learner.leaves(), corrupt, place, untrained)
@@ -130,6 +130,7 @@ class RemedyActions:
 
     def redone(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
+        self.context.ring.drop_pending()  # its state is that of the updates before
         self.context.state.restored, self.context.state.redone = snapshot, True
         self._forget(snapshot)
 
@@ -175,6 +176,11 @@ class RemedyActions:
         self.skipper.skipped.clear()  # rehearsed updates must be made
         loss = self.rehearsal.loss_after(restored, factor, updates)
         return None if loss is None else loss / self.context.monitors.loss_unit()
+
+    def rate_factor_of_restored(self) -> float:
+        """Factor that leads to the learning rate at which the restored state was taken; 1 if it is not known."""
+        restored, now = self.context.state.restored, self.context.rate.first()
+        return restored.rate / now if restored is not None and restored.rate and now else 1.0
 
     def rehearsal_batches(self) -> int:
         """Number of batches on which rates can be tried."""

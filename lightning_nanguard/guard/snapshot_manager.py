@@ -260,7 +260,8 @@ class SnapshotManager:
             self._ring.drop_pending()
             return
         bad = bad_averages(averages.items(), self._finite.corrupt, place, untrained)
-        newest = self._ring.certified[0].leaves if self._ring.certified else {}
+        certified = self._ring.last_certified
+        newest = {} if certified is None else certified.leaves
         for key in [key for key in averages if average_of(key, untrained) in bad]:
             if key in newest:
                 pending.leaves[key] = clone(newest[key], None)
@@ -284,9 +285,10 @@ class SnapshotManager:
 
     def _check(self, pending: Snapshot) -> Fault | None:
         pending.typical = self._screen.typical
-        before = self._ring.certified[0].typical if self._ring.certified else {}
+        certified = self._ring.last_certified
+        before = {} if certified is None else certified.typical
         self.placement.unchanged = {key for key, size in pending.typical.items() if before.get(key) == size}
-        if not self._ring.certified:
+        if certified is None:
             self._plausibility.moments.exempt(self._moments)
         return self._fault_in(pending.leaves, self._screen, self._moments, pending)
 

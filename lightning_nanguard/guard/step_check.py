@@ -63,9 +63,8 @@ class StepCheck:
 
     def together(self) -> bool:
         """Whether several ranks make steps again together: with whole parameters, one optimizer and no GradScaler."""
-        context, learner = self.context, self.context.learner
-        plain = len(learner.optimizers) == 1 and not learner.quasi_newton and learner.scaler is None
-        return context.many and not (context.ranks.sharded or context.settings.observe) and plain
+        context = self.context
+        return context.many and not (context.ranks.sharded or context.settings.observe) and context.learner.is_plain
 
     def reads_in_time(self) -> bool:
         """Whether the next update is read before it is made."""

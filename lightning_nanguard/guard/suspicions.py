@@ -14,6 +14,8 @@ from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.types import Evidence, Fault, Finding, Reading
 
+_REMEDIES = "Lower the learning rate, clip gradients, or look at that batch"
+
 
 @final
 @dataclass(eq=False)
@@ -58,7 +60,8 @@ class Suspicions:
     def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False, ended: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
 
-        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause.
+        A doubtful one is told only if the loss is above the first one of the run and the weights show the cause. If the
+        loss does not show which weights are better, a suspicion of the learner is told only if the weights show it.
 
         Args:
             fault: The suspicion.
@@ -70,9 +73,9 @@ class Suspicions:
         if fault.doubtful and not self._above_first(fault, reading.optimizer_index) > 0:
             return
         found = self._shown_by_weights(fault) or self._moved_outside(fault)
-        if fault.doubtful and found is None:
+        if found is None and (fault.doubtful or (fault.scope == "learner" and self.investigator.loss_shows_nothing())):
             return
-        self.remember(fault, clock, "finite, so nothing was done", "Clip gradients, or look at that batch")
+        self.remember(fault, clock, "finite, so nothing was done", _REMEDIES)
         if found is not None:
             suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried, ended=ended)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)
@@ -147,10 +150,10 @@ class Suspicions:
         nothing = "Nothing was changed: every number is finite"
         if tried:
             return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
+        if ended and self.context.settings.act_on == "evidence":
+            return f"{nothing}, and the fit ended before a trial could show more."
         if self.investigator.trial_runs:
             return f"{nothing}, and a trial of lower learning rates is running."
-        if ended and self.context.settings.act_on == "evidence":
-            return f"{nothing}, and the fit ended before the next trial was due."
         hindrance = self.investigator.hindrance()
         if fault.doubtful and not hindrance and self.context.settings.act_on == "evidence":
             return f"{nothing}, and no trial is due yet."
@@ -168,7 +171,7 @@ class Suspicions:
         had learned far more than they span has lost it.
         """
         history, above = self.context.monitors.history(optimizer_index), self._above_first(fault, optimizer_index)
-        if history is None or above <= 0:
+        if above <= 0:
             return True
         newest = history.losses(self.context.thresholds.detection.diverging_loss.readings)
         if len(newest) < 2:
@@ -178,8 +181,7 @@ class Suspicions:
 
     def _above_first(self, fault: Fault, optimizer_index: int) -> float:
         """How far the loss of a fault is above the first loss of the run; 0 if one of them is not known."""
-        history = self.context.monitors.history(optimizer_index)
-        first = None if history is None else history.first
+        first = self.context.monitors.history(optimizer_index).first
         return 0.0 if fault.value is None or first is None else fault.value - first
 
     def _shown_by_weights(self, fault: Fault) -> Finding | None:

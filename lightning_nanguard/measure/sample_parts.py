@@ -27,7 +27,7 @@ def is_separable(batch: Any, count: int) -> bool:
     return bool(tensors) and all(is_plain(one) and one.dim() > 0 and len(one) == count for one in tensors)
 
 
-def part_of(batch: Any, indices: Sequence[int]) -> Any:
+def select_samples(batch: Any, indices: Sequence[int]) -> Any:
     """The batch that the loader would have made from some of the samples.
 
     Args:
@@ -45,6 +45,26 @@ def part_of(batch: Any, indices: Sequence[int]) -> Any:
         return type(value)(value[one] for one in chosen) if whole else value
 
     return _picked(mapped(batch, pick), pick)
+
+
+def among(batch: Any, others: Any) -> Any:
+    """A batch of the first sample of a separable batch and all samples of another; ``None`` if these do not fit.
+
+    Example:
+        >>> among([torch.ones(1, 2)], [torch.zeros(2, 2)])
+        [tensor([[1., 1.],
+                [0., 0.],
+                [0., 0.]])]
+    """
+    theirs = dict(named_tensors(others))
+    count = next((len(tensor) for tensor in theirs.values() if tensor.dim()), 0)
+    made = select_samples(batch, [0] * (count + 1))
+    for name, tensor in named_tensors(made):
+        other = theirs.get(name)
+        if other is None or not is_plain(other) or other.shape != (count, *tensor.shape[1:]):
+            return None
+        tensor[1:] = other
+    return made
 
 
 def _picked(value: Any, pick: Any) -> Any:

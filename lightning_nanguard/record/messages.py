@@ -44,20 +44,28 @@ def tell(intervention: Intervention) -> str:
         lines += [f"sample{'s' * (len(finding.samples) > 1)}: {origin}"] if origin else []
     elif intervention.cause:
         lines.append(f"why: {in_words(intervention.cause)}")
+    elif not intervention.applied and _AFTER_A_FAULT & set(intervention.remedies):
+        lines.append("why: not known (with observe=True no batch is run again)")
     lines.append(f"done: {_done(intervention)}")
     if advice:
-        lines.append(f"to do: {advice}{_rate_to_start_with(intervention)}")
+        lines.append(f"to do: {advice}{_rate_to_use(intervention)}")
     return "\n  ".join(map(printable, lines))
 
 
-def _rate_to_start_with(intervention: Intervention) -> str:
+def _rate_to_use(intervention: Intervention) -> str:
+    """The one rate that is proposed: that at which the run goes on, else the best one of a trial; empty without one."""
     before, after, finding = intervention.lr_before, intervention.lr_after, intervention.finding
-    if before is None or after is None or not after < before or finding is None or "lr" not in finding.evidence:
-        return ""  # the rate was not lowered, or something else is to blame
+    if finding is None or "lr" not in finding.evidence:
+        return ""  # something else is to blame
+    if before is None or after is None or not after < before:
+        rate, factor = finding.evidence["lr"], finding.evidence.get("tried_rate_factor")
+        if isinstance(rate, float) and isinstance(factor, float) and factor < 1:
+            return f" A trial learned more at {rate * factor:.2g}."
+        return ""
     largest = finding.evidence.get("largest_rate")
     if isinstance(largest, float) and after > largest:
         return f" This run goes on at {after:.4g}, and lowers the rate further if that is not enough."
-    return f" This run goes on at {after:.4g}: begin the next one at about this rate."
+    return f" This run goes on at {after:.4g}: use about this rate in the next one."
 
 
 def tell_again(intervention: Intervention) -> str:
@@ -93,6 +101,12 @@ def _reason_and_advice(suggestion: str) -> tuple[str, str]:
     reason, *advice = re.split(r"(?<=[^.])\.\s+(?=[A-Z])", " ".join(suggestion.split()), maxsplit=1)
     return reason.rstrip(". "), advice[0] if advice else ""
 
+
+_AFTER_A_FAULT = frozenset({"skip", "restore", "stop"})
+"""Remedies for a fault whose cause is looked for."""
+
+_CORRECTIONS = frozenset({"scale", "clip", "reset moments"})
+"""Remedies that change how updates are made."""
 
 _PHRASES = {
     "skip": ("skipped the batch", "skipped the batch"),
@@ -138,6 +152,9 @@ def _done(intervention: Intervention) -> str:
     rise = f": {rate}" if known else ""
     told = {word: both[not applied].format(to=to, lr=rate, rise=rise).strip() for word, both in phrases.items()}
     parts = [told.get(word, word) for word in words]
+    by_itself = intervention.finding is not None and intervention.finding.scope == "state"
+    if by_itself and _CORRECTIONS & set(words) and "restore" in words:
+        parts.append("in case the updates are the cause")
     text = ", ".join(parts) or ("did nothing" if applied else "done nothing")
     return text if applied else f"would have {text}"
 

@@ -11,21 +11,28 @@ from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import ActOn
 
 TO_DO = (
-    "read why the first of them was skipped (nanguard explain). If the data are bad, clean them. If an operation makes "
-    "NaN of good data, correct it. If good batches with finite numbers were skipped, give their detector a larger "
-    "limit, as in GradientSpike(ratio=…)"
+    "{read}. If the data are bad, clean them. If an operation makes NaN of good data, correct it. If good batches with "
+    "finite numbers were skipped, give their detector a larger limit, as in GradientSpike(ratio=…)"
 )
-"""What to do if most updates were skipped."""
+"""What to do if most updates were skipped; ``read`` says where it is written why they were."""
+
+_READ = "read why the first of them was skipped (nanguard explain)"
 
 _ACTIONS = {
-    "skip": ("batch skipped", "batches skipped"),
+    "stop": ("stop", "stops"),
     "restore": ("rollback", "rollbacks"),
-    "restore averages": ("restored average", "restored averages"),
-    "restore scale": ("restored loss scale", "restored loss scales"),
     "scale": ("change of the learning rate", "changes of the learning rate"),
     "clip": ("change of gradient clipping", "changes of gradient clipping"),
     "reset moments": ("reset of the optimizer's state", "resets of the optimizer's state"),
+    "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
+    "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
+    "skip": ("batch skipped", "batches skipped"),
+    "keep good samples": ("update made from the good samples", "updates made from the good samples"),
+    "leave out": ("micro-batch left out", "micro-batches left out"),
     "undo": ("batch undone", "batches undone"),
+    "redo": ("fault removed by making steps again", "faults removed by making steps again"),
+    "restore averages": ("restored average", "restored averages"),
+    "restore scale": ("restored loss scale", "restored loss scales"),
     "resume": ("resume from another checkpoint", "resumes from another checkpoint"),
     "rewrite": ("checkpoint written with the last good state", "checkpoints written with the last good state"),
     "hold rate": ("learning rate replaced by the last valid one", "learning rates replaced by the last valid ones"),
@@ -33,13 +40,8 @@ _ACTIONS = {
         "value of a parameter group replaced by the last valid one",
         "values of parameter groups replaced by valid ones",
     ),
-    "give back": ("rise of the learning rate after a cut", "rises of the learning rate after a cut"),
-    "end clipping": ("end of gradient clipping", "ends of gradient clipping"),
-    "redo": ("fault removed by making steps again", "faults removed by making steps again"),
-    "leave out": ("micro-batch left out", "micro-batches left out"),
-    "keep good samples": ("update made from the good samples", "updates made from the good samples"),
-    "stop": ("stop", "stops"),
 }
+"""What was done, in the order in which the summary has it: what matters most for the run first."""
 
 
 def summary(
@@ -83,17 +85,22 @@ def summary(
     watched = (
         f'NaNGuard: {hardly + ". " if hardly else ""}{counted(updates, "update")} watched{here} (act_on="{act_on}")'
     )
+    if observe and "stop" in (remedies or {}):
+        remedies = {**(remedies or {}), "stop": 1}  # the first one would have ended the run
     total = sum((faults or {}).values())
     advised = f"; advice: {', '.join(sorted(map(in_words, set(advice))))}" if advice else ""
-    all_in_all = f"{f'; {trials}' if trials else ''}{_whole(whole)}{f'; what to do: {TO_DO}' if hardly else ''}"
+    to_do = f"; what to do: {TO_DO.format(read=_READ)}" if hardly else ""
+    all_in_all = f"{f'; {trials}' if trials else ''}{_whole(whole)}{to_do}"
     where = f"; read more with: nanguard explain {shlex.quote(os.fspath(path))}" if path is not None else ""
     if not total:
         told = advice or trials or (whole is not None and whole[1] > 0)
         return printable(f"{watched}, no interventions{rate}{advised}{all_in_all}{where if told else ''}")
     # Sorted, so that the line does not depend on the order of the faults.
     met = ", ".join(f"{in_words(kind)} {count:,}" for kind, count in sorted((faults or {}).items(), key=_most_first))
-    used = sorted((remedies or {}).items(), key=_most_first)
-    done = ", ".join(counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}"))) for word, count in used)
+    done = ", ".join(
+        counted(count, *_ACTIONS.get(word, (f"× {word}", f"× {word}")))
+        for word, count in sorted((remedies or {}).items(), key=_most_important_first)
+    )
     acted = f"{'; not done: ' if observe else ': '}{done}" if done else ""
     noun = "fault found, only observed" if observe else "intervention"
     nouns = "faults found, only observed" if observe else "interventions"
@@ -124,6 +131,11 @@ def _whole(whole: tuple[int, int] | None) -> str:
     if whole is None:
         return ""
     return f"; in the whole run: {counted(whole[0], 'update')}, {counted(whole[1], 'intervention')}"
+
+
+def _most_important_first(item: tuple[str, int]) -> tuple[int, int, str]:
+    word, count = item
+    return list(_ACTIONS).index(word) if word in _ACTIONS else len(_ACTIONS), -count, word
 
 
 def _most_first(item: tuple[str, int]) -> tuple[int, str]:

@@ -117,6 +117,11 @@ class RunData:
         return mostly_skipped(skipped, self.updates)
 
     @property
+    def first_skipped(self) -> int | None:
+        """``global_step`` of the first skipped update; ``None`` if none was skipped."""
+        return next((one.global_step for one in self.interventions if "skip" in one.remedies and one.applied), None)
+
+    @property
     def kept(self) -> list[CurvePoint]:
         """The points of its curves without the losses of updates that the guard skipped or undid."""
         removed = {one.global_step for one in self.interventions if one.applied and _NOT_KEPT & set(one.remedies)}

@@ -19,7 +19,7 @@ from lightning_nanguard.report.data import RunData
 from lightning_nanguard.report.figure import draw, to_svg
 from lightning_nanguard.report.recorded import loss_around
 from lightning_nanguard.thresholds.report import REPORT
-from lightning_nanguard.types import SUSPICION, Intervention, Kind
+from lightning_nanguard.types import SUSPICION, Advice, Intervention, Kind
 
 _STYLE = """
 :root { color-scheme: light dark; --ground: #fff; --text: #1c2430; --soft: #f3f5f8; --line: #d9dee6;
@@ -100,9 +100,11 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     count = counted(len(data.interventions), "intervention")
     losses = [one.loss for one in data.kept if one.loss is not None]
     if data.stopped:
-        return f"Lost: the guard stopped the run after {count}, with the last good weights in place.", False
+        step = data.interventions[-1].snapshot_step
+        left = "there was no certified snapshot" if step is None else f"the module has the weights of step {step}"
+        return f"Lost: the guard stopped the run after {count}; {left}.", False
     if data.interventions and not any(one.applied for one in data.interventions):
-        return f"Only observed: the guard would have made {count}.", True
+        return f"Only observed: {counted(len(data.interventions), 'fault')}, and nothing was changed.", True
     if data.log is not None and not data.end and not data.alive:
         return f"Killed: the run did not reach its end; {count} before that.", False
     if data.mostly_skipped:
@@ -120,10 +122,16 @@ def verdict(data: RunData) -> tuple[str, bool | None]:
     first, last = data.losses_at_ends()
     if not data.alive and first is not None and last is not None and last > first:
         return f"Ended: {count}, and the loss is higher at the end than at the start.", None
-    suspected = sorted({in_words(one.finding.cause) for one in data.advice if one.occasion == SUSPICION})
+    suspected = sorted({in_words(one.finding.cause) for one in data.advice if _is_open(one, data)})
     if suspected and not data.alive:
         return f"Ended: {count}, and there is advice about {', '.join(suspected)}.", None
     return f"{'Kept alive so far' if data.alive else 'Saved'}: {count}.", True
+
+
+def _is_open(advice: Advice, data: RunData) -> bool:
+    """Whether advice is a suspicion that no later rollback answers."""
+    rollbacks = [one for one in data.interventions if "restore" in one.remedies and "redo" not in one.remedies]
+    return advice.occasion == SUSPICION and not any(advice.global_step < one.global_step for one in rollbacks)
 
 
 def heading(sentence: str, good: bool | None) -> str:
@@ -156,8 +164,9 @@ def _headline(data: RunData) -> str:
     if isinstance(multiplier, (int, float)) and multiplier != 1:
         numbers.append((f"{multiplier:.4g}", "times the scheduled rate at the end"))
     items = "".join(f"<li><b>{escaped(value)}</b>{escaped(label)}</li>" for value, label in numbers)
-    to_do = f"<p>What to do: {escaped(TO_DO)}.</p>" if data.mostly_skipped else ""
-    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>{to_do}{_resumed(data)}'
+    to_do = TO_DO.format(read=f"see step {data.first_skipped} below")
+    advised = f"<p>What to do: {escaped(to_do)}.</p>" if data.mostly_skipped else ""
+    return f'{heading(*verdict(data))}\n{_which(data)}\n<ul class="numbers">{items}</ul>{advised}{_resumed(data)}'
 
 
 def _resumed(data: RunData) -> str:

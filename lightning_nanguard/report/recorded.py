@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_nanguard.report.data import RunData
 from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import Intervention
@@ -17,7 +19,7 @@ def loss_around(intervention: Intervention, data: RunData) -> list[str]:
     before, after = data.losses_around(intervention)
     if before is None or after is None:
         return []
-    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {REPORT.rows_around} points)"]
+    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {REPORT.rows_around} recorded losses)"]
 
 
 def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
@@ -31,7 +33,9 @@ def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
     norms = data.norms_at(intervention)
     if norms is not None and len(norms.updates) > 1:
         known = {name: [one for one in values if one is not None] for name, values in norms.layers.items()}
-        told = [f"{name} {one[0]:.3g} → {one[-1]:.3g}" for name, one in known.items() if len(one) > 1]
+        # What was not finite before says nothing about the change.
+        changed = {name: one for name, one in known.items() if len(one) > 1 and math.isfinite(one[0])}
+        told = [f"{name} {one[0]:.3g} → {one[-1]:.3g}" for name, one in changed.items()]
         if told:
             more = len(told) - REPORT.layers_in_text
             rest = f", and {more:,} more" if more > 0 else ""

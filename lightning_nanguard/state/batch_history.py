@@ -297,10 +297,9 @@ class BatchHistory:
         """The micro-batches of all updates after ``update``."""
         return [one for one in self._micros if one.update > update]
 
-    def newest(self, updates: int = 1) -> list[MicroBatch]:
-        """The micro-batches of the last updates."""
-        known = sorted({one.update for one in self._micros})[-updates:]
-        return [one for one in self._micros if one.update in known]
+    def newest(self) -> list[MicroBatch]:
+        """The micro-batches of the last update."""
+        return self.of(self._micros[-1].update) if self._micros else []
 
     def clear(self) -> None:
         """Drop the micro-batches of a finished update, if those of no earlier update are needed."""

@@ -99,7 +99,7 @@ class BatchUndo:
 
     def _open_buffers(self) -> None:
         buffers = [buffer for _, _, owned in self._owners for buffer in owned.values()]
-        changed = [name for name, buffer, version in self._watched if buffer._version != version]
+        changed = self.written()
         if any(buffer._version != version for buffer, _, version in self._odd):
             self._odd = [_odd_copy(buffer) for buffer, _, _ in self._odd]
         if changed or self._thorough or not self._is_planned(buffers):
@@ -292,11 +292,7 @@ def is_undone(metric: Metric) -> bool:
 
 @final
 class _MetricMemory:
-    """Stores the states of a metric, and copies them only if they have changed since the last copy.
-
-    Args:
-        metric: The metric.
-    """
+    """Stores the states of a metric, and copies them only if they have changed since the last copy."""
 
     __slots__ = ("_marks", "_states", "metric")
 

@@ -119,6 +119,11 @@ class Learner:
         self._partitions = partitions
         self._frozen = frozenset(id(one) for one in module.parameters() if not one.requires_grad)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether an update is one step of one optimizer, with one evaluation of its closure and no GradScaler."""
+        return len(self.optimizers) == 1 and not self.quasi_newton and self.scaler is None
+
     def weights(self) -> Iterator[tuple[StateKey, Tensor]]:
         """Parameters, and buffers including those that are not persistent."""
         own = self._partitions
@@ -275,8 +280,7 @@ class Learner:
         names = self.parameter_names()
         for prefix, state in states_of(optimizer, index):
             for parameter, entry in state.items():
-                name = names.get(id(parameter), f"#{id(parameter)}")
-                yield from _leaves((*prefix, name), entry)
+                yield from _leaves((*prefix, name_in_keys(names, parameter)), entry)
         for number, group in enumerate(optimizer.param_groups):
             for key, value in group.items():
                 if key not in CLOCK_KEYS:
@@ -335,6 +339,16 @@ class Learner:
         for owner, tensors in self._averages().items():
             for name, tensor in tensors.items():
                 yield ("average", owner, name), tensor
+
+
+def name_in_keys(names: Mapping[int, str], parameter: Tensor) -> str:
+    """The name of a parameter in state keys. One that the module does not have is named by its identity.
+
+    Args:
+        names: The names of :meth:`Learner.parameter_names`.
+        parameter: The parameter.
+    """
+    return names.get(id(parameter), f"#{id(parameter)}")
 
 
 def describe(key: StateKey) -> str:

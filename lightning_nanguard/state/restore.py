@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import OutOfMemory
-from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, StateKey, describe, states_of, unwrapped
+from lightning_nanguard.state.learner import CLOCK_KEYS, Learner, StateKey, describe, name_in_keys, states_of, unwrapped
 from lightning_nanguard.state.snapshot import Snapshot, capture, clone, copy_all, fits, put, writable
 from lightning_nanguard.thresholds.fixed import LEAST_LOSS_SCALE
 
@@ -28,7 +28,7 @@ def is_weight(key: StateKey) -> bool:
 
 
 def restore(
-    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] | None = None
+    learner: Learner, snapshot: Snapshot, *, keep: Callable[[StateKey], bool] = lambda key: True
 ) -> tuple[StateKey, ...]:
     """Restore the learner from a snapshot, in place.
 
@@ -44,7 +44,6 @@ def restore(
         Keys of the weights and buffers that both have but that could not be restored, because their shape has changed.
     """
     snapshot.wait()
-    keep = _everything if keep is None else keep
     saved = {key: leaf for key, leaf in snapshot.leaves.items() if keep(key)}
     pairs, failed = _restore_weights(learner, saved)
     names = learner.parameter_names()
@@ -62,10 +61,6 @@ def restore(
     if learner.scaler is not None and snapshot.scaler and keep(("scaler",)):
         restore_scaler(learner.scaler, snapshot.scaler)
     return failed
-
-
-def _everything(key: StateKey) -> bool:
-    return True
 
 
 def weights_if_room(
@@ -207,7 +202,7 @@ def _restore_state(
             wanted.setdefault(name, {})[key] = value, snapshot.homes.get(state_key)
     pairs: list[_Pair] = []
     for parameter in stepped:
-        name = names.get(id(parameter), f"#{id(parameter)}")
+        name = name_in_keys(names, parameter)
         entries, own = wanted.get(name, {}), state.get(parameter, {})
         left_out = {key for key in own if (*prefix, name, key) in snapshot.left_out}
         if not entries and not left_out:

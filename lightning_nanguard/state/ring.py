@@ -33,9 +33,23 @@ class Ring:
         """A state trained beside the run, from which the run has continued; ``None`` once a newer one is certified."""
         self._spare: Snapshot | None = None
 
+    @property
+    def last_certified(self) -> Snapshot | None:
+        """The newest certified snapshot; ``None`` without one."""
+        return self.certified[0] if self.certified else None
+
+    @property
+    def latest(self) -> Snapshot | None:
+        """The pending snapshot, or else the newest certified one; ``None`` if there is neither."""
+        return self.pending or self.last_certified
+
+    def all(self) -> list[Snapshot]:
+        """The certified snapshots, newest first, and then the pending one."""
+        return self.certified + ([] if self.pending is None else [self.pending])
+
     def origin(self) -> Snapshot | None:
         """The state that the present one was trained from, and is compared with; ``None`` if nothing was certified."""
-        return self.beside or next(iter(self.certified), None)
+        return self.beside or self.last_certified
 
     @property
     def certify_after(self) -> int:

@@ -144,7 +144,7 @@ class SnapshotPlacement:
 
     def _room(self, one: SnapshotSize) -> Room:
         device, limits = self._learner.device, self._limits
-        kept = [*self._ring.certified, *filter(None, (self._ring.pending,))]
+        kept = self._ring.all()
         held = sum(snapshot.nbytes() for snapshot in kept if not snapshot.homes)
         in_host = sum(SnapshotSize.of(snapshot.leaves, device).in_host for snapshot in kept if snapshot.homes)
         share = 1 / max(1, len(one.beside))
@@ -182,9 +182,8 @@ class SnapshotPlacement:
     def _to_host(self) -> None:
         if self._alone:  # the device needs the room: only the newest certified state is moved
             self._ring.shed()
-        for snapshot in (*self._ring.certified, self._ring.pending):
-            if snapshot is not None:
-                self._move(snapshot)
+        for snapshot in self._ring.all():
+            self._move(snapshot)
 
     def _move(self, snapshot: Snapshot) -> None:
         device = self._learner.device

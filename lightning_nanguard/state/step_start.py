@@ -142,12 +142,7 @@ class StepMemory:
         return self._attributes.now()
 
     def open(self, batch: Any, random: RandomState) -> StepStart:
-        """Store what the next step begins from.
-
-        Args:
-            batch: Its batch.
-            random: The random streams.
-        """
+        """Store what the next step begins from."""
         limits, count = self._limits, self._opened
         self._opened += 1
         checked = is_checked(count, limits.checked_every)

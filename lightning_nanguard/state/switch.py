@@ -17,9 +17,6 @@ class StateSwitch:
     :func:`~lightning_nanguard.state.snapshot.capture` and :func:`~lightning_nanguard.state.restore.restore` compare
     every tensor with its copy, which takes far longer than to copy a small tensor. A switch binds each snapshot that it
     stores to the tensors it was copied from. As long as the learner consists of the same tensors, it only copies them.
-
-    Args:
-        learner: The learner.
     """
 
     def __init__(self, learner: Learner) -> None:

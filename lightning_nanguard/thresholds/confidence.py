@@ -27,6 +27,9 @@ class Confidences:
         unnormalised: Inputs are large, and nothing else is known.
         operation: A logarithm, exponential or division got a number that it is not defined for.
         unknown_operation: The operation that gave the first non-finite value is known, and no rule fits.
+        changed_gradient: The operations of the step give a good gradient, and code after them a bad one. It is below
+            that of an operation, which another rank may have found.
+        unexplained: Nothing bad was found, and the batch was not run again.
         random_draw: The fault is gone with other random numbers.
         non_finite_from_start: No loss was ever finite, and a buffer is not.
         unbounded_loss: Targets for which the loss has no lower bound.
@@ -46,6 +49,8 @@ class Confidences:
         gradient_initial: The gradient of an untrained model grows toward the input.
         rate_trial: A trial of a lower rate, or the growth of the weights or the loss, blames the learner.
         rate_diverged: Other signs show that the learner diverged.
+        rate_unseen: The guard blames the learner for a large gradient or large weights, and no batch can be run again.
+            It is below that of samples that are far too large, so that the rate is not cut because of these.
         rate_worse: Only the comparison with the last good weights supports it.
         rate_above_limit: In addition, the rate is above the one that the curvature allows.
         unstable: The learner diverged, and a momentum or a weight decay alone makes it diverge.
@@ -94,6 +99,8 @@ class Confidences:
     unnormalised: float = 0.5
     operation: float = 0.85
     unknown_operation: float = 0.3
+    changed_gradient: float = 0.25
+    unexplained: float = 0.1
     random_draw: float = 0.96
     non_finite_from_start: float = 0.92
     unbounded_loss: float = 0.85
@@ -113,6 +120,7 @@ class Confidences:
     gradient_initial: float = 0.75
     rate_trial: float = 0.8
     rate_diverged: float = 0.9
+    rate_unseen: float = 0.72
     rate_worse: float = 0.6
     rate_above_limit: float = 0.91
     unstable: float = 0.98

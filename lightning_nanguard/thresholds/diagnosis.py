@@ -130,6 +130,8 @@ class LearnerThresholds:
             is ill-conditioned.
         rate_likely: Confidence in the rate at which a rate above its limit raises the confidence. With less confidence,
             a single steep batch may be the reason.
+        lowered_in_vain: Factor by which the guard has lowered the rate since the same fault, at which the rate is not
+            the cause if no weight grew.
         usual_sgd: A usual learning rate and weight decay of SGD (those of ResNets on ImageNet, to a factor of five). If
             the two together make weights grow, the one that is farther above is at fault.
         usual_adamw: The same for AdamW (the defaults of ``torch.optim.AdamW``).
@@ -146,6 +148,7 @@ class LearnerThresholds:
     rate_far_above: float = 4.0
     uneven_curvature: float = 100.0
     rate_likely: float = 0.7
+    lowered_in_vain: float = 100.0
     usual_sgd: tuple[float, float] = (0.1, 5e-4)
     usual_adamw: tuple[float, float] = (1e-3, 1e-2)
 

@@ -5,6 +5,9 @@ from __future__ import annotations
 LEAST_LOSS_SCALE = 2.0**-126
 """Smallest scale of a GradScaler, the smallest normal 32-bit number. A smaller one has no 32-bit inverse."""
 
+HALF_SCALE = 2.0**-16
+"""Factor on a loss whose gradient overflows in float16, to find out whether float32 holds it: 65,504 becomes 4.3e9."""
+
 LARGEST_WITH_SQUARE = 1.844e19
 """Largest number whose square a 32-bit number can hold. The norm of a larger gradient, and second moments, overflow."""
 

@@ -94,9 +94,6 @@ class Arguments:
 def switched(arguments: Arguments) -> Arguments | None:
     """A guard's arguments after the environment variable was applied; ``None`` if the guard is off.
 
-    Args:
-        arguments: The user's arguments.
-
     Raises:
         ValueError: If the environment variable has another value.
     """

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from statistics import fmean
 from typing import Any, final
 
-import torch
 from torch import Tensor
 from torch.nn import Parameter
-from torch.optim import Optimizer
 
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
 from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer, copies_of, put_back
-from lightning_nanguard.distributed.collectives import ForbidCollectives
-from lightning_nanguard.distributed.ranks import Ranks, mean_over_ranks
+from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.attributes import reach
@@ -27,20 +23,12 @@ from lightning_nanguard.state.batch_history import BatchHistory, MicroBatch
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.batches import BatchesThresholds
+from lightning_nanguard.trainer.batch_runs import BatchRuns
 from lightning_nanguard.trainer.private.clock import set_clock
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
-from lightning_nanguard.trainer.private.training_step import (
-    alone,
-    clip_as_configured,
-    forward_backward,
-    loss_with_graph,
-    run_training_step,
-)
-from lightning_nanguard.trainer.private.untraced import unlogged, untraced
-from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
-
-_logger = logging.getLogger("lightning_nanguard")
+from lightning_nanguard.trainer.private.training_step import BareStep
+from lightning_nanguard.trainer.private.untraced import untraced
 
 
 @final
@@ -74,9 +62,11 @@ class TrainerBatchReplay:
         self._module = module
         self._learner = learner
         self._ranks = ranks
-        self._clipper = clipper
         self._delay = delay
         self._limits = thresholds
+        # Runs a batch once, without restoring anything but the containers of the batch.
+        self.step = BareStep(trainer, thresholds.repeated)
+        self._runs = BatchRuns(trainer, module, learner, ranks, clipper, self.step)
         self._distrusted = -1
         # Index of the micro-batch to diagnose, if only one of the window is bad.
         self.suspect: int | None = None
@@ -98,11 +88,7 @@ class TrainerBatchReplay:
 
     @contextmanager
     def suspecting(self, batch_idx: int) -> Iterator[None]:
-        """Inside, one micro-batch of the present window is known to be the bad one.
-
-        Args:
-            batch_idx: Its index.
-        """
+        """Inside, one micro-batch of the present window is known to be the bad one."""
         before = self.batch_idx
         self.suspect = self.batch_idx = batch_idx
         try:
@@ -136,7 +122,7 @@ class TrainerBatchReplay:
 
     def batch_finite(self) -> bool | None:
         """Whether the micro-batches of the present update are finite where the healthy ones before it are."""
-        batches = [micro.batch for micro in self._shown or self.batches.newest()]
+        batches = [micro.batch for micro in self._at_hand()]
         finite = batch_finite(batches)
         if finite is not False:
             return finite
@@ -166,11 +152,10 @@ class TrainerBatchReplay:
         """
         if not self._repeatable():
             return None
-        run = partial(run_training_step, self._trainer, self.batch, self.batch_idx)
-        return self._attempt(partial(self._rehearsed, run, redrawn=redrawn), self.batch)
+        return self._runs.loss(self.batch, self.batch_idx, self._rehearsal(redrawn=redrawn))
 
     def step_trace(self) -> StepTrace | None:
-        """What was found when the first batch asked for was traced; ``None`` if it cannot be run, or memory is short."""
+        """What was found when the first batch asked for was traced; ``None`` if it could not be run again."""
         if self._trace is None and self._repeatable():
             weights = [p for one in self._learner.optimizers for group in one.param_groups for p in group["params"]]
             copies = copies_of(weights)
@@ -178,11 +163,12 @@ class TrainerBatchReplay:
                 return None
             tracer = StepTracer(weights, self._module.named_parameters())
 
-            def run() -> float | None:
-                with uncompiled(), tracer:
-                    return run_training_step(self._trainer, self.batch, self.batch_idx)
+            @contextmanager
+            def traced() -> Iterator[None]:
+                with self._rehearsal(), uncompiled(), tracer:
+                    yield
 
-            whole = self._attempt(partial(self._rehearsed, run), self.batch) is not None
+            whole = self._runs.loss(self.batch, self.batch_idx, traced()) is not None
             found = self._ranks.gather([tracer.own_targets, put_back(weights, copies)])
             own, writes = (any(of_rank) for of_rank in zip(*found, strict=True))
             self._trace = StepTrace(own, writes, tracer.unused if whole else frozenset())
@@ -193,7 +179,7 @@ class TrainerBatchReplay:
         if not self._repeatable():
             return None
         optimizer = self._learner.optimizers[0]
-        loss = self._gradients(optimizer, self.batch, self.batch_idx, rehearsed=True)
+        loss = self._runs.gradients(self.batch, self.batch_idx, self._rehearsal())
         found = gradients(p for group in optimizer.param_groups for p in group["params"])
         finite = None if loss is None else math.isfinite(loss) and not non_finite_indices(found)
         optimizer.zero_grad(set_to_none=True)
@@ -214,12 +200,11 @@ class TrainerBatchReplay:
     def train_on(self, index: int) -> float | None:
         """Make one plain update on a batch; return the loss before the update."""
         batch, batch_idx = self.batches.to_try_on(self.batch, self.batch_idx)[index]
-        optimizer = self._learner.optimizers[0]
-        return self._update(optimizer, lambda: self._gradients(optimizer, batch, batch_idx))
+        return self._runs.update(partial(self._runs.gradients, batch, batch_idx))
 
     def earlier(self) -> Sequence[Callable[[], float | None]]:
         """For each healthy batch that is kept, a function that returns its loss under the present weights."""
-        return [partial(self._loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
+        return [partial(self._runs.loss, batch, batch_idx) for batch, batch_idx in self.batches.healthy]
 
     def trainable(self) -> bool:
         """Whether everything that an update needs is kept, so that it can be made from another state."""
@@ -234,25 +219,25 @@ class TrainerBatchReplay:
 
     def train_at_hand(self) -> float | None:
         """Make the present update with its recorded random numbers; return the loss before the update."""
-        micros, optimizer = self._shown or self.batches.newest(), self._learner.optimizers[0]
-        return self._update(optimizer, lambda: self._window(optimizer, micros))
+        return self._runs.update(partial(self._gradients_of, self._at_hand()))
 
     def loss_at_hand(self) -> float | None:
         """Loss of the present update under the present weights, with its recorded random numbers."""
         losses = []
-        for micro in self._shown or self.batches.newest():
-            _rewind(self._trainer, self.batches, micro)
-            losses.append(self._loss(micro.batch, micro.index))
+        for micro in self._at_hand():
+            self._rewind(micro)
+            losses.append(self._runs.loss(micro.batch, micro.index))
         known = [loss for loss in losses if loss is not None]
         return fmean(known) if known and len(known) == len(losses) else None
 
-    def _window(self, optimizer: Optimizer, micros: Sequence[MicroBatch]) -> float | None:
+    def _gradients_of(self, micros: Sequence[MicroBatch]) -> float | None:
+        """Compute the gradients of the mean over micro-batches, with their recorded random numbers; return the loss."""
         losses: list[float] = []
         found: dict[Parameter, Tensor] = {}
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in self._learner.optimizers[0].param_groups for p in group["params"]]
         for micro in micros:
-            _rewind(self._trainer, self.batches, micro)
-            value = self._gradients(optimizer, micro.batch, micro.index)
+            self._rewind(micro)
+            value = self._runs.gradients(micro.batch, micro.index)
             if value is None:
                 return None
             losses.append(value)
@@ -264,97 +249,41 @@ class TrainerBatchReplay:
             parameter.grad = gradient
         return fmean(losses) if losses else None
 
-    def _update(self, optimizer: Optimizer, gradients: Callable[[], float | None]) -> float | None:
-        seen: list[float] = []
-
-        def closure() -> float:
-            value = gradients()
-            if value is None:
-                raise RuntimeError("the loss is not known")
-            self._clipper.clip(self._learner.gradients(0))
-            clip_as_configured(self._trainer, optimizer)
-            seen.append(value)
-            return value
-
-        try:
-            with torch.enable_grad():
-                optimizer.step(closure)  # as in Lightning: some optimizers call it several times
-        except Exception as error:
-            _logger.debug("NaNGuard: an update could not be made again: %r", error)
-            return None
-        return seen[0]
-
     def loss_on(self, index: int) -> float | None:
         """Loss of a batch under the present weights."""
-        return self._loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
+        return self._runs.loss(*self.batches.to_try_on(self.batch, self.batch_idx)[index])
+
+    def _at_hand(self) -> list[MicroBatch]:
+        """The micro-batches of the present update, or of the earlier one that :meth:`showing` shows."""
+        return self._shown or self.batches.newest()
 
     def _repeatable(self) -> bool:
         one = len(self._learner.optimizers) == 1
         return self.comparable() and self.batch is not None and one and not self._ranks.sharded
 
-    def _gradients(self, optimizer: Optimizer, batch: Any, batch_idx: int, *, rehearsed: bool = False) -> float | None:
-        run = partial(forward_backward, self._trainer, optimizer, batch, batch_idx)
-        value = self._attempt(partial(self._rehearsed, run) if rehearsed else run, batch)
-        if value is not None:
-            _average_gradients(self._ranks, optimizer)
-        return value
-
-    def _loss(self, batch: Any, batch_idx: int) -> float | None:
-        # With gradients, because the loss itself may need some: of inputs, or of an inner step.
-        return self._attempt(partial(run_training_step, self._trainer, batch, batch_idx), batch)
-
-    def _rehearsed(self, run: Callable[[], float | None], *, redrawn: bool = False) -> float | None:
-        """Run the present batch in its own rehearsal, which needs memory for a copy."""
+    @contextmanager
+    def _rehearsal(self, *, redrawn: bool = False) -> Iterator[None]:
+        """Inside, the present batch runs in its own rehearsal, which needs memory for a copy."""
         with self.rehearsing():
             # A fault that depends on random numbers comes back only with the same numbers.
-            for micro in [one for one in self._shown or self.batches.newest() if one.batch is self.batch][-1:]:
-                _rewind(self._trainer, self.batches, micro, redrawn=redrawn)
-            return run()
+            for micro in [one for one in self._at_hand() if one.batch is self.batch][-1:]:
+                self._rewind(micro, redrawn=redrawn)
+            yield
 
-    def _attempt(self, run: Callable[[], float | None], batch: Any) -> float | None:
-        value = None
-        try:
-            with self._silently():
-                value = run()
-        except Exception as error:
-            # An error in a repeated pass must not end the run. All ranks must learn of it, because the ranks without
-            # an error would wait.
-            _logger.debug("NaNGuard: a batch could not be run again: %r", error)
-            value = math.nan if may_be_numeric(error, batch) else None
-        return mean_over_ranks(self._ranks, value)
+    def _rewind(self, micro: MicroBatch, *, redrawn: bool = False) -> None:
+        """Restore the clock and, unless they are drawn anew, the random streams as they were before a micro-batch."""
+        if not redrawn:
+            self.batches.rewind(micro)
+        if micro.clock is not None:
+            set_clock(self._trainer, *micro.clock)
 
     def rerun(self, micro: MicroBatch, full_precision: bool) -> Tensor | None:
         """Loss of a micro-batch with its graph, with its recorded random numbers."""
-        _rewind(self._trainer, self.batches, micro)
-        return loss_with_graph(self._trainer, micro.batch, micro.index, full_precision=full_precision)
+        self._rewind(micro)
+        return self.step.loss_with_graph(micro.batch, micro.index, full_precision=full_precision)
 
     @contextmanager
     def untraced(self) -> Iterator[None]:
         """Undo at the end everything that runs inside. Inside, no rank waits for another."""
-        with untraced(self._trainer, self._module, self._limits), self._silently():
+        with untraced(self._trainer, self._module, self._limits), self._runs.silently():
             yield
-
-    @contextmanager
-    def _silently(self) -> Iterator[None]:
-        # Without collectives: if one rank fails here, the others must not wait for it.
-        solitary = alone(self._trainer, ForbidCollectives()) if self._ranks.world > 1 else nullcontext()
-        with solitary, unlogged(self._module):
-            yield
-
-
-def _average_gradients(ranks: Ranks, optimizer: Optimizer) -> None:
-    if ranks.world == 1:
-        return
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-    for parameter in parameters:
-        if parameter.grad is None:
-            parameter.grad = torch.zeros_like(parameter)
-    ranks.average([parameter.grad for parameter in parameters if parameter.grad is not None])
-
-
-def _rewind(trainer: Trainer, batches: BatchHistory, micro: MicroBatch, *, redrawn: bool = False) -> None:
-    """Restore the clock and, unless they are drawn anew, the random streams as they were before a micro-batch."""
-    if not redrawn:
-        batches.rewind(micro)
-    if micro.clock is not None:
-        set_clock(trainer, *micro.clock)

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader, Dataset, DistributedSampler, IterableDa
 
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.data_check import Collated, Unreadable
-from lightning_nanguard.measure.sample_parts import is_separable, part_of
+from lightning_nanguard.measure.sample_parts import is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.state.batch_origin import row_of
 
@@ -53,11 +53,7 @@ def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 @final
 class _Readable(Dataset[Any]):
-    """A data set in which a sample that cannot be read is reported as such.
-
-    Args:
-        data: The data set.
-    """
+    """A data set in which a sample that cannot be read is reported as such."""
 
     def __init__(self, data: Any) -> None:
         self._data = data
@@ -133,4 +129,4 @@ class DataWalk:
                 yield BadSample("", batch=number), batch
                 continue
             for index in range(count):
-                yield BadSample("", batch=number, index=index), Collated(part_of(batch, [index]))
+                yield BadSample("", batch=number, index=index), Collated(select_samples(batch, [index]))

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle
+from lightning_nanguard.diagnosis.bundle import Bundle, name_of_class
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
@@ -26,10 +26,10 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
+from lightning_nanguard.trainer.ended_schedule import EndedSchedule
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
 from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
@@ -106,6 +106,7 @@ class Diagnostics:
         )
         self._examines = arguments.examine_after is not None
         self.first_updates = None if self._ranks.sharded else FirstUpdates(trainer, module, context)
+        self._ended: EndedSchedule | None = None
         self.preflight_due = arguments.preflight and trainer.global_step == 0
         self.asked = False
 
@@ -148,13 +149,12 @@ class Diagnostics:
         good: Snapshot | None,
     ) -> Bundle:
         state = state_of(self._module)
-        if good is None and self._context.ring.certified:
-            good = self._context.ring.certified[0]
+        good = good or self._context.ring.last_certified
         if evidence.undo and good is not None and not good.shared():
             # The update was already made: use the last good snapshot, which is close to the state before it.
             state |= {path[-1]: leaf for path, leaf in good.leaves.items() if path[0] in ("parameter", "buffer")}
         return Bundle(
-            module=f"{type(self._module).__module__}:{type(self._module).__qualname__}",
+            module=name_of_class(type(self._module)),
             hparams=dict(self._module.hparams),
             fault=fault,
             evidence=evidence,
@@ -170,6 +170,8 @@ class Diagnostics:
         self._examine_if_due()
         if self.first_updates is not None and self.first_updates.end_batch():
             self.judge_first_updates()
+        if self._ended is not None:
+            self._look_at_schedule(self._ended)
 
     def close(self) -> None:
         """The fit is over."""
@@ -186,15 +188,26 @@ class Diagnostics:
             first.close()
             seen = first.observation()
             found = () if seen is None else mistakes(seen, self._thresholds)
+            if seen is not None:
+                step, optimizers = self._context.state.step, self._context.learner.optimizers
+                self._ended = EndedSchedule(seen, optimizers, step, self._thresholds)
         for finding in found:
             self.advise(_FIRST_UPDATES, finding)
+
+    def _look_at_schedule(self, ended: EndedSchedule) -> None:
+        """Give advice once a schedule that seemed to have ended has raised no rate for long enough."""
+        finding = ended.look(self._context.state.step)
+        if finding is not None:
+            self.advise(_FIRST_UPDATES, finding)
+        if not ended.waits:
+            self._ended = None
 
     def preflight(self, batch: Any) -> None:
         """Check the first batch and the untrained model, and give advice."""
         self.preflight_due = False
         preflight = Preflight(
             self._module,
-            partial(loss_with_graph, self._trainer, batch_idx=self._replay.batch_idx),
+            partial(self._replay.step.loss_with_graph, batch_idx=self._replay.batch_idx),
             self._replay.untraced,
             rules=self._rules,
             thresholds=self._thresholds,
@@ -209,8 +222,8 @@ class Diagnostics:
         if not (self._examines or self.asked):
             return
         history, asked = self._context.monitors.history(0), self.asked
-        course = None if history is None else self._examination.due(self._context.state.step, history, asked=asked)
-        if history is None or course is None:
+        course = self._examination.due(self._context.state.step, history, asked=asked)
+        if course is None:
             return
         self.asked = False
         if not self._replay.comparable() or not self._is_whole():

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader
 
 from lightning_nanguard.diagnosis.first_batches import FirstBatches
 from lightning_nanguard.diagnosis.initialisation import looks_untrained
-from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen
+from lightning_nanguard.diagnosis.mistakes.observation import ModeSeen, Observation, ParameterSeen, RateSeen, prefixes
 from lightning_nanguard.diagnosis.module_calls import ModuleCalls
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.thresholds.mistakes import MistakeThresholds
@@ -252,9 +252,7 @@ class FirstUpdates:
 
     def _start(self) -> Mapping[str, Tensor]:
         """Parameters before the first update, if a snapshot still holds them."""
-        ring = self._context.ring
-        snapshots = [*ring.certified, *([ring.pending] if ring.pending is not None else [])]
-        first = min(snapshots, key=lambda one: one.step, default=None)
+        first = min(self._context.ring.all(), key=lambda one: one.step, default=None)
         if first is None or first.step > 0 or first.shared():
             return {}
         leaves = {path[1]: leaf for path, leaf in first.leaves.items() if path[0] == "parameter"}
@@ -287,9 +285,7 @@ class FirstUpdates:
 
     def _mode(self, path: str) -> ModeSeen:
         one = self._modes[path]
-        words = path.split(".")
-        around = (".".join(words[: count + 1]) for count in range(len(words)))
-        within = next((name for name in around if not self._module.get_submodule(name).training), path)
+        within = next((name for name in prefixes(path) if not self._module.get_submodule(name).training), path)
         return ModeSeen(path, type(one).__name__, _drops(one), path not in self._idle, within)
 
 

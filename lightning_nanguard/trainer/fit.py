@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shlex
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.diagnostics import Diagnostics
-from lightning_nanguard.trainer.fit_summary import fit_summary
+from lightning_nanguard.trainer.fit_summary import fit_summary, told_folder
 from lightning_nanguard.trainer.loggers.curves import LoggerCurves
 from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
 from lightning_nanguard.trainer.loggers.report import log_report
@@ -117,6 +118,7 @@ class Fit:
         if (known := self.order.known).quarantine and len(known):
             rows = counted(len(known), "bad sample")
             rank_zero_info(f"NaNGuard: {rows} that the run found before will be left out (quarantine=True).")
+        self.guard.say_where(self._on_disk)
         self.guard.start()
         self._limit_memory(self.arguments.max_snapshot_memory)
         self.finder.offset = self.trainer.global_step - self.guard.updates
@@ -170,8 +172,14 @@ class Fit:
         kept = LastGood(folder, every, ring, write, leads=self.rank_zero, step=guard.updates)
         self._patches.callback(after_every_batch(trainer, lambda: kept.close_batch(guard.updates)))
         self._patches.callback(catch_write_errors(trainer.strategy, kept.pending, kept.failed))
-        guard.say_where(kept.message)
         self.last_good = kept
+
+    def _on_disk(self) -> str:
+        """Lines that name what lies on disk: the last good checkpoint, and the command that tells the run."""
+        kept = "" if self.last_good is None else self.last_good.message()
+        folder = told_folder(self.folder.path)
+        read = "" if folder is None else f"next: nanguard explain {shlex.quote(str(folder))}"
+        return "\n".join(line for line in (kept, read) if line)
 
     def _limit_memory(self, max_memory: float | None) -> None:
         ring, ranks = self.context.ring, self.context.ranks
@@ -283,9 +291,9 @@ class Fit:
 
     def restore_finite(self) -> None:
         """Restore the newest certified snapshot if the state is not finite, before the guard leaves the run."""
-        certified = self.context.ring.certified
-        if certified and not self.context.settings.observe and self.context.corrupt()[0] is not None:
-            restore(self.context.learner, certified[0])
+        good = self.context.ring.last_certified
+        if good is not None and not self.context.settings.observe and self.context.corrupt()[0] is not None:
+            restore(self.context.learner, good)
 
     def end_epoch(self) -> None:
         """Forget a batch that began and did not run, and give advice about the module's own GradScaler."""

@@ -25,6 +25,11 @@ NO_FIT = (
 """What is said instead of a summary if this process has seen no fit."""
 
 
+def told_folder(folder: Path | None) -> Path | None:
+    """The folder if it has a file that ``nanguard explain`` tells, else ``None``."""
+    return folder if folder is not None and any((folder / name).is_file() for name in _TOLD) else None
+
+
 def fit_summary(
     memory: Memory, settings: Arguments | Settings, updates: int, multiplier: float, folder: Path | None
 ) -> str:
@@ -46,7 +51,7 @@ def fit_summary(
         faults,
         remedies,
         lr_multiplier=multiplier,
-        path=folder if folder is not None and any((folder / name).is_file() for name in _TOLD) else None,
+        path=told_folder(folder),
         observe=settings.observe,
         act_on=settings.act_on,
         advice=[one.finding.cause for one in memory.advice],

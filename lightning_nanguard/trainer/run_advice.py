@@ -51,10 +51,10 @@ class SkipShare:
             self._limits.skipped_confidence,
             {"skipped": float(self._skipped), "updates": float(updates)},
             suggestion=(
-                f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples of their batches are "
-                "bad, NaNGuard(quarantine=True) leaves out those that were found. If the loss is a mean or a sum over "
-                "samples (not one that compares samples, such as a contrastive loss), "
-                "SkipStep(keep_good_samples=True) makes the update of a bad batch from its good samples."
+                f"{self._skipped:,} of {updates:,} updates were skipped. If only some samples are bad, try "
+                "NaNGuard(quarantine=True), which leaves them out once they are found. If the loss is a plain mean or "
+                "sum over samples (not contrastive), SkipStep(keep_good_samples=True) makes the update of a bad batch "
+                "from its good samples."
             ),
         )
 
@@ -64,9 +64,6 @@ def fallen_scales(module: Any) -> Iterator[Finding]:
 
     A scaler has to make gradients larger, so a scale below 1 is useless. It skips each step that overflows without
     calling the optimizer, so the guard sees no step.
-
-    Args:
-        module: The trained module.
     """
     for name, value in vars(module).copy().items():
         if not isinstance(value, GradScaler) or not value.is_enabled():

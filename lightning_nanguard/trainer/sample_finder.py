@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
@@ -19,15 +20,17 @@ from lightning_nanguard.diagnosis.bad_samples import (
     SampleFault,
     SampleSearch,
     non_finite_samples,
+    search,
 )
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.isolation import errors_logged
 from lightning_nanguard.diagnosis.other_weights import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
-from lightning_nanguard.diagnosis.rules.phrases import DRAWN
+from lightning_nanguard.diagnosis.rules.phrases import DRAWN, listed
+from lightning_nanguard.diagnosis.rules.signs import in_gradient
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
@@ -95,6 +98,8 @@ class SampleFinder:
         self._seen: dict[tuple[int, int], Found] = {}
         # Samples of the newest such batch that are finite in the data set but not in the batch.
         self._spread: dict[tuple[int, int], set[int]] = {}
+        # The newest batch of one sample that is good among other samples.
+        self._too_small: tuple[int, int] | None = None
 
     def close(self) -> None:
         """The fit is over."""
@@ -135,6 +140,8 @@ class SampleFinder:
         if finding is None or about is None:
             return finding
         with errors_logged("the samples of a bad batch could not be named"):
+            if run and not (finding.samples or mine or by_chance):
+                finding = self._of_gradient(fault, evidence, finding, about)
             return self._named(finding, about, mine)
         return finding
 
@@ -178,6 +185,8 @@ class SampleFinder:
         self._seen[origin.epoch, origin.position] = found  # the present update leaves these out
         for draw in range(self._limits.other_weights):
             found = self._bad_under(partial(other_signs, self._module, draw), micro, found)
+        if bad is not None and not found and samples(micro.batch) == 1:
+            self._too_small = origin.epoch, origin.position
         if not found:
             self._in_vain += self._passes - passes
         return self._samples(micro, origin, found)
@@ -224,16 +233,56 @@ class SampleFinder:
             yield partial(self._is_bad, micro)
 
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:
-        self._passes += 1
-        # Batch norm rejects a batch of one.
-        part = part_of(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
+        part = self._part(micro, indices)
         try:
-            with self._replay.untraced():
-                step = partial(self._replay.rerun, replace(micro, batch=part), False)
-                found = loss_and_gradient_norm(self._module, step)
+            found = self._measured(micro, part)
         except Exception as error:
             return True if may_be_numeric(error, part) else None
         return None if found is None else not all(one - one == 0.0 for one in found)
+
+    def _measured(self, micro: MicroBatch, part: Any) -> tuple[float, float] | None:
+        """Loss and gradient norm of a part of a batch."""
+        self._passes += 1
+        with self._replay.untraced():
+            step = partial(self._replay.rerun, replace(micro, batch=part), False)
+            return loss_and_gradient_norm(self._module, step)
+
+    def _of_gradient(self, fault: Fault, evidence: Evidence, finding: Finding, micro: MicroBatch) -> Finding:
+        """Name the samples without which a gradient that is finite and far too large is a usual one.
+
+        That says nothing about whether they are bad, so they are not listed as bad samples.
+        """
+        norm, usual, count = fault.value, evidence.usual_norm, samples(micro.batch) or 0
+        finite = in_gradient(fault) and fault.scope == "batch" and norm is not None and math.isfinite(norm)
+        known = finite and evidence.corrupt is None and not evidence.undo and bool(usual) and count > 1
+        if not known or self._in_vain > self._limits.most_runs_ahead + self._context.state.step:
+            return finding
+        limit, passes = math.sqrt((usual or 0.0) * (norm or 0.0)), self._passes
+
+        def makes_it(indices: Sequence[int]) -> bool | None:
+            found = self._measured(micro, self._part(micro, indices))
+            return None if found is None else found[1] > limit
+
+        with self._parts(micro, nullcontext()) as bad:
+            share = self._limits.largest_share
+            found = None if bad is None else search(range(count), makes_it, share, self._limits)
+            rest = [index for index in range(count) if index not in (found or ())]
+            left = self._measured(micro, select_samples(micro.batch, rest)) if found else None
+        if not found or left is None:
+            self._in_vain += self._passes - passes
+            return finding
+        words = f"without {listed('sample', found)} of this batch the gradient norm would be {left[1]:.4g}"
+        numbers = {**finding.evidence, "norm_without": left[1]}
+        return replace(finding, samples=found, evidence=numbers, suggestion=f"{words}; {finding.suggestion}")
+
+    def _part(self, micro: MicroBatch, indices: Sequence[int]) -> Any:
+        """Some samples of a batch. A batch of one sample may be bad because of its size alone."""
+        if samples(micro.batch) == 1:
+            for healthy in reversed(self._replay.batches.healthy_before()):
+                if (part := among(micro.batch, healthy)) is not None:
+                    return part
+        # Batch norm rejects a batch of one.
+        return select_samples(micro.batch, indices if len(indices) > 1 else [*indices, *indices])
 
     def _samples(self, micro: MicroBatch, origin: BatchOrigin, found: Found) -> list[BadSample]:
         return [
@@ -297,6 +346,8 @@ class SampleFinder:
         origin = about.origin
         if origin is None:
             return finding
+        if self._too_small == (origin.epoch, origin.position):
+            return replace(finding, samples=())
         here = {one.index: one for one in mine if (one.epoch, one.batch) == (origin.epoch, about.index)}
         indices = finding.samples or (tuple(here) if finding.scope == "batch" else ())
         spread = self._spread.get((origin.epoch, origin.position), set())

@@ -13,14 +13,14 @@ from torch import nn
 
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.measure.sample_parts import is_separable, part_of
+from lightning_nanguard.measure.sample_parts import is_separable, select_samples
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule
+from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome
-from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.types import Fault, Finding
 
@@ -112,7 +112,7 @@ class SampleKeeper:
         if not bad or not good:
             return None
         keys = None if known.origin.keys is None else tuple(known.origin.keys[index] for index in good)
-        part = GoodPart(part_of(batch, good), replace(known.origin, keys=keys), batch, (fault, finding))
+        part = GoodPart(select_samples(batch, good), replace(known.origin, keys=keys), batch, (fault, finding))
         if self._is_mean is None:
             self._is_mean = self._try(replace(known, batch=part.batch), len(good))
         if self._is_mean is False:
@@ -160,7 +160,7 @@ class SampleKeeper:
         return abs(whole - mean) <= self._limits.separable_error * max(abs(whole), abs(one), abs(other))
 
     def _loss(self, micro: MicroBatch, start: int, end: int) -> float:
-        part = replace(micro, batch=part_of(micro.batch, range(start, end)))
+        part = replace(micro, batch=select_samples(micro.batch, range(start, end)))
         # In evaluation mode, because dropout and batch norm would make the losses differ although the loss is a mean.
         with self._replay.untraced(), _evaluating(self._module):
             loss = self._replay.rerun(part, True)

@@ -83,9 +83,15 @@ class DropMoments(PlanStep):
 
 @dataclass(frozen=True, slots=True)
 class Stop(PlanStep):
-    """End the run with a :class:`~lightning_nanguard.TrainingDivergedError`."""
+    """End the run with a :class:`~lightning_nanguard.TrainingDivergedError`.
+
+    Attributes:
+        reason: Why the run cannot go on.
+        limit: The argument of :class:`~lightning_nanguard.Budget` that allows no more; empty if no limit is reached.
+    """
 
     reason: str
+    limit: str = ""
 
 
 Plan = tuple[PlanStep, ...]

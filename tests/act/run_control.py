@@ -14,6 +14,7 @@ class RunControl:
     done: list[tuple[object, ...]] = field(default_factory=list)
     loss: Callable[[float, int], float | None] = lambda factor, updates: None
     batches: int = 4
+    rate_factor: float = 1.0
 
     def skip(self) -> None:
         self.done.append(("skip",))
@@ -38,6 +39,9 @@ class RunControl:
 
     def rehearse(self, factor: float, updates: int) -> float | None:
         return self.loss(factor, updates)
+
+    def rate_factor_of_restored(self) -> float:
+        return self.rate_factor
 
     def rehearsal_batches(self) -> int:
         return self.batches

@@ -52,6 +52,14 @@ def test_a_cut_and_what_the_curvature_allows(tried: bool, step: Scale, cut: floa
     assert factor == pytest.approx(cut, rel=0.01)
 
 
+@pytest.mark.parametrize(("rate_factor", "cut"), [(1e-15, 1e-15), (3.0, 1 / 1024)])
+def test_if_no_rate_is_good_the_run_goes_back_to_that_of_the_restored_state(rate_factor: float, cut: float) -> None:
+    """A rate that has jumped is farther off than any rate that is tried; a schedule that fell is no reason for more."""
+    run = RunControl(loss=lambda factor, updates: math.inf if updates else 2.3, rate_factor=rate_factor)
+    ReduceLR().apply(Scale(0.5, most=1e-4), run)
+    assert [done[1] for done in run.done] == [cut]
+
+
 @pytest.mark.parametrize(("batches", "began", "cut"), [(4, 2.3, 0.0625), (2, 2.3, 0.03125), (4, 0.5, 0.03125)])
 def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cut: float) -> None:
     """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""

@@ -65,4 +65,4 @@ def test_what_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert main(["compare", str(tmp_path / "one"), str(tmp_path / "empty")]) == 2
     assert f"there is no run of NaNGuard in {tmp_path / 'empty'}" in capsys.readouterr().err
     assert main(["compare", str(tmp_path), str(tmp_path / "one")]) == 2
-    assert "name the folders of two or more runs; there is only one" in capsys.readouterr().err
+    assert "compare takes the newest run of each folder: name two or more folders of runs" in capsys.readouterr().err

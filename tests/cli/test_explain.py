@@ -27,6 +27,7 @@ def test_explain_tells_records_and_advice(tmp_path: Path, capsys: pytest.Capture
     said = capsys.readouterr().out
     assert said.startswith(f"Run {guard.run_id} in {guard.run_dir}: ")
     assert said.splitlines()[0].endswith(" updates, 1 intervention")
+    assert said.splitlines()[2].startswith("step 0 (epoch 0), advice (preflight): ")  # by step, so before interventions
     assert "step 0 (epoch 0), advice (preflight): non-finite input in field 0 of the data set: sample 37 of" in said
     assert "advice (preflight): double softmax in training_step (softmax, classifier.py:" in said
     assert "  why: non-finite input in field 0 of the batch: sample " in said
@@ -125,13 +126,13 @@ def test_explain_reads_the_recorder(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["explain", str(write_run(tmp_path))]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == "  the loss went from 1.05 to 0.5153; the learning rate is 0.05"
-    assert "  loss 0.5551 before, 0.5451 after (medians of up to 10 points)" in lines
+    assert "  loss 0.5551 before, 0.5451 after (medians of up to 10 recorded losses)" in lines
     assert "  gradient norms in the last 2 updates: net.0 0.5 → nan" in lines
 
 
 def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Every record is told, the first of a kind in full, also without a log of the run; and nothing in one reaches
-    the terminal as more than text."""
+    """Both of two records of a kind are told, the first in full, also without a log of the run; and nothing in one
+    reaches the terminal as more than text."""
     sink = JsonLines(tmp_path / "version_0" / "nanguard" / "interventions.jsonl")
     for step in (7, 8):
         sink.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -140,7 +141,40 @@ def test_explain_prints_every_record(tmp_path: Path, capsys: pytest.CaptureFixtu
         assert main(["explain", str(where)]) == 0
         shown = capsys.readouterr().out
         assert "step 7 (epoch 0, batch 7): non-finite loss\n  done: skipped the batch\n" in shown
-        assert "step 8 (epoch 0, batch 8): non-finite loss again; skipped the batch\n" in shown
+        assert "step 8 (epoch 0, batch 8): non-finite loss again; skipped the batch (2 so far)\n" in shown
         assert "went back to step 4" in shown
         assert all(line.isprintable() for line in shown.splitlines())
         assert ("Run without its run.jsonl" in shown) == (where == tmp_path)
+
+
+def test_explain_thins_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Of each kind the 1st, 2nd, 4th, 8th … are told, or all of them with --all; advice stands at its step."""
+    folder = tmp_path / "nanguard"
+    folder.mkdir()
+    append_event(folder, "fit", {"run": "many", "step": 0})
+    append_event(folder, "end", {"updates": 20, "faults": {}})
+    records, advice = JsonLines(folder / RECORDS_FILE), JsonLines(folder / ADVICE_FILE)
+    for step in range(1, 21):
+        records.write(Intervention(step, 0, step, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
+    advice.write(Advice(3, 0, "skipped batches", Finding("many_skipped_batches", 1.0)))
+    for arguments, steps in (([], [1, 2, 3, 4, 8, 16]), (["--all"], [1, 2, 3, *range(3, 21)])):
+        assert main(["explain", str(tmp_path), *arguments]) == 0
+        said = capsys.readouterr().out
+        assert [int(step) for step in re.findall(r"^step (\d+) ", said, re.M)] == steps
+        assert "20 of 20 updates were skipped: almost nothing was learned; what to do: see step 1 below. If" in said
+        assert ("-- 15 interventions not shown: nanguard explain --all --" in said) == (not arguments)
+
+
+def test_the_order_of_a_resumed_run_is_that_of_its_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Where steps were made twice, their numbers give no order."""
+    folder = tmp_path / "nanguard"
+    folder.mkdir()
+    for step in (0, 5):
+        append_event(folder, "fit", {"run": "again", "step": step})
+    records, advice = JsonLines(folder / RECORDS_FILE), JsonLines(folder / ADVICE_FILE)
+    for step in (7, 6):
+        records.write(Intervention(step, 0, step, f"kind_{step}", "loss", ("skip",), 0.1, 0.1))
+    advice.write(Advice(3, 0, "skipped batches", Finding("many_skipped_batches", 1.0)))
+    assert main(["explain", str(tmp_path)]) == 0
+    said = capsys.readouterr().out
+    assert re.findall(r"^(?:step (\d+) |-- the run)", said, re.M) == ["7", "", "6", "3"]

@@ -22,7 +22,9 @@ def test_by_module_and_by_file(tmp_path: Path) -> None:
     [
         ("Path", ValueError, "write package.file:Class"),
         ("none.py:Path", FileNotFoundError, "there is no file none.py"),
-        ("pathlib:Pfad", AttributeError, "Pfad"),
+        ("lightning_nanguard.cli.importing:Load", ValueError, r"importing has no class Load; it has load\.$"),
+        ("lightning_nanguard.cli.importing:load.er", ValueError, r"importing has no class load\.er; it has load\.$"),
+        ("lightning_nanguard.cli:Load", ValueError, r"cli has no class Load\.$"),
         ("no_such_module_here:Path", ModuleNotFoundError, "no_such_module_here"),
     ],
 )

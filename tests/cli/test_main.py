@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,16 +21,27 @@ from tests.classifier import config
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["check", "--config", "none.yaml"], "No such file"),
-        (["check", "--config", "none.yaml", "--model", "Model"], "write package.file:Class"),
+        (["check", "--config", "none.yaml"], "No such file or directory: none.yaml"),
+        (["check", "--config", "none.yaml", "--model", "Model"], "'Model' names no class: write package.file:Class"),
         (["check", "--config", "none.yaml", "--model", "none.py:Model"], "there is no file none.py"),
+        (["check", "--data", "no_such_module:Data"], "No module named 'no_such_module'"),
+        (["check", "--data", "tests.classifier:numbers"], "tests.classifier has no class numbers; it has "),
         (["replay", "none"], "none holds no incident: there is no bundle.json"),
     ],
 )
 def test_commands_say_what_they_lack(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
-    """A command that cannot be carried out says why in one line."""
+    """A command that cannot be carried out says why in one line, without the class of an exception."""
     assert main(arguments) == 2
-    assert said in capsys.readouterr().err
+    assert capsys.readouterr().err.startswith(f"nanguard: {said}")
+
+
+def test_an_error_in_the_code_of_the_user_names_its_class_and_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What a user's module raises is shown with where it was raised."""
+    (tmp_path / "raising_names.py").write_text("raise KeyError('x')\n")
+    assert main(["check", "--data", f"{tmp_path}/raising_names.py:Data"]) == 2
+    assert re.match(r"nanguard: KeyError: 'x' \(.*raising_names.py, line 1, in", capsys.readouterr().err)
 
 
 def test_without_a_command(capsys: pytest.CaptureFixture[str]) -> None:

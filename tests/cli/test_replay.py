@@ -82,7 +82,7 @@ def test_an_incident_never_chooses_the_code(tmp_path: Path, capsys: pytest.Captu
     for module, said in (
         ((), "If you trust the module of the run, add --module os:system"),
         (("--module", "os:system"), "TypeError"),
-        (("--module", "tests.classifier:OPTIONS"), "AttributeError"),
+        (("--module", "tests.classifier:OPTIONS"), "tests.classifier has no class OPTIONS; it has"),
         (("--module", "builtins:dict"), "builtins:dict made a dict, which is not a LightningModule"),
     ):
         assert main(["replay", str(path), *module]) == 2

@@ -11,9 +11,11 @@ import pytest
 
 from lightning_nanguard.cli import main
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
+from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.run_history import seen_from
 from lightning_nanguard.record.run_log import RUN_FILE, append_event
+from lightning_nanguard.types import Finding, Intervention
 
 ONE = BadSample("not finite", 100, "ab12", {"0": (2,)}, batch=6, index=4)
 
@@ -93,4 +95,15 @@ def test_none_to_list(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert "there is no run of NaNGuard in" in capsys.readouterr().err
     (tmp_path / RUN_FILE).write_text("{}\n")
     assert main(["samples", str(tmp_path)]) == 0
-    assert "no bad sample was found" in capsys.readouterr().out
+    assert capsys.readouterr().out == "nanguard: no bad sample was found\n"
+
+
+def test_rows_that_explain_names_are_explained(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The sample of a record, whose loss failed, need not be bad."""
+    (tmp_path / RUN_FILE).write_text("{}\n")
+    finding = Finding("log_of_zero", 0.9, samples=(3,), rows=(103,))
+    JsonLines(tmp_path / RECORDS_FILE).write(
+        Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1, finding=finding)
+    )
+    assert main(["samples", str(tmp_path)]) == 0
+    assert "Rows that explain names are samples whose loss or gradient failed" in capsys.readouterr().out

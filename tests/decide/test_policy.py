@@ -266,7 +266,7 @@ def test_a_rollback_that_changes_nothing_is_not_made_a_third_time() -> None:
 
 
 def test_skips_alone_end_nothing() -> None:
-    """Nine of ten updates bad are skipped for ever, but for the bounds that a user gives."""
+    """Nine of ten updates bad are skipped for ever, but for the bounds that a user gives; the stop names the bound."""
     ends = []
     for budget in (Budget(), Budget(max_skip_share=0.5), Budget(max_bad_batches=8)):
         policy, state, ended = Policy(default_remedies(), budget), PolicyState(), None
@@ -274,11 +274,28 @@ def test_skips_alone_end_nothing() -> None:
             bad = step % 10
             evidence = dataclasses.replace(GOOD, step=step, batch_finite=False, bad_in_a_row=bad)
             plan, state = policy.decide(BATCH, evidence, state) if bad else ((), state)
-            if any(isinstance(one, Stop) for one in plan):
-                ended = step
+            ended = next(((step, one.limit) for one in plan if isinstance(one, Stop)), None)
+            if ended is not None:
                 break
         ends.append(ended)
-    assert ends == [None, 36, 9]
+    assert ends == [None, (36, "max_skip_share"), (9, "max_bad_batches")]
+
+
+@pytest.mark.parametrize("limit", ["max_rollbacks", "max_rollbacks_per_place"])
+def test_a_stop_names_the_limit_of_rollbacks(limit: str) -> None:
+    """It is the argument of the budget that allows no further rollback."""
+    policy, state = Policy(default_remedies(), Budget(**{limit: 2})), PolicyState()
+    for _ in range(3):
+        plan, state = policy.decide(dataclasses.replace(EXPLODING, certain=True), GOOD, state)
+    assert [one.limit for one in plan if isinstance(one, Stop)] == [limit]
+
+
+@pytest.mark.parametrize(("most", "limit"), [(None, ""), (100, ""), (32, "max_bad_batches")])
+def test_a_stop_names_only_a_limit_that_can_be_raised(most: int | None, limit: str) -> None:
+    """A run without one good update ends after 64 bad ones, whatever the budget allows."""
+    evidence = dataclasses.replace(GOOD, healthy_steps=0, bad_in_a_row=64)
+    plan, _ = Policy(default_remedies(), Budget(max_bad_batches=most)).decide(BATCH, evidence, PolicyState())
+    assert [one.limit for one in plan if isinstance(one, Stop)] == [limit]
 
 
 @dataclasses.dataclass(frozen=True)

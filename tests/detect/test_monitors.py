@@ -188,14 +188,13 @@ def test_thresholds() -> None:
     for step in range(10):
         monitors.accept(reading(step, float(step)))
     history = monitors.history(0)
-    assert history is not None
     assert history.losses() == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0, 9.0]
 
 
 def test_each_optimizer_has_a_history_of_its_own() -> None:
     """Readings of one optimizer say nothing of another; what is asked of all takes the worst."""
     monitors = Monitors(default_detectors())
-    assert (monitors.history(0), monitors.dismiss(reading(0)), monitors.loss_unit()) == (None, False, 0.0)
+    assert (monitors.history(0).first, monitors.dismiss(reading(0)), monitors.loss_unit()) == (None, False, 0.0)
     for step in range(20):
         for one in (reading(step, 1.0 - 0.04 * step), reading(step, 5.0, optimizer_index=1)):
             if not monitors.passes(one):

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ from torch import nn
 
 from lightning_nanguard import Fault
 from lightning_nanguard.diagnosis import bundle as bundles
-from lightning_nanguard.diagnosis.bundle import Bundle, read
+from lightning_nanguard.diagnosis.bundle import Bundle, name_of_class, read
 from lightning_nanguard.diagnosis.bundle_store import BundleStore
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.thresholds.diagnosis import BundleThresholds
@@ -66,3 +68,18 @@ def test_what_cannot_be_kept_is_named(tmp_path: Path) -> None:
     assert read(path).missing == ["batch/0/1 (builtins.object)"]
     assert not keeper.due(fault, None)
     assert keeper.due(Fault("gradient_spike", "batch", "gradient"), None)
+
+
+def test_the_class_of_a_script_is_named_by_its_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a script defines can be imported by its file or its module elsewhere, and never from __main__."""
+    main = ModuleType("__main__")
+    kind = type("Model", (), {"__module__": "__main__"})
+    monkeypatch.setitem(sys.modules, "__main__", main)
+    monkeypatch.chdir(tmp_path)
+    assert name_of_class(Bundle) == "lightning_nanguard.diagnosis.bundle:Bundle"
+    assert name_of_class(kind) == "__main__:Model"  # of a notebook
+    for file, name in ((tmp_path / "runs" / "my.py", "runs/my.py"), (tmp_path.parent / "my.py", "")):
+        main.__file__ = str(file)
+        assert name_of_class(kind) == f"{name or file}:Model"
+    main.__spec__ = SimpleNamespace(name="package.train")  # type: ignore[assignment]
+    assert name_of_class(kind) == "package.train:Model"

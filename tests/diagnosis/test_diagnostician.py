@@ -85,20 +85,21 @@ def test_a_healthy_run_has_no_finding(model: str, tmp_path: Path) -> None:
     [
         ("loss", NAN, "unknown_operation"),
         ("flash", NAN, "transient"),
-        ("gradient", INF, None),
+        ("gradient", INF, "changed_gradient"),
         ("gradient", 1e12, "exploding_gradient"),
     ],
 )
 @pytest.mark.parametrize("model", ["mlp", "norm", "transformer"])
-def test_nothing_is_made_up(model: str, kind: str, value: float, cause: str | None, tmp_path: Path) -> None:
-    """A gradient that neither the batch, nor an operation, nor the weights explain has no finding, and of a NaN that
-    was put into the loss the line is told; what is gone when the step is made again is transient, and a finite gradient
-    is told by its size."""
+def test_nothing_is_made_up(model: str, kind: str, value: float, cause: str, tmp_path: Path) -> None:
+    """A gradient that neither the batch, nor an operation, nor the weights explain was changed by a hook, and of a NaN
+    that was put into the loss the line is told; what is gone when the step is made again is transient, and a finite
+    gradient is told by its size."""
     guard = NaNGuard(snapshot_every_n_steps=5, act_on="evidence")
     fit(task(model), data_for(model, STEPS), guard, folder=tmp_path, callbacks=[FaultAt(kind, value, AT)])
     assert len(guard.interventions) == 1
     finding = first(guard)
-    assert (None if finding is None else finding.cause) == cause
+    assert finding is not None
+    assert finding.cause == cause
 
 
 @pytest.mark.parametrize("model", ["manual", "norm"])

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
+from lightning_nanguard import NaNGuard
 from lightning_nanguard.diagnosis.optimizer_settings import unstable_setting
+from lightning_nanguard.types import Evidence
+from tests.helpers import batches, fit, task
 
 
 @pytest.mark.parametrize(
@@ -43,3 +48,42 @@ def test_the_weights_do_grow_at_such_a_decay() -> None:
             optimizer.step()
         assert (abs(weight.item()) > 1) is grows
         assert bool(unstable_setting([optimizer])) is grows
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "seen", "said"),
+    [
+        (torch.optim.AdamW, {"lr": 0.001}, Evidence(160, growth=23.5), "to 1.02 times their size in every update"),
+        (torch.optim.SGD, {"lr": 0.001, "momentum": 0.9}, Evidence(40, growth=9.0), "to about 1.2 times their size"),
+        # The weights did not grow, or the decay explains little of it, or the rate is the odder of the two.
+        (torch.optim.AdamW, {"lr": 0.001}, Evidence(160, growth=1.5), ""),
+        (torch.optim.AdamW, {"lr": 0.001}, Evidence(20, growth=23.5), ""),
+        (torch.optim.AdamW, {"lr": 0.001}, Evidence(160, growth=23.5, multiplier=0.01), ""),
+        (torch.optim.AdamW, {"lr": 10.0}, Evidence(160, growth=23.5), ""),
+        (torch.optim.Adam, {"lr": 0.001}, Evidence(160, growth=23.5), ""),
+    ],
+)
+def test_a_negative_weight_decay_is_named(
+    kind: type[torch.optim.Optimizer], settings: dict[str, float], seen: Evidence, said: str
+) -> None:
+    """With its growth per update, if the weights grew and the decay alone makes them grow as much."""
+    optimizer = kind([torch.zeros(2, requires_grad=True)], **settings)
+    optimizer.param_groups[0]["weight_decay"] = -20.0
+    found = unstable_setting([optimizer], evidence=seen)
+    assert said in found
+    assert bool(said) == bool(found)
+
+
+def test_a_run_that_diverges_by_a_negative_weight_decay(tmp_path: Path) -> None:
+    """The decay is named, and not the rate, which is fine."""
+
+    def adamw(parameters: list[torch.nn.Parameter]) -> torch.optim.Optimizer:
+        made = torch.optim.AdamW(parameters, 1e-3)
+        made.param_groups[0]["weight_decay"] = -40.0
+        return made
+
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(task(optimizer=adamw), batches(count=200), guard, folder=tmp_path)
+    told = {one.finding.cause: one.finding.suggestion for one in guard.advice}
+    assert "to 1.04 times their size in every update" in told["unstable_hyperparameter"]
+    assert "learning_rate_too_high" not in told

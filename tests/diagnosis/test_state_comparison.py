@@ -49,3 +49,17 @@ def test_a_stray_element_is_told_from_an_update() -> None:
     assert (change.name, change.now) == ("parameter weight", 1e5)
     assert change.usual < 0.1
     assert unexplained_change(trained, good, StateChangeThresholds(moved_factor=1e9)) is None
+
+
+def test_an_element_that_alone_has_a_gradient() -> None:
+    """The bias of the only output that is used has no other elements to be compared with: the other weights show
+    whether an update moved it so far."""
+    for diverged in (True, False):
+        trained = learner()
+        good = capture(trained, step=0, global_step=0)
+        with torch.no_grad():
+            trained.module.bias[3] = -5e5
+            trained.module.weight.add_(torch.randn(8, 8), alpha=1e7 if diverged else 1e-3)
+        change = unexplained_change(trained, good)
+        assert change is not None
+        assert (change.name, change.usual, change.updated) == ("parameter bias", 0.0, diverged)

@@ -147,7 +147,9 @@ def test_targets_of_the_model_itself(steps: list[Callable[[nn.Module], Tensor]],
     assert [traced(step, NET) for step in steps] == [found] * len(steps)
 
 
-@pytest.mark.parametrize("net", [Normed(), Recomputed(), weight_norm(nn.Linear(4, 4)), nn.TransformerEncoderLayer(4, 2)])
+@pytest.mark.parametrize(
+    "net", [Normed(), Recomputed(), weight_norm(nn.Linear(4, 4)), nn.TransformerEncoderLayer(4, 2)]
+)
 def test_parts_of_a_model_are_no_targets(net: nn.Module) -> None:
     """Running statistics, activations that are computed again, and norms of weights are part of the model."""
     assert not traced(lambda net: F.cross_entropy(net(X), LABELS), net)

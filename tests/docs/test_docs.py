@@ -123,10 +123,11 @@ def test_links_lead_somewhere() -> None:
 
 
 def test_files_named_in_the_architecture_exist() -> None:
-    """Every module that the architecture's table names is there."""
-    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    for name in set(re.findall(r"`([a-z_/]+\.py)`", text)):
-        assert (ROOT / "lightning_nanguard" / name).exists(), name
+    """Every module that a page about the inside names is there."""
+    for page in ("architecture", "trials", "repeats"):
+        text = (ROOT / "docs" / f"{page}.md").read_text(encoding="utf-8")
+        for name in set(re.findall(r"`([a-z_/]+\.py)`", text)):
+            assert (ROOT / "lightning_nanguard" / name).exists(), f"{page}.md: {name}"
 
 
 def test_tests_named_in_the_documents_exist() -> None:
@@ -143,6 +144,16 @@ def test_tests_named_in_the_documents_exist() -> None:
         source = (ROOT / file).read_text(encoding="utf-8")
         assert not name or f"def {name}(" in source, f"{file}::{name}"
         assert not case or f'"{case}"' in source, f"{file}::{name}[{case}]"
+
+
+def test_names_of_tests_in_the_documents_exist() -> None:
+    """A test that a document names without its file is there, too."""
+    files = (ROOT / "tests").rglob("test_*.py")
+    there = {name for path in files for name in re.findall(r"def (test_\w+)\(", path.read_text(encoding="utf-8"))}
+    named = {name for page in PAGES for name in re.findall(r"`(test_\w+)`", page.read_text(encoding="utf-8"))}
+    upstream = {"test_hpc_restore_attempt"}  # of Lightning's own tests
+    assert len(named) > 40
+    assert not (missing := sorted(named - there - upstream)), ", ".join(missing)
 
 
 def test_every_public_name_is_there() -> None:

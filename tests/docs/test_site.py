@@ -73,6 +73,7 @@ def test_every_detector_is_described() -> None:
     found = sections("detectors.md")
     assert known == {"NonFinite", "GradientSpike", "DivergingLoss"}
     for name in known:
+        assert name in found, f"no section of docs/detectors.md: {name}"
         assert all(f"**{part}.**" in found[name] for part in PARTS), name
 
 
@@ -83,6 +84,7 @@ def test_every_remedy_is_described() -> None:
     # Averages are restored in any case, so nobody lists their remedy.
     assert {type(one).__name__ for one in executors(()).values()} - {"AverageRollback", "ScaleRollback"} <= known
     for name in known:
+        assert name in found, f"no section of docs/remedies.md: {name}"
         arguments = set(inspect.signature(getattr(lightning_nanguard, name)).parameters) - {"thresholds"}
         assert arguments <= set(re.findall(r"^\| `(\w+)` \|", found[name], re.MULTILINE)), name
 
@@ -117,19 +119,32 @@ def test_every_command_is_described() -> None:
 PARTS = ("How it shows", "What the guard does", "How to fix it for good")
 
 
-def test_every_cause_is_described() -> None:
-    """Each cause that the package can name has a section with all three parts, and no other has one."""
+def described_causes() -> dict[str, str]:
+    """What the page says about each cause: its section, or its row and the text above the table."""
     found = sections("causes.md", "###")
+    for text in sections("causes.md").values():
+        head, _, rows = text.partition("\n| cause | how it shows | how to fix it for good |\n")
+        row = r"^\| `(\w+)` \| (\S[^|]*) \| (\S[^|]*) \|$"
+        for name, shows, fix in re.findall(row, rows, re.MULTILINE):
+            found[name] = f"- **{PARTS[0]}.** {shows}\n- {head}\n- **{PARTS[2]}.** {fix}"
+    return found
+
+
+def test_every_cause_is_described() -> None:
+    """The page says all three things about each cause that the package can name, and knows no other cause."""
+    found = described_causes()
     suspicions = {"exploding_loss", "stuck_loss", "gradient_spike"}
-    assert found.keys() - suspicions == causes() - suspicions
+    missing, gone = causes() - suspicions - found.keys(), found.keys() - suspicions - causes()
+    assert not missing, f"no section of docs/causes.md: {', '.join(sorted(missing))}"
+    assert not gone, f"docs/causes.md, but no cause: {', '.join(sorted(gone))}"
     for name, text in found.items():
-        assert all(f"- **{part}.**" in text for part in PARTS), name
+        assert all(f"**{part}.**" in " ".join(text.split()) for part in PARTS), name
 
 
 def test_what_is_done_fits_what_is_blamed() -> None:
     """A cause that blames its batch is skipped, one that blames state or learner is rolled back."""
     words = {"batch": "skip", "learner": "goes back", "state": "certified snapshot"}
-    found = sections("causes.md", "###")
+    found = described_causes()
     checked = 0
     for node in nodes():
         if not (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.args):

@@ -199,5 +199,4 @@ def test_first_readings_stay_known_when_updates_are_made_again() -> None:
     history = loop.guard.context.monitors.history(0)
     assert remedies(loop) == [("restore",)]
     assert loop.records[0].snapshot_step == 0
-    assert history is not None
     assert len(history.losses()) == 9

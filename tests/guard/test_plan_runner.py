@@ -118,6 +118,6 @@ def test_a_cut_that_clipping_made_needless_is_not_on_record(clipped: bool) -> No
     loop.run(4)
     plan: Plan = (Clip(1.0), Scale(0.5, clipped=clipped))
     found = FoundFault(Fault("exploding_loss", "learner", "loss"), Reading(4, 0, 9.0, 9.0))
-    done = list(loop.guard._parts.runner.apply(plan, found, 0).steps)
+    done = list(loop.guard._parts.judge.runner.apply(plan, found, 0).steps)
     assert done == (list(plan[:1]) if clipped else list(plan))
     assert loop.guard.context.clipper.value == 1.0

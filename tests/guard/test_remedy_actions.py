@@ -76,7 +76,6 @@ def test_what_was_read_of_later_states_is_forgotten(known_until: int, left: int)
     actions_of(loop, known_until).restore(1)
     history = loop.guard.context.monitors.history(0)
     assert loop.guard.context.state.restored.step == 16
-    assert history is not None
     assert len(history.losses()) == left
     assert not loop.guard._parts.snapshots.due(25)
     assert loop.guard._parts.snapshots.due(26)

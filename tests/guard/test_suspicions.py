@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 from torch.optim import SGD, Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_nanguard import Detector, Fault, NaNGuard, Reading
+from lightning_nanguard.diagnosis.step_tracer import StepTrace
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.types import ActOn, Evidence, Finding
@@ -59,6 +58,26 @@ def test_advice_says_what_was_seen_and_that_nothing_was_done(
     assert told is not None
     assert told[0] == 6
     assert "step 6: the loss rose to 9; finite, so nothing was done" in told[1]
+
+
+@pytest.mark.parametrize(("settings", "told"), [(CERTAIN, True), (EVIDENCE, False)], ids=["certain", "evidence"])
+def test_a_loss_that_does_not_show_which_weights_are_better(
+    settings: Settings, told: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives no reason for advice about the learner, and is not found out where no batch may be run for it. A batch
+    with an unusual loss is told all the same, and so are weights that grew far."""
+    loop, suspicions = trained(settings)
+    trace = StepTrace(own_targets=True, writes=False, unused=frozenset())
+    monkeypatch.setattr(loop, "step_trace", lambda: trace)
+    suspicions.advise(LEARNER, Reading(6, 0, 9.0, 1.0), late=True)
+    assert bool(loop.advice) == told
+    assert (loop.guard.context.state.told is not None) == told
+    suspicions.advise(FAULT, Reading(6, 0, 9.0, 1.0), late=True)
+    assert [one.cause for one in loop.advice][told:] == ["loss_spike"]
+    monkeypatch.setattr(suspicions.investigator, "growth", lambda: 1e3)
+    monkeypatch.setattr(loop, "diagnose", lambda *_: Finding("learning_rate_too_high", 0.8))
+    suspicions.advise(LEARNER, Reading(7, 0, 9.0, 1.0), late=True)
+    assert loop.advice[-1].cause == "learning_rate_too_high"
 
 
 def test_the_rate_of_an_earlier_peak_is_blamed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -135,7 +154,6 @@ def test_a_doubtful_suspicion_is_told_if_the_weights_show_its_cause(
     loop, suspicions = trained(CERTAIN)
     monkeypatch.setattr(type(suspicions.investigator), "growth", lambda self: growth)
     history = loop.guard.context.monitors.history(0)
-    assert history is not None
     assert history.first is not None
     loss = history.first + above
     fault = Fault("stuck_loss", "learner", "loss", loss, "it is high", certain=False, doubtful=True)
@@ -158,7 +176,6 @@ def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> Non
     """A loss that is above the first one by less than the newest losses differ is no sign of a divergence."""
     loop, suspicions = trained(Settings())
     history = loop.guard.context.monitors.history(0)
-    assert history is not None
     assert history.first is not None
     for step in range(7, 23):
         loop.guard.context.monitors.accept(Reading(step, 0, history.first + step % 2, 1.0))
@@ -188,19 +205,15 @@ def test_a_loss_that_is_back_when_the_fit_ends(back: bool, act_on: ActOn, tmp_pa
     """The checks come after 40, 80, 160, … updates. What has collapsed since then is told at the end, with the rate
     that has risen, and a run that has kept what it learned hears nothing."""
 
-    class Rising(Task):
-        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
-            loss: Tensor = super().training_step(batch, batch_idx)
-            # The value of the loss, without a change of its gradient.
-            level = 5.0 if batch_idx < 20 or (back and batch_idx >= 100) else 1.0
-            return loss - loss.detach() + level + 0.01 * (batch_idx % 3)
-
     def rising(optimizer: Optimizer) -> LambdaLR:
         return LambdaLR(optimizer, lambda step: 1 + step / 100)
 
     torch.manual_seed(0)
-    module, guard = Rising(mlp(), lambda p: SGD(p, lr=1e-4), rising), NaNGuard(act_on=act_on, dirpath=tmp_path)
-    fit(module, batches(count=130), guard, folder=tmp_path)
+    data = [
+        (x, y * 5 if at < 20 or (back and at >= 100) else y) for at, (x, y) in enumerate(batches(count=130, size=64))
+    ]
+    module, guard = Task(mlp(), lambda p: SGD(p, lr=1e-4), rising), NaNGuard(act_on=act_on, dirpath=tmp_path)
+    fit(module, data, guard, folder=tmp_path)
     assert guard.interventions == ()
     if not back:
         assert guard.advice == ()
@@ -208,7 +221,7 @@ def test_a_loss_that_is_back_when_the_fit_ends(back: bool, act_on: ActOn, tmp_pa
     (advice,) = guard.advice
     assert (advice.finding.cause, advice.global_step) == ("collapsed", 130)
     assert "The learning rate has risen from 0.0001 to 0.00023: look at its schedule" in advice.finding.suggestion
-    ended = "the fit ended before the next trial was due" if act_on == "evidence" else "NaNGuard(act_on="
+    ended = "the fit ended before a trial could show more" if act_on == "evidence" else "NaNGuard(act_on="
     assert ended in advice.finding.suggestion
 
 

@@ -93,7 +93,6 @@ def test_a_run_that_goes_on_from_an_arm_keeps_its_first_loss() -> None:
     loop = BranchingLoop(lr=2.0)
     loop.run(1)
     history = loop.guard.context.monitors.history(0)
-    assert history is not None
     first = history.first
     loop.run(80)
     assert remedies(loop) == [("restore", "scale")]

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import default_collate
 
 from lightning_nanguard import sample_hash
-from lightning_nanguard.measure.sample_parts import hash_of, is_separable, part_of
+from lightning_nanguard.measure.batches import named_tensors
+from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, select_samples
 from tests.helpers import same_bits
 
 SAMPLES: dict[str, list[Any]] = {
@@ -27,7 +28,9 @@ def test_a_part_is_what_the_loader_would_have_given(kind: str) -> None:
     samples = SAMPLES[kind]
     assert is_separable(default_collate(samples), 4)
     for chosen in ([2], [0, 3], [1, 1]):
-        assert same_bits(part_of(default_collate(samples), chosen), default_collate([samples[i] for i in chosen]))
+        assert same_bits(
+            select_samples(default_collate(samples), chosen), default_collate([samples[i] for i in chosen])
+        )
 
 
 @pytest.mark.parametrize("kind", SAMPLES)
@@ -44,3 +47,13 @@ def test_not_separable() -> None:
     assert not is_separable([torch.zeros(4, 2), torch.zeros(3)], 4)
     assert not is_separable([torch.zeros(4, 2), torch.tensor(1.0)], 4)
     assert not is_separable(["words"], 1)
+
+
+@pytest.mark.parametrize("kind", SAMPLES)
+def test_a_sample_among_others(kind: str) -> None:
+    """The tensors of a sample and of a batch are one batch, unless their shapes differ."""
+    first, *others = SAMPLES[kind]
+    made = among(default_collate([first]), default_collate(others))
+    tensors, whole = (dict(named_tensors(one)) for one in (made, default_collate([first, *others])))
+    assert same_bits(tensors, whole)
+    assert among(default_collate([first]), [torch.zeros(3, 7)]) is None

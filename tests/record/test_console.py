@@ -80,12 +80,23 @@ def test_stop_is_always_shown(caplog: pytest.LogCaptureFixture) -> None:
         console.write(step(number, remedies=("stop",)))
     assert shown(caplog) == list(range(1, 8))
     caplog.clear()
-    for number in range(1, 8):  # with observe=True none of them ends it
-        console.write(step(number, remedies=("stop", "skip"), applied=False))
-    assert shown(caplog) == [1, 2, 4]
-    caplog.clear()
-    console.close()
-    assert not caplog.records
+
+
+def test_an_observed_run_would_stop_once(caplog: pytest.LogCaptureFixture) -> None:
+    """With observe=True the run goes on after a stop, whatever its fault: the first one is shown, other faults as ever;
+    the next fit begins anew."""
+    console = Console()
+    for _ in range(2):
+        for number in range(1, 8):
+            console.write(step(number, remedies=("stop", "skip"), applied=False))
+            console.write(step(10 + number, fault=f"kind_{number // 4}", remedies=("stop",), applied=False))
+            console.write(step(20 + number, applied=False))
+        stop, goes_on, *others = lines(caplog)
+        assert "done: would have stopped the run" in stop
+        assert goes_on == "NaNGuard: with observe=True the run goes on; further stops are not shown."
+        assert [int(line.split()[2]) for line in others] == [21, 22, 24]
+        console.close()
+        caplog.clear()
 
 
 def test_close_starts_anew(caplog: pytest.LogCaptureFixture) -> None:

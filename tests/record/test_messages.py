@@ -93,8 +93,15 @@ def test_told_in_full() -> None:
     ]
     assert tell(replace(ROLLBACK, applied=False)).split("\n  ") == [
         "step 430 (epoch 3, batch 30): exploding loss",
+        "why: not known (with observe=True no batch is run again)",
         "done: would have gone back to step 400, changed the learning rate 0.1 → 0.05",
     ]
+    assert "why" not in tell(replace(SKIP, remedies=("hold rate",), applied=False))
+    state = Finding("corrupted_state", 0.8, {}, "w", suggestion="w is far too large.", scope="state")
+    assert tell(replace(ROLLBACK, finding=state)).endswith(
+        "learning rate 0.1 → 0.05, in case the updates are the cause"
+    )
+    assert tell(replace(ROLLBACK, finding=state, remedies=("restore",), lr_after=0.1)).endswith("went back to step 400")
     restarted = replace(ROLLBACK, restart_updates=64, updates_lost=30)
     assert tell(restarted).split("\n  ")[1] == (
         "done: went on from a restart at step 400, which a trial had trained for 64 updates (30 updates undone), "
@@ -137,8 +144,9 @@ def test_nothing_reaches_a_terminal_but_text(intervention: Intervention) -> None
 @pytest.mark.parametrize(
     ("evidence", "said"),
     [
-        ({"lr": 0.1}, "Lower it. This run goes on at 0.05: begin the next one at about this rate."),
-        ({"lr": 0.1, "largest_rate": 0.06}, "This run goes on at 0.05: begin the next one at about this rate."),
+        ({"lr": 0.1}, "Lower it. This run goes on at 0.05: use about this rate in the next one."),
+        ({"lr": 0.1, "largest_rate": 0.06}, "This run goes on at 0.05: use about this rate in the next one."),
+        ({"lr": 0.1, "tried_rate_factor": 0.4}, "This run goes on at 0.05: use about this rate in the next one."),
         ({"lr": 0.1, "largest_rate": 0.001}, "This run goes on at 0.05, and lowers the rate further if that is not"),
         ({}, "to do: Lower it."),
     ],
@@ -148,7 +156,10 @@ def test_the_rate_of_this_run_is_not_at_odds_with_the_finding(evidence: dict[str
     finding = Finding("learning_rate_too_high", 0.9, dict(evidence), "loss", suggestion="The rate is 0.1. Lower it.")
     told = tell(replace(ROLLBACK, finding=finding))
     assert said in told
-    assert ("begin the next one" in said) == ("begin the next one" in told)
+    assert ("in the next one" in said) == ("in the next one" in told)
+    assert "A trial" not in told
+    kept = tell(replace(ROLLBACK, finding=finding, lr_after=0.1, remedies=("restore",)))
+    assert ("to do: Lower it. A trial learned more at 0.04." in kept) == ("tried_rate_factor" in evidence)
 
 
 def test_where_samples_came_from() -> None:

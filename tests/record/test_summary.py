@@ -26,7 +26,7 @@ from lightning_nanguard.record.summary import mostly_skipped, summary
         (
             (
                 "10,000 updates watched, 1,004 interventions (gradient spike 1,001, collapsed 2, exploding loss "
-                "1): 1,001 batches skipped, 3 rollbacks, 1 change of the learning rate; the learning rate ends at "
+                "1): 3 rollbacks, 1 change of the learning rate, 1,001 batches skipped; the learning rate ends at "
                 "0.25 times its schedule; read more with: nanguard explain 'logs/run 7'"
             ),
             (
@@ -50,9 +50,18 @@ from lightning_nanguard.record.summary import mostly_skipped, summary
             {"whole": (1400, 1), "trials": "1 trial held", "path": "runs/7"},
         ),
         (
-            '5 updates watched (act_on="certain"), 2 interventions (spike 2): 2 × reduce momentum',
-            (5, {"spike": 2}, {"reduce momentum": 2}),
+            '5 updates watched (act_on="certain"), 2 interventions (spike 2): 1 stop, 2 × reduce momentum',
+            (5, {"spike": 2}, {"reduce momentum": 2, "stop": 1}),
             {},
+        ),
+        # A run stops once, also where the guard only observes.
+        (
+            (
+                '5 updates watched (act_on="certain"), 5 faults found, only observed (spike 5); not done: 1 stop, '
+                "2 rollbacks"
+            ),
+            (5, {"spike": 5}, {"restore": 2, "stop": 3}),
+            {"observe": True},
         ),
     ],
 )

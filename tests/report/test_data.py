@@ -87,7 +87,7 @@ def test_a_run_of_which_most_was_skipped(tmp_path: Path) -> None:
     watched = [replace(one, applied=False) for one in skips]
     assert verdict(replace(data, interventions=watched))[0].startswith("Only observed")
     pytest.importorskip("matplotlib")
-    assert "What to do: read why the first of them was skipped" in page(data)
+    assert "What to do: see step 2 below. If the data are bad" in page(data)
 
 
 def test_losses_of_updates_that_were_not_kept(tmp_path: Path) -> None:

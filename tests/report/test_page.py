@@ -30,6 +30,8 @@ RISING = [CurvePoint(step, 1, 0, float(step), None, None, None, None, None) for 
 LOSSES = (6.0, 5.0, 4.0, 3.0, 2.0, 1.0, nan)
 SKIPPED = [CurvePoint(at, 1, 0, loss, None, None, None, None, None) for at, loss in enumerate(LOSSES, start=1)]
 SKIP = Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+BACK = replace(SKIP, remedies=("restore", "scale"))
+SUSPECTED = replace(ADVICE, occasion="a finite suspicion")
 
 
 def test_what_the_page_tells(tmp_path: Path) -> None:
@@ -77,13 +79,29 @@ def test_nothing_is_loaded_and_hostile_names_are_text(tmp_path: Path) -> None:
         ({"interventions": [replace(SKIP, remedies=("scale",))], "curve": SKIPPED}, "In trouble", False),
         ({"interventions": [SKIP], "curve": RISING}, "Ended: 1 intervention, and the loss is higher at the end", None),
         (
-            {"interventions": [SKIP], "advice": [replace(ADVICE, occasion="a finite suspicion")]},
+            {"interventions": [SKIP], "advice": [SUSPECTED]},
             "Ended: 1 intervention, and there is advice about dead relu.",
             None,
         ),
+        ({"interventions": [BACK], "advice": [SUSPECTED]}, "Saved: 1 intervention.", True),
+        ({"interventions": [BACK], "advice": [replace(SUSPECTED, global_step=7)]}, "Ended: 1 intervention, and", None),
+        (
+            {"interventions": [replace(BACK, remedies=("restore", "redo"))], "advice": [SUSPECTED]},
+            "Ended: 1 intervention, and",
+            None,
+        ),
         ({"interventions": [SKIP], "alive": True}, "Kept alive so far", True),
-        ({"interventions": [replace(SKIP, applied=False)]}, "Only observed", True),
-        ({"interventions": [replace(SKIP, remedies=("stop",))]}, "Lost: the guard stopped", False),
+        ({"interventions": [replace(SKIP, applied=False)]}, "Only observed: 1 fault, and nothing was changed.", True),
+        (
+            {"interventions": [replace(SKIP, remedies=("stop",))]},
+            "Lost: the guard stopped the run after 1 intervention; there was no certified snapshot.",
+            False,
+        ),
+        (
+            {"interventions": [replace(SKIP, remedies=("stop",), snapshot_step=4)]},
+            "Lost: the guard stopped the run after 1 intervention; the module has the weights of step 4.",
+            False,
+        ),
         ({"log": RunLog(Path(), "killed", ({},))}, "Killed", False),
         ({"curve": [CurvePoint(1, 1, 0, float("nan"), None, None, None, None, None)]}, "In trouble", False),
     ],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 from lightning_nanguard.report.data import RunData, read_run_data
@@ -17,10 +18,13 @@ def test_the_loss_and_the_layers(tmp_path: Path) -> None:
     first, second = data.interventions
     loss, norms = recorded_around(first, data)
     assert loss.startswith("loss 0.5")
-    assert loss.endswith(" after (medians of up to 10 points)")
+    assert loss.endswith(" after (medians of up to 10 recorded losses)")
     assert norms == "gradient norms in the last 2 updates: net.0 0.5 → nan"
     assert len(recorded_around(second, data)) == 1  # no norms were kept there
     assert recorded_around(first, RunData(tmp_path)) == []
+    layers = {"a": (nan, nan), "b": (inf, nan), "c": (1.0, inf)}
+    lost = replace(data, layer_norms=[replace(data.layer_norms[0], layers=layers)])
+    assert recorded_around(first, lost)[1].endswith(": c 1 → inf")  # the others were lost before
 
 
 def test_many_layers_are_counted(tmp_path: Path) -> None:

@@ -66,6 +66,28 @@ def test_state_that_went_bad(way: str, kind: str, value: float, tmp_path: Path) 
         assert optimizers * step <= found.global_step <= optimizers * (step + 10)
 
 
+def test_a_snapshot_of_the_bad_state_is_no_second_fault(tmp_path: Path) -> None:
+    """A buffer goes bad just before the last snapshot of an epoch, which is then not certified yet. At the end of the
+    epoch the guard makes the updates again, and the run ends with one record and the bits of a run without the fault.
+    """
+    fault, guard = FaultAt("buffer", NAN, STEPS - 2), NaNGuard(snapshot_every_n_steps=5)
+    run = struck("automatic", fault, guard, tmp_path / "struck", max_epochs=2)
+    assert [(one.global_step, one.remedies) for one in guard.interventions] == [(STEPS, ("restore", "redo"))]
+    sound = fit(task("norm", adam), data_for("norm", STEPS), None, folder=tmp_path / "sound", max_epochs=2)
+    assert differences(learner_of(sound.trainer, sound.module), learner_of(run.trainer, run.module)) == []
+
+
+def test_a_huge_weight_is_named_and_not_the_statistics_behind_it(tmp_path: Path) -> None:
+    """Batch norm hides a weight of 1e30 from the loss, and only its running variance overflows. The record says that
+    the variance was seen, and the cause names the weight, to which the user's code may have written."""
+    guard = NaNGuard(snapshot_every_n_steps=5)
+    assert_sound(struck("automatic", FaultAt("weight", 1e30, 30, "net.0.weight"), guard, tmp_path), guard)
+    [found] = guard.interventions
+    assert found.finding is not None
+    assert (found.place, found.finding.place) == ("buffer net.1.running_var", "parameter net.0.weight")
+    assert "code that writes to parameter net.0.weight:" in found.finding.suggestion
+
+
 @pytest.mark.parametrize(("way", "kind"), WHERE)
 def test_state_that_is_huge_but_finite(way: str, kind: str, tmp_path: Path) -> None:
     """1e30 in a weight is seen in the loss and rolled back; in a buffer or moment it hides from training and may stay,

@@ -73,8 +73,12 @@ def test_stop_says_what_why_and_what_to_do() -> None:
     text = str(error)
     assert error.fault is not None
     assert error.fault.kind == "non_finite_loss"
-    for part in ("Step ", "epoch 1", "non_finite_loss", "loss", error.reason, "skip", "Raise the limits of the budget"):
+    for part in ("step ", "epoch 1", "non_finite_loss", "loss", error.reason, "skip"):
         assert part in text, part
+    assert text.splitlines()[-2:] == [
+        "  limit: if the run should have gone on, raise Budget(max_bad_batches=…)",
+        f"  next: nanguard explain {guard.run_dir}",
+    ]
     assert error.tried
     assert guard.interventions[-1].remedies[-1] == "stop"
 
@@ -88,7 +92,7 @@ def test_stop_leaves_the_last_good_weights(tmp_path: Path, log: pytest.LogCaptur
     error, module, _ = stopped(guard, batches(count=24), NaNWeight(15), states)
     assert error.snapshot_step is not None
     assert error.snapshot_step <= 15
-    assert f"The module holds the weights of step {error.snapshot_step}" in str(error)
+    assert f"the module holds the weights of step {error.snapshot_step}\n" in str(error)
     wanted = states.after[error.snapshot_step]["parameters"]
     assert differences(wanted, copied(dict(module.named_parameters()))) == []
     assert guard.interventions[-1].snapshot_step == error.snapshot_step

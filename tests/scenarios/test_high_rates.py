@@ -19,6 +19,7 @@ from torch.utils.data import BatchSampler, DataLoader, RandomSampler, TensorData
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.investigator import norms_to_grow_from
 from lightning_nanguard.measure.readings import PendingReading
+from lightning_nanguard.record.messages import tell
 
 STEPS = 300
 
@@ -267,6 +268,53 @@ def test_a_layer_that_began_at_next_to_nothing_may_grow(tmp_path: object) -> Non
     guard = Guard(dirpath=str(tmp_path))
     wine(0.01, guard, small=True)
     assert list(guard.interventions) == []
+
+
+@pytest.mark.parametrize(("steps", "helped"), [(103, False), (104, True)])
+def test_a_run_that_is_too_short_for_a_trial(steps: int, helped: bool, tmp_path: Path) -> None:
+    """The pages say how many updates a run needs, so that ``act_on="evidence"`` can help."""
+    guard = Guard(dirpath=tmp_path)
+    improvement("adam", lambda step: 100 * OPTIMIZERS["adam"][2], guard, steps=steps)
+    assert bool(guard.interventions) is helped
+    for page in ("README.md", "docs/start.md"):
+        assert "run of fewer than 104 updates" in (Path(__file__).parents[2] / page).read_text(encoding="utf-8")
+
+
+class ByHand(Digits):
+    """The same network, trained by manual optimization on a loss that has no upper bound."""
+
+    def __init__(self, rate: float) -> None:
+        super().__init__("momentum", lambda step: rate)
+        self.automatic_optimization = False
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> None:  # type: ignore[override]
+        optimizer = self.optimizers()
+        optimizer.zero_grad()
+        rows = nn.functional.one_hot(batch[1], 10).float()
+        self.manual_backward(nn.functional.mse_loss(self.net(batch[0]), rows))
+        optimizer.step()
+
+    def configure_optimizers(self) -> Any:
+        return OPTIMIZERS["momentum"][0](self.parameters(), self.rate(0))
+
+
+def test_a_rate_far_too_high_is_named_where_no_batch_can_be_run_again(tmp_path: Path) -> None:
+    """Under manual optimization the cause follows the verdict: the guard blames the learner and lowers the rate, and so
+    the words name the rate, and the one at which the run goes on, and do not advise to clip."""
+    torch.manual_seed(0)
+    guard, module = NaNGuard(dirpath=tmp_path), ByHand(100.0)
+    trainer = Trainer(
+        accelerator="cpu", callbacks=[guard], max_steps=90, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )  # fmt: skip
+    trainer.fit(module, DataLoader(digits()[0], 32))
+    first = guard.interventions[0]
+    assert (first.cause, first.lr_before) == ("learning_rate_too_high", 100.0)
+    assert first.lr_after is not None
+    assert first.lr_after < 1.0
+    said = tell(first)
+    assert f"This run goes on at {first.lr_after:.4g}" in said
+    assert "clip_gradients" not in said
 
 
 def test_weights_that_their_own_updates_made_implausible(tmp_path: Path) -> None:

@@ -242,12 +242,23 @@ def test_guards_checkpoint_without_the_guard(stopped: tuple[NaNGuard, Path]) -> 
 
 @pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks used to create the checkpoint")
 def test_an_observing_guard_applies_nothing_of_the_checkpoint(stopped: tuple[NaNGuard, Path]) -> None:
-    """Rates and weights are those of a run without the guard; the multiplier stays in later checkpoints."""
+    """Rates and weights are those of a run without the guard, and so is every rate that the guard shows; the multiplier
+    and the clipping stay in later checkpoints, for a guard that acts."""
     before, path = stopped
-    bare, observed = train(None, resume=path), train(after := guard_with(observe=True), resume=path)
+    later = path.with_name("of an observing guard.ckpt")
+    bare = train(None, last := BadSteps(PER_EPOCH * EPOCHS - 1), resume=path)
+    observed = train(after := guard_with(observe=True), last, SaveAt(24, later), resume=path)
     assert observed[2] == bare[2]
+    logged = {step: row["nanguard/lr"] for step, row in observed[3].rows if "nanguard/lr" in row}
+    assert list(logged.values()) == pytest.approx(bare[2])
+    seen = after.interventions[0]
+    assert (seen.fault, seen.lr_before, seen.lr_after) == ("non_finite_loss", bare[2][-1], bare[2][-1])
+    assert (after.lr_multiplier, "the learning rate ends" in after.summary()) == (1.0, False)
     assert differences(dict(observed[1].state_dict()), dict(bare[1].state_dict())) == []
     assert after.state_dict()["guard"]["rate"]["multiplier"] == before.lr_multiplier
+    train(acting := guard_with(), resume=later)
+    assert acting.lr_multiplier == before.lr_multiplier < 1.0
+    assert acting.state_dict()["guard"]["clipper"] == before.state_dict()["guard"]["clipper"]
 
 
 # ---------------------------------------------------------------------------------------------------- the file

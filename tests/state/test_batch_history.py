@@ -46,7 +46,7 @@ def test_the_last_updates_are_kept(updates: int, left: list[int]) -> None:
     for update in (1, 2, 3):
         for micro in range(2):
             history.add(update, 10 * update + micro, torch.zeros(9, 1))
-    assert sorted({one.update for one in history.newest(99)}) == left
+    assert sorted({one.update for one in history.since(-1)}) == left
     assert [one.index for one in history.of(3)] == [30, 31]
     assert [one.index for one in history.newest()] == [30, 31]
     assert history.of(0) == []
@@ -68,7 +68,7 @@ def test_of_small_batches_more_are_kept() -> None:
         history = BatchHistory(CPU, updates=8, updates_small=256)
         for update in range(20):
             history.add(update, update, {"x": torch.zeros(samples, 2), "weight": torch.tensor(1.0)})
-        assert len(history.newest(256)) == updates
+        assert len(history.since(-1)) == updates
 
 
 def test_four_healthy_batches_are_kept() -> None:
@@ -141,11 +141,11 @@ def test_micro_batches_are_capped_in_bytes() -> None:
     for update in range(3):
         for index in range(8):
             history.add(update, index, torch.zeros(10))  # 40 bytes
-    assert [micro.index for micro in history.newest(9)] == [2, 3, 4, 5, 6, 7]
+    assert [micro.index for micro in history.since(-1)] == [2, 3, 4, 5, 6, 7]
     history.withdraw()
     history.add(2, 8, torch.zeros(100))
     history.add(2, 9, torch.zeros(1))
-    assert [micro.index for micro in history.newest(9)] == [9], "a batch larger than the limit is not kept"
+    assert [micro.index for micro in history.since(-1)] == [9], "a batch larger than the limit is not kept"
     assert history.bytes_kept() == 4
     batch = history.newest()[-1].batch
     history.accept(batch, 9)

@@ -53,6 +53,18 @@ def test_a_ring_is_bounded_and_ordered(levels: list[float], capacity: int) -> No
     assert steps[0] == len(levels) - 1
 
 
+def test_names_of_single_snapshots() -> None:
+    """The last certified one, and the latest of all, which is the pending one if there is one."""
+    ring = Ring()
+    assert (ring.last_certified, ring.latest, ring.all()) == (None, None, [])
+    ring = ring_of([3.0, 2.0])
+    newer, older = ring.certified
+    assert (ring.last_certified, ring.latest, ring.all()) == (newer, newer, [newer, older])
+    pending = snapshot_at(2, None)
+    ring.add(pending)
+    assert (ring.last_certified, ring.latest, ring.all()) == (newer, pending, [newer, older, pending])
+
+
 def test_a_pending_snapshot_under_suspicion_goes() -> None:
     """What is dropped is neither pending nor certified, and its memory is used again, once."""
     ring = Ring()

@@ -53,7 +53,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Fit]:
 def test_the_parts_are_those_asked_for(built: dict[str, Fit], given: str, late: bool, runner: type) -> None:
     """How readings arrive, and whether the guard acts."""
     parts = built[given].guard._parts
-    assert (type(parts.readback), type(parts.runner)) == (LocalReadback, runner)
+    assert (type(parts.readback), type(parts.judge.runner)) == (LocalReadback, runner)
     assert parts.caution.may_be_late(0) is late
 
 

@@ -6,13 +6,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pytorch_lightning import Callback
+from torch import nn
 
-from lightning_nanguard import Case, Detector, Fault, Finding, NaNGuard, Reading
+from lightning_nanguard import Case, Detector, Fault, Finding, NaNGuard, Reading, TrainingDivergedError
 from lightning_nanguard.diagnosis import bundle
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.records import RecordsThresholds
-from tests.helpers import Task, batches, differences, fit, mlp, state_of, task, with_bad
+from tests.helpers import OUTPUTS, Task, batches, differences, fit, mlp, state_of, task, with_bad
 
 
 class Asks(Callback):
@@ -112,3 +114,64 @@ def test_a_mistake_of_the_first_updates_explains_a_divergence(tmp_path: Path) ->
     fit(KeepsGradients(), batches(count=96), guard, folder=tmp_path)
     assert [advice.finding.cause for advice in guard.advice] == ["gradient_not_zeroed"]
     assert [found.cause for found in guard.interventions] == ["gradient_not_zeroed", "bad_batch"]
+
+
+class FirstOutput(Task):
+    """A regression by one of several outputs."""
+
+    def loss(self, batch: Any, name: str) -> torch.Tensor:
+        x, y = batch
+        return nn.functional.mse_loss(self.net(x)[:, 0].float(), y[:, 0].float())
+
+
+def first_output() -> FirstOutput:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, OUTPUTS))
+    return FirstOutput(net, lambda p: torch.optim.SGD(p, 0.1))
+
+
+def test_a_gradient_that_overflows_in_float16_alone(tmp_path: Path) -> None:
+    """With weights in float16 the number format is named, and no sample; in float32 the same gradient is accepted."""
+    data = [(x, torch.full((len(x), OUTPUTS), 5e4)) for x, _ in batches(count=4)]
+    for precision, causes in (("32-true", []), ("16-true", ["low_precision_overflow"])):
+        guard = NaNGuard(dirpath=tmp_path / precision)
+        fit(first_output(), data, guard, folder=tmp_path, precision=precision, max_steps=1)
+        assert [one.cause for one in guard.interventions] == causes
+    found = guard.interventions[0].finding
+    assert found is not None
+    assert (found.samples, found.scope) == ((), None)
+    assert "backward of" in found.place
+
+
+def test_a_head_with_unused_outputs_that_diverges(tmp_path: Path) -> None:
+    """The only bias with a gradient is no memory fault if the other weights have left their range, too."""
+    data = [(x, torch.full((len(x), OUTPUTS), 3e4)) for x, _ in batches(count=12)]
+    guard = NaNGuard(dirpath=tmp_path)
+    fit(first_output(), data, guard, folder=tmp_path)
+    assert "corrupted_state" not in {one.cause for one in guard.interventions}
+    assert guard.interventions[0].finding is not None
+    assert guard.interventions[0].finding.scope == "learner"
+
+
+class CountsOfZero(Task):
+    """Keeps means of what each code was given, and divides by how often it was given something."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(mlp(), lambda p: torch.optim.Adam(p, 2e-3))
+        self.register_buffer("means", torch.ones(4))
+
+    def loss(self, batch: Any, name: str) -> torch.Tensor:
+        used = self.means.detach().clone()
+        counts = torch.tensor([3.0, 2.0, 1.0, 0.0])
+        self.means.copy_(torch.ones(4) / counts)
+        return super().loss(batch, name) * (used - used.detach().max() + 1.0).exp().mean()
+
+
+def test_a_buffer_that_a_forward_pass_makes_infinite(tmp_path: Path) -> None:
+    """It was finite before the first update, and no cut of the rate is told as a change of the schedule."""
+    guard = NaNGuard(dirpath=tmp_path)
+    with pytest.raises(TrainingDivergedError, match="buffer means"):
+        fit(CountsOfZero(), batches(count=40), guard, folder=tmp_path)
+    assert {one.cause for one in guard.interventions} == {"corrupted_state"}
+    assert all(one.finding is not None and one.finding.place == "buffer means" for one in guard.interventions)

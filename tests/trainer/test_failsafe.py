@@ -20,8 +20,8 @@ from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.guard.reading_judge import ReadingJudge
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.step_start import StepMemory
+from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdates
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
-from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
 from lightning_nanguard.trainer.validation import ValidationWatch
 from tests.helpers import Batch, FaultAt, Task, batches, differences, fit, mlp, state_of, task
 
@@ -33,7 +33,7 @@ BROKEN = [
     (Guard, "see_loss", 8),
     (StepMemory, "open", 8),
     (StepCheck, "fault", 8),
-    (UpdatesAgain, "keep", 8),
+    (KeptUpdates, "keep", 8),
     (ReadingJudge, "judge", 8),
     (Certification, "judge", 8),
     (Guard, "end_epoch", 0),
@@ -149,7 +149,7 @@ def test_a_loop_without_a_trainer(hook: str) -> None:
         fabric.call(hook, *([torch.ones(1), 0] if "batch" in hook else []))
 
 
-@pytest.mark.parametrize(("owner", "name"), [(StepRunner, "_guarded"), (UpdatesAgain, "keep")])
+@pytest.mark.parametrize(("owner", "name"), [(StepRunner, "_guarded"), (KeptUpdates, "keep")])
 @pytest.mark.parametrize("accumulated", [1, 3])
 def test_a_micro_batch_is_run_once(
     owner: type, name: str, accumulated: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -19,7 +19,7 @@ from lightning_nanguard.guard.certification import Certification
 from lightning_nanguard.guard.step_check import StepCheck
 from lightning_nanguard.state.device import Driver, HostCopy
 from lightning_nanguard.state.step_start import StepMemory
-from lightning_nanguard.trainer.repeat.window import AccumulationWindow
+from lightning_nanguard.trainer.repeat.accumulation_window import AccumulationWindow
 from tests.helpers import (
     data_for,
     fit,

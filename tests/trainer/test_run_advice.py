@@ -84,4 +84,4 @@ def test_advice_in_a_run(kept: bool, tmp_path: Path) -> None:
     said = [one.finding for one in guard.advice if one.finding.cause == "many_skipped_batches"]
     assert len(said) == (0 if kept else 1)
     assert all("SkipStep(keep_good_samples=True)" in one.suggestion for one in said)
-    assert all("not one that compares samples" in one.suggestion for one in said)
+    assert all("a plain mean or sum over samples (not contrastive)" in one.suggestion for one in said)

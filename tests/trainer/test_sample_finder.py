@@ -122,6 +122,37 @@ def test_what_the_model_takes_is_not_bad(tmp_path: Path) -> None:
     assert [one.row for one in found] == [33]
 
 
+class NormalisesSelf(LogTargets):
+    """Divides by the spread of its batch, by a function or by hand."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+        self.net = nn.Linear(4, 1)
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        centred = x - x.mean(0)
+        spread = (centred.square().sum(0) / (len(x) - 1)).sqrt() if self.by_hand else x.std(0)
+        return super().training_step((centred / spread, y), index)
+
+
+@pytest.mark.filterwarnings("ignore:std.*degrees of freedom")
+@pytest.mark.parametrize("by_hand", [True, False])
+def test_a_fault_of_the_size_of_a_batch_is_none_of_its_rows(by_hand: bool, tmp_path: Path) -> None:
+    """The row of a batch of one is bad only if it is bad among other rows, too."""
+    for bad, named in (({}, []), ({"y96": -1.0}, [96])):
+        guard = trained(
+            DataLoader(rows(97, **bad), batch_size=8), tmp_path / str(len(bad)), NormalisesSelf(by_hand), max_epochs=2
+        )
+        found = listed(guard)
+        assert [one.row for one in found] == named
+        assert len(guard.interventions) == 2
+        for one in guard.interventions:
+            assert one.finding is not None
+            assert list(one.finding.rows) == named
+
+
 def test_healthy_data_leave_no_file(tmp_path: Path) -> None:
     """A run without a bad sample writes no list."""
     assert not (folder_of(trained(rows(), tmp_path)) / BAD_SAMPLES_FILE).exists()
@@ -416,6 +447,42 @@ def test_searches_in_vain_are_bounded(tmp_path: Path) -> None:
     assert skipped > 80
     # Each skipped batch is run a few times as a whole, and the last search may go beyond the limit.
     assert RootOfOutput.passes < 200 + 100 + 256 + 5 * 32 + 20 * skipped
+
+
+class Exponential(LogTargets):
+    """A rate that is the exponential of a sum of its inputs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Linear(4, 1)
+        nn.init.constant_(self.net.weight, 0.15)
+
+    def training_step(self, batch: Any, index: int) -> Tensor | None:
+        x, y = batch
+        logits = self.net(x)
+        return (logits.exp() - y * logits).mean()
+
+
+def test_the_samples_that_make_a_finite_gradient_too_large(tmp_path: Path) -> None:
+    """Those without which the gradient is a usual one are named, and not listed as bad samples: they may be good."""
+    guard = trained(DataLoader(rows(96, x77=320.0, x78=330.0), batch_size=8), tmp_path, Exponential())
+    (one,) = guard.interventions
+    found = one.finding
+    assert found is not None
+    assert (one.fault, found.cause, found.rows) == ("gradient_overflow", "unnormalised_input", (77, 78))
+    assert found.suggestion.startswith("without samples 5 and 6 of this batch the gradient norm would be ")
+    assert 0 < found.evidence["norm_without"] < 10
+    assert listed(guard) == []
+
+
+def test_a_gradient_that_all_samples_make_too_large(tmp_path: Path) -> None:
+    """No sample is named if the gradient stays too large without any few of them."""
+    data = rows(96)
+    for row in range(72, 80):
+        data[row] = (data[row][0].abs() * 0 + torch.tensor([320.0, 0.0, 0.0, 0.0]), data[row][1])
+    guard = trained(DataLoader(data, batch_size=8), tmp_path, Exponential())
+    assert [one.fault for one in guard.interventions] == ["gradient_overflow"]
+    assert all(one.finding is not None and not one.finding.samples for one in guard.interventions)
 
 
 class Combined(LogTargets):

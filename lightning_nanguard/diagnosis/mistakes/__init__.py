@@ -23,10 +23,9 @@ MISTAKES: tuple[Callable[[Observation, DiagnosisThresholds], Finding | None], ..
     modes.eval_mode,
     modes.dropout_off,
     rates.learning_rate_zero,
-    rates.schedule_ended,
     steps.data_repeats,
 )
-"""Every mistake that is looked for in the first updates."""
+"""Every mistake that the first updates show. Whether a schedule has ended (`rates`), only later updates show."""
 
 
 def mistakes(seen: Observation, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:

@@ -96,6 +96,7 @@ class Observation:
         rates: The learning rate of each parameter group.
         expected: Planned number of updates of the run; infinite if it is not known.
         scheduled: Whether a scheduler changes the rates.
+        since: Updates after the observed ones in which the rates were observed further.
         losses: Number of checked losses, up to the first one that depends on a trained parameter.
         graphless: The same number if none of them depends on a trained parameter; else 0.
         added: Largest number of updates in a row, over all optimizers, whose gradients were added to the ones before.
@@ -111,6 +112,7 @@ class Observation:
     rates: tuple[RateSeen, ...] = ()
     expected: float = math.inf
     scheduled: bool = False
+    since: int = 0
     losses: int = 0
     graphless: int = 0
     added: int = 0
@@ -139,15 +141,15 @@ def largest_parts(names: Sequence[str], chosen: Collection[str]) -> tuple[str, .
     left_out: set[str] = set()
     for name in names:
         if name not in chosen:
-            left_out.update(_prefixes(name))
+            left_out.update(prefixes(name))
     found: dict[str, None] = {}
     for name in names:
         if name in chosen:
-            found[next(path for path in _prefixes(name) if path not in left_out)] = None
+            found[next(path for path in prefixes(name) if path not in left_out)] = None
     return tuple(found)
 
 
-def _prefixes(name: str) -> Iterable[str]:
+def prefixes(name: str) -> Iterable[str]:
     """All prefixes of a path, such as ``a``, ``a.0`` and ``a.0.w``."""
     words = name.split(".")
     return (".".join(words[: count + 1]) for count in range(len(words)))

@@ -27,7 +27,8 @@ def learning_rate_zero(seen: Observation, thresholds: DiagnosisThresholds) -> Fi
 def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
     """All rates have fallen almost to zero, and most of the run is still to come.
 
-    A schedule that ends with the run, or that rises again, is intended.
+    A schedule that ends with the run, or that rises again, is intended. Whether it rises again, only later updates
+    show (:class:`~lightning_nanguard.trainer.ended_schedule.EndedSchedule`).
     """
     limits = thresholds.mistakes
     if not seen.scheduled or seen.expected < limits.runs_on * seen.updates:
@@ -45,7 +46,8 @@ def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Findin
         lr=most.last,
         suggestion=(
             f"the schedule lowered the learning rate from {most.highest:.3g} to {most.last:.3g} within the first "
-            f"{seen.updates} updates{left}: almost nothing is learned from now on. Check what the schedule "
-            "counts, updates (interval='step') or epochs, and how long it is."
+            f"{seen.updates} updates{left}, and it has not raised it again in the {seen.since} updates after them. At "
+            "this rate almost nothing is learned. Check what the schedule counts, updates (interval='step') or epochs, "
+            "and how long it is."
         ),
     )

@@ -26,7 +26,16 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from lightning_nanguard.diagnosis.case import Case
-from lightning_nanguard.diagnosis.rules import arithmetic, data, layers, learner, loss_function, plateau, updates
+from lightning_nanguard.diagnosis.rules import (
+    arithmetic,
+    data,
+    layers,
+    learner,
+    loss_function,
+    plateau,
+    unexplained,
+    updates,
+)
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
 
@@ -65,5 +74,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     plateau.local_minimum,
     plateau.batch_size,
     arithmetic.unknown_operation,
+    unexplained.changed_gradient,
+    unexplained.unexplained,
 )
 """Every built-in rule. Of two findings with the same confidence, that of the earlier rule is used."""

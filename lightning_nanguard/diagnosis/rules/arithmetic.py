@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lightning_nanguard.diagnosis.case import Case, Origin
 from lightning_nanguard.diagnosis.rules.domains import DOMAINS, largest_exponent, outside, squares_overflow
 from lightning_nanguard.diagnosis.rules.phrases import (
@@ -88,7 +90,9 @@ def division_by_zero(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> F
     text = None if origin is None else _division(origin, thresholds.data.near_zero)
     if origin is None or text is None:
         return None
-    return finding_at("division_by_zero", thresholds.confidence.operation, origin, text)
+    found = finding_at("division_by_zero", thresholds.confidence.operation, origin, text)
+    # The number of the values is at fault, and no sample.
+    return replace(found, samples=()) if origin.operation in _SPREADS and not origin.backward else found
 
 
 def _division(origin: Origin, near_zero: float) -> str | None:
@@ -151,6 +155,8 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     """A batch that is finite in float32 and not in 16 bits."""
     fault, clues, confidence = case.fault, case.clues, thresholds.confidence
     origin = clues.origin
+    if clues.gradient_fits is not None:
+        return _gradient_overflow(case, confidence.low_precision_proven) if clues.gradient_fits else None
     if clues.finite_in_float32 is True:
         sure = confidence.low_precision_proven
     elif number_format_exhausted(fault) and clues.finite_in_float32 is None:
@@ -180,6 +186,19 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     )
 
 
+def _gradient_overflow(case: Case, sure: float) -> Finding:
+    """A gradient too large for weights in float16. No sample is at fault for the number format."""
+    origin = case.clues.origin
+    return Finding(
+        "low_precision_overflow",
+        sure,
+        evidence={"precision": "float16", **(origin_evidence(origin) if origin is not None else {})},
+        place=origin.place if origin is not None else case.fault.place,
+        suggestion="the loss is finite, and its gradient overflows in float16, whose largest number is 65,504. It fits "
+        "in float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise targets).",
+    )
+
+
 def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
     """A fault that depends on the random numbers of the step, and not on the batch or the weights alone."""
     origin = case.clues.origin
@@ -197,7 +216,7 @@ def non_finite_from_start(case: Case, thresholds: DiagnosisThresholds = DEFAULT)
     """A buffer, such as class weights, that was not finite before the first update."""
     bad, origin = case.clues.bad_buffers, case.clues.origin
     # A buffer that was finite at the start is corrupted state.
-    if case.evidence.corrupt is not None or case.evidence.undo:
+    if case.evidence.corrupt is not None or case.clues.spoilt_buffers or case.evidence.undo:
         return None
     if not bad:
         return None if origin is None or case.clues.bad_fields else _given_bad(origin, thresholds)

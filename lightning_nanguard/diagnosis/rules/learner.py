@@ -10,6 +10,7 @@ from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
     PRODUCTS,
+    blamed_unseen,
     gradient_not_finite,
     in_gradient,
     learner_diverged,
@@ -29,12 +30,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
     if evidence.redone:
         return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
-    bad = evidence.corrupt
-    if fault.scope == "state" and _is_untrained(evidence, bad or fault.place):
-        known_by = known.state_implausible if bad is None else known.state_non_finite
-        what = "became far larger than before" if bad is None else "is no longer finite"
-        return _corrupted(case, thresholds, known_by, bad or fault.place, what)
-    if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
+    trained = not _is_untrained(evidence, evidence.corrupt or fault.place)  # a rate changes nothing else
+    if evidence.undo or (trained and (evidence.climbing or evidence.rate_rose)) or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
         if _updates_enlarged_it(case, thresholds.learner) or made_worse(evidence):
@@ -45,6 +42,9 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         if fault.scope == "learner" and fault.certain:
             return None
         return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
+    if case.clues.spoilt_buffers:
+        name = f"buffer {case.clues.spoilt_buffers[0]}"
+        return _corrupted(case, thresholds, known.state_non_finite, name, "is no longer finite")
     if fault.scope == "state" and fault.conclusive:
         return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
     if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
@@ -68,7 +68,8 @@ def _is_untrained(evidence: Evidence, name: str) -> bool:
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
     """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
     grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
-    return grew and case.fault.place.startswith("parameter") and case.clues.moved_alone is False
+    weight = case.evidence.jump or case.fault.place  # which explains a buffer that is too large
+    return grew and weight.startswith("parameter") and case.clues.moved_alone is False
 
 
 def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
@@ -79,45 +80,57 @@ def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
 def _corrupted(
     case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
 ) -> Finding:
+    weight = case.evidence.jump
+    if weight is not None and name.startswith("buffer "):
+        # A weight far out of proportion makes the statistics of later layers bad, and these are often seen first.
+        name, what = weight, f"is far larger than any weight of the last good state, and {name} {what}"
     times = case.times("corrupted_state", name)
-    since = case.evidence.healthy_since_restore
-    soon = since is not None and since < thresholds.blame.calm_when_late
-    # A memory fault is gone with the good state, and does not come back soon after a restore.
-    gone = case.clues.change is None or case.clues.good_finite is True
-    redone = case.evidence.redone
-    if _is_untrained(case.evidence, name):
-        text = (
-            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
-            "weights: its decay must be below 1."
-        )
-    elif case.evidence.told and not redone:
-        text = f"and {case.evidence.told}."
-    elif case.fault.rate_may_cause and name.startswith("buffer") and not redone:
-        text = (
-            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
-            "them from the loss. If there is none, look for code that writes to it."
-        )
-    elif times == 1 or not gone:
-        look = "Look for code that writes to it: a hook, a callback, an in-place operation."
-        text = f"{'so no batch and no rate caused it' if redone else 'although no earlier reading was bad'}. {look}"
-    elif soon and not redone:
-        text = (
-            f"for the {_ordinal(times)} time, and {counted(since or 0, 'update')} after the state was restored: the "
-            "update or the forward pass causes this each time. Look at the code that computes it."
-        )
-    else:
-        text = (
-            f"for the {_ordinal(times)} time, although no earlier reading was bad and the restored state was good: "
-            "a memory fault, or code that writes to it. Test the device."
-        )
     return Finding(
         "corrupted_state",
         confidence,
         evidence={"tensor": name, "times": float(times), **numbers},
         place=name,
-        suggestion=f"{name} {what}, {text}",
+        suggestion=f"{name} {what}, {_where_to_look(case, name, times, thresholds.blame)}",
         scope="state",
     )
+
+
+def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -> str:
+    """What may have made a tensor bad, for the ``times``-th time, and what the user can do."""
+    evidence, since = case.evidence, case.evidence.healthy_since_restore
+    # A memory fault is gone with the good state, and does not come back soon after a restore.
+    gone = case.clues.change is None or case.clues.good_finite is True
+    again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
+    it = name if name == evidence.jump else "it"
+    look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
+    memory = (
+        f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
+        f"writes to {it}. Test the device."
+    )
+    if _is_untrained(evidence, name):
+        return (
+            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
+            "weights: its decay must be below 1."
+        )
+    if evidence.redone:
+        return memory if again else f"so no batch and no rate caused it. {look}"
+    if evidence.told:
+        return f"and {evidence.told}."
+    if case.fault.rate_may_cause and name.startswith("buffer"):
+        return (
+            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
+            "them from the loss. If there is none, look for code that writes to it."
+        )
+    if not again:
+        return (
+            f"although no {'earlier reading' if since is None else 'reading since the last rollback'} was bad. {look}"
+        )
+    if since is not None and since < limits.calm_when_late:
+        return (
+            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
+            "it: a callback, a hook, the forward pass or the optimizer."
+        )
+    return memory
 
 
 def _ordinal(number: int) -> str:
@@ -158,13 +171,15 @@ def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) ->
     # The Trainer does not clip under manual optimization.
     by_hand = f'self.clip_gradients(optimizer, {clip:.2g}, "{kind}")'
     how = f"Trainer(gradient_clip_val={clip:.2g}{option})" if case.evidence.comparable else by_hand
+    # Without a replay it is not known whether the backward pass made such a gradient.
+    writes = "" if case.evidence.comparable else " Or look for code that writes to gradients (hooks)."
     large = f"{norm:.4g}" if math.isfinite(norm) else "not finite"
     return Finding(
         "exploding_gradient",
         confidence,
         evidence=numbers,
         place=place,
-        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.",
+        suggestion=f"the gradient norm is {large}{history}{layers}. Clip gradients: {how}.{writes}",
     )
 
 
@@ -173,7 +188,7 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     limits = thresholds.learner
     rate, allowed = _rate(case), _allowed(case, thresholds)
     confidence = _rate_confidence(case, thresholds)
-    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits):
+    if confidence == 0.0 or _operation_explains_it(case, rate, allowed, limits) or _lowered_in_vain(case, limits):
         return None
     above = rate is not None and allowed is not None and rate > allowed
     if allowed is not None and not above and not _rate_is_shown(case, limits):
@@ -184,6 +199,13 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     found = "; ".join(parts) or "the loss diverged"
     text = f"{found}. {_how_to_lower(case, thresholds)}{_to(case, thresholds)}."
     return _learner_finding("learning_rate_too_high", confidence, case, numbers, text)
+
+
+def _lowered_in_vain(case: Case, limits: LearnerThresholds) -> bool:
+    """Whether the same fault came at a far higher rate before, and the weights have not grown at the present one."""
+    now, rates = case.evidence.lr, [one.lr for one in case.earlier_here() if one.lr is not None]
+    lowered = now is not None and max(rates, default=0.0) > limits.lowered_in_vain * now
+    return lowered and case.evidence.multiplier < 1 and case.evidence.growth <= limits.grown_told
 
 
 def _learner_finding(
@@ -205,7 +227,7 @@ def _how_to_lower(case: Case, thresholds: DiagnosisThresholds) -> str:
     if _risen_from(case, thresholds) is not None:
         return "Look at the schedule, or whatever else raises it, or lower the peak"
     rate, now = _rate(case), case.evidence.lr
-    peaked = rate is not None and now is not None and now < rate
+    peaked = rate is not None and now is not None and now < rate and not _lowered_by_guard(case, rate)
     return "Lower the peak of the learning rate" if peaked else "Use a warm-up of the learning rate, or lower it"
 
 
@@ -242,6 +264,8 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
         return known.rate_trial if evidence.trial is not None or fault.proof == "none" or signs or worse else 0.0
     if learner_diverged(fault, evidence, thresholds):
         return known.rate_diverged
+    if blamed_unseen(fault, evidence, thresholds):
+        return known.rate_unseen
     blameless = evidence.corrupt is None and evidence.jump is None and case.clues.change is None
     return known.rate_worse if worse and blameless else 0.0
 
@@ -257,7 +281,6 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
         parts.append(f"{_course_of_rate(case, rate, thresholds)}{_in_other_groups(case)}")
     if curvature is not None and limit is not None and rate is not None and limit < rate:
         numbers |= {"slope": curvature.slope, "bend": curvature.bend, "largest_rate": limit}
-        parts.append(f"a step along {curvature.along} lowers the loss of this batch only at rates below {limit:.2g}")
     trial = evidence.trial
     if trial is not None and trial.lacks:
         numbers |= {"tried_rate_factor": trial.factor}
@@ -274,7 +297,7 @@ def _rate_evidence(case: Case, thresholds: DiagnosisThresholds) -> tuple[dict[st
             f"the loss of this batch is {comparison.now:.4g}, under the last good weights {comparison.then:.4g}"
         )
     if evidence.growth > thresholds.learner.grown_told:
-        parts.append(f"the norm of a weight matrix is {evidence.growth:.3g} times what it was at the start")
+        parts.append(f"a weight matrix grew to {evidence.growth:.2g} times its norm")
     return numbers, parts
 
 
@@ -318,7 +341,7 @@ def ill_conditioned(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         f"the learning rate of {rate:.4g} looks low, but in its steepest direction the loss has a curvature of "
         f"{curvature.steepest:.3g}, which allows a rate of at most {allowed:.2g}; in other directions the curvature is "
         f"{curvature.typical:.2g}, and the weights hardly move. Normalise the inputs, add normalisation layers, use an "
-        f"adaptive optimizer (Adam), or lower the rate below {allowed:.2g}."
+        "adaptive optimizer (Adam), or lower the rate."
     )
     return _learner_finding("ill_conditioned", thresholds.confidence.ill_conditioned, case, numbers, text)
 
@@ -378,12 +401,23 @@ def _rate(case: Case) -> float | None:
 
 def _course_of_rate(case: Case, rate: float, thresholds: DiagnosisThresholds) -> str:
     """The highest rate in words, with the first one of the run or the present one if these are others."""
-    first = _risen_from(case, thresholds)
+    first, multiplier = _risen_from(case, thresholds), case.evidence.multiplier
     now = f"{rate if case.evidence.lr is None else case.evidence.lr:.4g}"
     differs = now != f"{rate:.4g}"
+    cut = f" ({multiplier:.3g} times that of the schedule, by the guard)" if differs and multiplier < 1 else ""
     if first is not None:
-        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (f", and is {now} now" if differs else "")
-    return f"the learning rate is {now}" + (f", and was {rate:.4g} before" if differs else "")
+        return f"the learning rate rose from {first:.4g} to {rate:.4g}" + (
+            f", and is {now} now{cut}" if differs else ""
+        )
+    if differs and _lowered_by_guard(case, rate):
+        return f"the learning rate is {now}, to which the guard has lowered it from {rate:.4g}"
+    return f"the learning rate is {now}{cut}" + (f", and was {rate:.4g} before" if differs else "")
+
+
+def _lowered_by_guard(case: Case, rate: float) -> bool:
+    """Whether the guard alone, and no schedule, has lowered the rate from ``rate`` to the present one."""
+    now, multiplier = case.evidence.lr, case.evidence.multiplier
+    return now is not None and multiplier < 1 and math.isclose(now, rate * multiplier, rel_tol=1e-3)
 
 
 def _in_other_groups(case: Case) -> str:
@@ -404,13 +438,12 @@ def _allowed(case: Case, thresholds: DiagnosisThresholds) -> float | None:
 
 
 def _to(case: Case, thresholds: DiagnosisThresholds) -> str:
-    """The rate to lower it to: from a trial, or for advice a guess."""
-    rate, trial = _rate(case), case.evidence.trial
-    if rate is not None and trial is not None and trial.lacks and trial.factor < 1:
-        return f" to {rate * trial.factor:.2g}"
-    if rate is None or case.fault.certain or _risen_from(case, thresholds) is not None:
-        # After a certain fault the rate at which the run goes on is a better answer than a guess. A schedule may have
-        # raised the rate so far that a guess is above what the user meant.
+    """For advice a guess at the rate to lower it to; empty for a fault that the guard acts on."""
+    fault, rate, trial = case.fault, _rate(case), case.evidence.trial
+    acts = fault.certain or fault.scope != "learner" or fault.proof == "none" or (trial is not None and trial.lacks > 0)
+    if rate is None or acts or _risen_from(case, thresholds) is not None:
+        # The message of an intervention adds the rate at which the run goes on, which is a better answer than a guess.
+        # A schedule may have raised the rate so far that a guess is above what the user meant.
         return ""
     # The curvature along one step allows too much where noise, momentum or other directions make the run diverge.
     limit = None if case.curvature is None else case.curvature.largest_rate

@@ -55,8 +55,8 @@ def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) ->
         samples=found.outliers,
         scope="batch",
         suggestion=(
-            f"field {found.field} reaches {found.largest:.4g} in {listed('sample', found.outliers)} of this batch, "
-            f"while samples usually stay within {found.usual:.4g}. {remedy}"
+            f"field {found.field} reaches {_furthest(found):.4g} in {listed('sample', found.outliers)} of this batch, "
+            f"and no more than {found.usual:.4g} in magnitude in half of its samples. {remedy}"
         ),
     )
 
@@ -70,10 +70,15 @@ def other_units_finding(cause: str, confidence: float, found: Range, remedy: str
         place=f"field {found.field} of the batch",
         scope="batch",
         suggestion=(
-            f"field {found.field} reaches {found.largest:.4g} in this batch, and at most {found.before:.4g} in the "
-            f"batches before: it may be in other units. {remedy}"
+            f"field {found.field} reaches {_furthest(found):.4g} in this batch, and at most {found.before:.4g} in "
+            f"magnitude in the batches before: it may be in other units. {remedy}"
         ),
     )
+
+
+def _furthest(found: Range) -> float:
+    """The number of the largest magnitude, with its sign."""
+    return max(found.highest, found.lowest, key=abs)
 
 
 def target_span(target: Range | None, origin: Origin) -> str:

@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from statistics import median
 
-from lightning_nanguard.diagnosis.case import Case, Course
+from lightning_nanguard.diagnosis.case import Case
+from lightning_nanguard.diagnosis.course import Course
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, PlateauThresholds
 from lightning_nanguard.types import Finding
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from lightning_nanguard.decide.blame import learner_did_it, worse
+from lightning_nanguard.decide.blame import find_scope, learner_did_it, worse
 from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.thresholds.diagnosis import DataThresholds, DiagnosisThresholds
 from lightning_nanguard.types import Evidence, Fault
@@ -39,6 +39,17 @@ def learner_diverged(fault: Fault, evidence: Evidence, thresholds: DiagnosisThre
         return False  # better than untrained, so it has not diverged
     grew = evidence.growth > thresholds.learner.grown and evidence.jump is None
     return worse_than_before(evidence, thresholds) and (learner_did_it(evidence, thresholds.blame) or grew)
+
+
+def blamed_unseen(fault: Fault, evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:
+    """Whether the guard blames the learner for a large gradient or large weights, and no batch can be run again.
+
+    Under manual optimization no loss can be compared with that of the last good weights.
+    """
+    grew = evidence.jump is not None or evidence.growth > thresholds.learner.grown
+    large = in_gradient(fault) and not gradient_not_finite(fault)
+    blamed = not evidence.comparable and find_scope(fault, evidence, thresholds.blame) == "learner"
+    return blamed and fault.certain and (grew or large)
 
 
 def worse_than_before(evidence: Evidence, thresholds: DiagnosisThresholds) -> bool:

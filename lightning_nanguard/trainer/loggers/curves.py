@@ -14,11 +14,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 @final
 class LoggerCurves:
-    """Logs gradient norm and effective learning rate every ``log_every_n_steps``, at Lightning's own logging step.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Logs gradient norm and effective learning rate every ``log_every_n_steps``, at Lightning's own logging step."""
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

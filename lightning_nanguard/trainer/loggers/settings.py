@@ -14,12 +14,7 @@ _logger = logging.getLogger("lightning_nanguard")
 
 
 def log_settings(trainer: Trainer, settings: Mapping[str, Any]) -> None:
-    """Log the settings of the guard as hyperparameters of every logger. An error is logged and does not end the run.
-
-    Args:
-        trainer: The trainer.
-        settings: The settings by name.
-    """
+    """Log the settings of the guard as hyperparameters of every logger. An error is logged and does not end the run."""
     if not trainer.is_global_zero:
         return
     named = {f"nanguard/{name}": plain_value(value) for name, value in settings.items()}

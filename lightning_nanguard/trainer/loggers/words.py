@@ -17,9 +17,6 @@ class LoggerWords(Sink):
 
     TensorBoard shows them under Text, W&B as a table, MLflow as the artifact ``nanguard/interventions.txt``; CSV files
     have no text.
-
-    Args:
-        trainer: The trainer.
     """
 
     def __init__(self, trainer: Trainer) -> None:

@@ -23,7 +23,7 @@ from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
 from lightning_nanguard.trainer.private.first_batch import at_first_batch
 from lightning_nanguard.trainer.private.lightning_cli import from_config
-from lightning_nanguard.trainer.private.training_step import clip_as_configured, forward_backward, loss_with_graph
+from lightning_nanguard.trainer.private.training_step import BareStep, clip_as_configured
 from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
@@ -88,7 +88,7 @@ def check_batch(
         thresholds: How many samples, and when they count as learned.
     """
     automatic = bool(module.automatic_optimization)
-    step = partial(loss_with_graph, trainer, batch_idx=0)
+    step = partial(BareStep(trainer).loss_with_graph, batch_idx=0)
     around = partial(untraced, trainer, module)
     found = Preflight(module, step, around).findings(batch, readable_loader(trainer, module), run=automatic)
     notes: list[str] = []
@@ -165,8 +165,9 @@ def _optimizers(trainer: Any, module: nn.Module, thresholds: CheckThresholds) ->
 
 def _train(trainer: Any, optimizer: Optimizer, batch: Any, thresholds: CheckThresholds) -> list[float]:
     losses: list[float] = []
+    step = BareStep(trainer)
     for _ in range(thresholds.overfit_updates + 1):
-        loss = forward_backward(trainer, optimizer, batch, 0)
+        loss = step.forward_backward(optimizer, batch, 0)
         if loss is None or not math.isfinite(loss):
             break
         losses.append(loss)

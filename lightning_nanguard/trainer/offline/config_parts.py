@@ -19,9 +19,6 @@ def wrong_parts(path: Path) -> list[str]:
     """Errors in the names, arguments and values of this package's classes in a configuration.
 
     LightningCLI also rejects them, but its message fills a screen.
-
-    Args:
-        path: The YAML file.
     """
     try:
         config = import_module("yaml").safe_load(path.read_text(encoding="utf-8"))

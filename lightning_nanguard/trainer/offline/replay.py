@@ -20,7 +20,7 @@ from lightning_nanguard.diagnosis.replay import replay
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.trainer.private.first_batch import one_batch
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.private.training_step import BareStep
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
 
@@ -93,4 +93,4 @@ def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, ba
 def _step(trainer: Any, micro: MicroBatch) -> Tensor | None:
     if micro.random:
         torch.set_rng_state(micro.random[0])
-    return loss_with_graph(trainer, micro.batch, micro.index)
+    return BareStep(trainer).loss_with_graph(micro.batch, micro.index)

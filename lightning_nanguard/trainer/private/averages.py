@@ -27,11 +27,7 @@ def swaps_weights(trainer: Any) -> bool:
 
 @final
 class RepeatedAverages:
-    """Lets Lightning's ``WeightAveraging`` callbacks average updates that are made again.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Lets Lightning's ``WeightAveraging`` callbacks average updates that are made again."""
 
     def __init__(self, trainer: Any) -> None:
         self._trainer = trainer
@@ -57,11 +53,7 @@ class RepeatedAverages:
         self._update("_latest_update_step", global_step + 1, step_idx=global_step)
 
     def end_epoch_again(self, epoch: int) -> None:
-        """Average at the end of an epoch that was made again, if it was averaged there the first time.
-
-        Args:
-            epoch: Its index.
-        """
+        """Average at the end of an epoch that was made again, if it was averaged there the first time."""
         self._update("_latest_update_epoch", epoch, epoch_idx=epoch)
 
     def _update(self, latest: str, least: int, **index: int) -> None:

@@ -98,11 +98,6 @@ def accumulates(trainer: Any) -> bool:
     return bool(trainer.accumulate_grad_batches > 1 and trainer.fit_loop._should_accumulate())
 
 
-def accumulated(trainer: Any) -> int:
-    """The number of micro-batches of an update, by which each loss is divided."""
-    return int(trainer.accumulate_grad_batches)
-
-
 @contextmanager
 def accumulating(trainer: Any, count: int) -> Iterator[None]:
     """Inside, an update has another number of micro-batches; a callback may have changed it since."""

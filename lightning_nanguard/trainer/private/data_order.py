@@ -11,7 +11,7 @@ from torch.utils.data.dataloader import _DatasetKind
 
 from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.diagnosis.batch import samples
-from lightning_nanguard.measure.sample_parts import found_again, is_separable, part_of
+from lightning_nanguard.measure.sample_parts import found_again, is_separable, select_samples
 from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.state.batch_origin import BatchOrigin, without
 from lightning_nanguard.types import Row
@@ -167,7 +167,7 @@ class DataOrder:
                 bad = set(found_again(batch, self.known.hashes))
                 self._nothing_left = len(bad) == count
                 if bad and not self._nothing_left:
-                    batch = part_of(batch, [index for index in range(count) if index not in bad])
+                    batch = select_samples(batch, [index for index in range(count) if index not in bad])
         return original(batch, *args, **kwargs)
 
     def combines(self) -> bool:

@@ -40,9 +40,6 @@ class KeptNames:
     """Lets logged values be NaN, and not missing, if every batch that would have given them was skipped.
 
     A callback or a scheduler that monitors a value raises an exception if its name is missing. Loggers do not get it.
-
-    Args:
-        trainer: The trainer.
     """
 
     def __init__(self, trainer: Any) -> None:

@@ -11,11 +11,7 @@ import torch
 
 @contextmanager
 def as_in_training(trainer: Any) -> Iterator[None]:
-    """Inside, stage and modules are as in training, and gradients are enabled, also while the Trainer validates.
-
-    Args:
-        trainer: The trainer.
-    """
+    """Inside, stage and modules are as in training, and gradients are enabled, also while the Trainer validates."""
     if trainer.training:
         yield
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -15,41 +15,70 @@ from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.precision import grad_scaler
 
-_DEPTH = RepeatedStepsThresholds().depth
+_DEFAULTS = RepeatedStepsThresholds()
 
 
-def _loss(trainer: Any, batch: Any, batch_idx: int) -> Tensor | None:
-    from pytorch_lightning.trainer import call
+@final
+class BareStep:
+    """Runs ``training_step`` in the trainer's precision, without hooks and counters.
 
-    contents = BatchContents(batch, _DEPTH)
-    try:
-        output = call._call_strategy_hook(trainer, "training_step", batch, batch_idx)
-    finally:
-        contents.restore()  # the batch may be run again
-    loss = output.get("loss") if isinstance(output, Mapping) else output
-    return loss if isinstance(loss, Tensor) else None
-
-
-def run_training_step(trainer: Any, batch: Any, batch_idx: int) -> float | None:
-    """The loss of ``training_step`` in the trainer's precision, without backward; ``None`` if it returns none."""
-    loss = _loss(trainer, batch, batch_idx)
-    return None if loss is None else float(loss.detach())
-
-
-def loss_with_graph(trainer: Any, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:
-    """The loss of ``training_step`` with its graph; ``None`` if it returns none.
+    A batch can be run again: what the step removes from its containers is put back.
 
     Args:
         trainer: The trainer.
-        batch: A batch.
-        batch_idx: Its index.
-        full_precision: Whether to run without autocast.
+        thresholds: Up to which depth the containers are restored.
     """
-    if not full_precision:
-        return _loss(trainer, batch, batch_idx)
-    # The precision plugin enters its forward_context, which autocasts, around training_step.
-    with wrapped(trainer.precision_plugin, "forward_context", lambda original: nullcontext()):
-        return _loss(trainer, batch, batch_idx)
+
+    def __init__(self, trainer: Any, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+        self._trainer = trainer
+        self._depth = thresholds.depth
+
+    def loss(self, batch: Any, batch_idx: int) -> float | None:
+        """The loss, without backward; ``None`` if the step returns none."""
+        loss = self._run(batch, batch_idx)
+        return None if loss is None else float(loss.detach())
+
+    def loss_with_graph(self, batch: Any, batch_idx: int, *, full_precision: bool = False) -> Tensor | None:
+        """The loss with its graph; ``None`` if the step returns none.
+
+        Args:
+            batch: A batch.
+            batch_idx: Its index.
+            full_precision: Whether to run without autocast.
+        """
+        if not full_precision:
+            return self._run(batch, batch_idx)
+        # The precision plugin enters its forward_context, which autocasts, around training_step.
+        with wrapped(self._trainer.precision_plugin, "forward_context", lambda original: nullcontext()):
+            return self._run(batch, batch_idx)
+
+    def forward_backward(self, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
+        """Compute the gradients of a batch; return its loss, or ``None`` if there is none.
+
+        Earlier gradients are removed. The scale of a GradScaler is used but not updated.
+        """
+        loss = self._run(batch, batch_idx)
+        if loss is None:
+            return None
+        value = float(loss.detach())
+        scale = getattr(grad_scaler(self._trainer), "_scale", None)
+        optimizer.zero_grad(set_to_none=True)
+        (loss if scale is None else loss * scale).backward()
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        for parameter in parameters if scale is not None else ():
+            parameter.grad.div_(scale)
+        return value
+
+    def _run(self, batch: Any, batch_idx: int) -> Tensor | None:
+        from pytorch_lightning.trainer import call
+
+        contents = BatchContents(batch, self._depth)
+        try:
+            output = call._call_strategy_hook(self._trainer, "training_step", batch, batch_idx)
+        finally:
+            contents.restore()
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        return loss if isinstance(loss, Tensor) else None
 
 
 @contextmanager
@@ -68,24 +97,6 @@ def alone(trainer: Any, silence: Any) -> Iterator[None]:
             yield
     finally:
         strategy.model = wrapper
-
-
-def forward_backward(trainer: Any, optimizer: Optimizer, batch: Any, batch_idx: int) -> float | None:
-    """Compute the gradients of a batch; return its loss, or ``None`` if there is none.
-
-    Earlier gradients are removed. The scale of a GradScaler is used but not updated.
-    """
-    loss = _loss(trainer, batch, batch_idx)
-    if loss is None:
-        return None
-    value = float(loss.detach())
-    scale = getattr(grad_scaler(trainer), "_scale", None)
-    optimizer.zero_grad(set_to_none=True)
-    (loss if scale is None else loss * scale).backward()
-    parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
-    for parameter in parameters if scale is not None else ():
-        parameter.grad.div_(scale)
-    return value
 
 
 def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:

@@ -8,12 +8,7 @@ _AROUND = ("on_before_batch_transfer", "on_after_batch_transfer")
 
 
 def changes_batches(trainer: Any, module: Any) -> bool:
-    """Whether the module or the data module overrides a hook before or after the transfer of a batch.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-    """
+    """Whether the module or the data module overrides a hook before or after the transfer of a batch."""
     return _overrides(trainer, module, *_AROUND)
 
 

@@ -56,9 +56,6 @@ def unlogged(module: LightningModule) -> Iterator[None]:
 
     A class with a ``log`` of its own keeps it, because its step may need it. So does a compiled module, because torch
     would compile its step again.
-
-    Args:
-        module: The module.
     """
     own = type(module).log is not package_of(type(module)).LightningModule.log or "log" in vars(module)
     if own or compiled_by_lightning(module):

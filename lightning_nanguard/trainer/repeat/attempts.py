@@ -18,10 +18,9 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.callbacks import IsGuard, is_from_callback
 from lightning_nanguard.trainer.private.closures import accumulates, call_after_backward, changes_gradients, uncounted
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.training_step import loss_with_graph
+from lightning_nanguard.trainer.repeat.accumulation_window import AccumulationWindow, WindowEntry
 from lightning_nanguard.trainer.repeat.numeric_errors import finite_in, may_be_numeric, with_values_of
 from lightning_nanguard.trainer.repeat.outcome import BadLossError, Outcome, nan_loss
-from lightning_nanguard.trainer.repeat.window import AccumulationWindow, WindowEntry
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
 from lightning_nanguard.types import Fault
 
@@ -238,11 +237,9 @@ class Attempts:
         others = [one for one in others if one is not None]
         if any(self._succeeds(micro, one, backward=backward) for one in others):
             return True
-        if not context.ring.certified:
-            return False
-        good = context.ring.certified[0]
-        mine = weights_if_room(context.learner, device=good.device())
-        if mine is None:
+        good = context.ring.last_certified
+        mine = None if good is None else weights_if_room(context.learner, device=good.device())
+        if good is None or mine is None:
             return False
         with part_of_snapshot(context.learner, good, mine):
             # Batch and weights may both be bad.
@@ -252,7 +249,7 @@ class Attempts:
         try:
             with self.replay.untraced():
                 micro.start.restore()
-                loss = loss_with_graph(self.trainer, batch, micro.run.batch_idx)
+                loss = self.replay.step.loss_with_graph(batch, micro.run.batch_idx)
                 if loss is None:
                     return True
                 if backward:

@@ -19,10 +19,6 @@ class RepeatedMeasures:
 
     A value is replaced only if it has as many updates as in the run. Otherwise code that is not repeated, such as a
     validation, has reset or updated it.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
     """
 
     def __init__(self, trainer: Any, module: LightningModule) -> None:

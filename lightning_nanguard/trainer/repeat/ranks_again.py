@@ -12,10 +12,10 @@ from lightning_nanguard.distributed.ranks import most_confident_over_ranks
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.state.step_start import StepClock
 from lightning_nanguard.trainer.private.closures import logging_for
+from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
-from lightning_nanguard.trainer.repeat.window import WindowEntry
 from lightning_nanguard.types import Fault
 
 

@@ -98,9 +98,6 @@ def _differs(was: Any, first: Any, again: Any, *, finite: bool) -> bool:
 class _Write(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Finds the first operation that makes a buffer bad.
 
-    Args:
-        buffer: The buffer.
-
     Attributes:
         line: The line of the user's code that calls the operation; empty if none is found.
     """

@@ -20,13 +20,14 @@ from lightning_nanguard.trainer.private.closures import (
     with_outputs_of,
 )
 from lightning_nanguard.trainer.private.training_mode import as_in_training
+from lightning_nanguard.trainer.repeat.accumulation_window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
+from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdates
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
 from lightning_nanguard.trainer.repeat.ranks_again import RanksAgain
 from lightning_nanguard.trainer.repeat.updates_again import UpdatesAgain
-from lightning_nanguard.trainer.repeat.window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.window_again import WindowAgain
 from lightning_nanguard.types import Fault, Reading
 
@@ -55,7 +56,8 @@ class StepRunner:
         self._alone = context.acts_alone
         self._window = runs.window
         self._numbers = AttributeNumbers(context.thresholds.batches.repeated)
-        self._updates = UpdatesAgain(runs)
+        self._kept = KeptUpdates(runs)
+        self._updates = UpdatesAgain(runs, self._kept)
         self._windows = WindowAgain(runs)
         self._ranks = RanksAgain(runs)
 
@@ -95,10 +97,8 @@ class StepRunner:
                 self._window.close()
 
     def _bad(self, micro: WindowEntry, outcome: Outcome) -> Any:
-        if self._runs.together and outcome.error is None:
-            return self._ranks.run(outcome)
         if self._runs.together:
-            return given(outcome)
+            return self._ranks.run(outcome) if outcome.error is None else given(outcome)
         may_repeat = self._runs.may_repeat()
         self._runs.memory.close()
         if not may_repeat:
@@ -191,12 +191,12 @@ class StepRunner:
         return Outcome(fault=None if outcome.early else fault_of(outcome), early=True)
 
     def _may_go_back(self, fault: Fault) -> bool:
-        ring = self._runs.guard.context.ring
         vouch_for_start(self._runs.guard.context, self._check.number - 1)
-        if not ring.certified or self._window.left_out() or not self._check.may_go_back(fault):
+        good = self._runs.guard.context.ring.last_certified
+        if good is None or self._window.left_out() or not self._check.may_go_back(fault):
             return False
         last = self._check.number - 1
-        if self._runs.replay.batch_finite() is False or self._updates.since(ring.certified[0], last, last + 1) is None:
+        if self._runs.replay.batch_finite() is False or self._updates.since(good, last, last + 1) is None:
             return False
         return not (self._updates.futile and self._check.state_is_finite())
 
@@ -325,4 +325,4 @@ class StepRunner:
     def _keep(self) -> None:
         """Keep the data of the next update, so that it can be repeated."""
         if self._window.completes:
-            self._updates.keep()
+            self._kept.keep()

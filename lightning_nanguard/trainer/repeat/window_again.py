@@ -7,10 +7,10 @@ from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.trainer.private.closures import logging_for, with_outputs_of
+from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
-from lightning_nanguard.trainer.repeat.window import WindowEntry
 
 
 @final

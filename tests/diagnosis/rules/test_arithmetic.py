@@ -13,8 +13,10 @@ from tests.diagnosis.rules.faults import EXP, GRADIENT, LOG, LOSS, SAME, SCALER,
 
 FAR_POWER = Origin("pow", lowest=-1e30, exponent=2.0, from_weights=False, from_target=True)
 
+HALF_PRODUCT = Origin("addmm", backward=True, dtype="float16")
+
 ROWS: list[Row] = [
-    (None, LOSS, {}, Clues()),
+    ("unexplained", LOSS, {}, Clues()),
     (None, LOSS, {}, Clues(replayed=True, loss=1.0, gradient_finite=True)),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", lowest=-0.5))),
     ("log_of_zero", LOSS, {}, Clues(origin=Origin("log", from_weights=True, from_target=True))),
@@ -58,6 +60,9 @@ ROWS: list[Row] = [
     ("sqrt_at_zero", GRADIENT, {}, Clues(origin=Origin("sqrt", backward=True), gradient_finite=False)),
     ("low_precision_overflow", LOSS, {}, Clues(origin=Origin("exp", dtype="float16"), finite_in_float32=True)),
     ("low_precision_overflow", SCALER, {}, Clues()),
+    # Weights in float16: a gradient that float32 holds, and one that it does not hold either.
+    ("low_precision_overflow", GRADIENT, {}, Clues(origin=HALF_PRODUCT, gradient_finite=False, gradient_fits=True)),
+    ("exploding_gradient", GRADIENT, {}, Clues(origin=HALF_PRODUCT, gradient_finite=False, gradient_fits=False)),
     ("division_by_zero", LOSS, {}, Clues(origin=Origin("logsumexp", put_in=True))),
     ("random_draw", LOSS, {}, Clues(origin=LOG, gone_otherwise=True)),
     ("random_draw", LOSS, {}, Clues(gone_otherwise=True)),

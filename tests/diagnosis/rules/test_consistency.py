@@ -88,6 +88,7 @@ clues = st.builds(
     gradient_finite=st.none() | st.booleans(),
     origin=st.none() | origins(),
     finite_in_float32=st.none() | st.booleans(),
+    gradient_fits=st.none() | st.booleans(),
     good_loss=st.none() | loss,
     good_finite=st.none() | st.booleans(),
     moved_alone=st.none() | st.booleans(),
@@ -252,6 +253,7 @@ def check(finding: Finding, case: Case) -> None:
     if case.clues.origin is not None and case.clues.origin.given:
         assert "every target of the batch is ignored" not in text
     assert ("finite in float32" in text) <= (case.clues.finite_in_float32 is True), text
+    assert ("fits in float32" in text) <= (case.clues.gradient_fits is True), text
     assert "float32, whose largest number is 65,504" not in text
     if case.model is not None and not case.model.updates and finding.cause == "dead_relu":
         assert not asks_for_a_lower_rate(text), text

@@ -38,7 +38,7 @@ OTHER_UNITS = Range("0", "float32", -3e3, 3e3, 0.0, 1e3, before=3.0)
 ROWS: list[Row] = [
     ("unnormalised_input", SPIKE, {}, Clues(inputs=OTHER_UNITS)),
     ("target_out_of_domain", SPIKE, {}, Clues(target=OTHER_UNITS)),
-    (None, LOSS, {}, Clues(inputs=NORMAL)),
+    ("unexplained", LOSS, {}, Clues(inputs=NORMAL)),
     ("non_finite_input", LOSS, {"batch_finite": False}, Clues()),
     ("non_finite_input", LOSS, {}, Clues(bad_fields=(BadField("0", (3, 17), (3, 4)),))),
     ("log_of_zero", LOSS, {"batch_finite": False}, Clues(bad_fields=(BadField("0", (3,)),), origin=LOG)),

@@ -5,7 +5,16 @@ from __future__ import annotations
 import pytest
 
 from lightning_nanguard import Origin
-from lightning_nanguard.diagnosis.rules.phrases import finding_at, listed, of_samples, smallest_operand, target_span
+from lightning_nanguard.diagnosis.case import Range
+from lightning_nanguard.diagnosis.rules.phrases import (
+    finding_at,
+    listed,
+    of_samples,
+    other_units_finding,
+    outlier_finding,
+    smallest_operand,
+    target_span,
+)
 from tests.diagnosis.rules.faults import FAR
 
 
@@ -35,3 +44,16 @@ def test_an_operation_is_told_with_its_place() -> None:
     assert smallest_operand(origin) == "-0.5"
     assert smallest_operand(Origin("log", lowest=0.0, smallest=0.0)) == "zero"
     assert target_span(FAR, origin) == "targets run from 0 to 1e+20"
+
+
+def test_a_far_number_has_its_sign_and_is_compared_by_magnitude() -> None:
+    """The number itself is told, and what the others are: the median over the samples, and the batches before."""
+    far = Range("1", "float32", -1e6, 3.0, -3e4, 1e5, outliers=(29,), usual=1.7, before=3.2)
+    assert outlier_finding("target_out_of_domain", 0.9, far, "Clip.").suggestion == (
+        "field 1 reaches -1e+06 in sample 29 of this batch, and no more than 1.7 in magnitude in half of its samples. "
+        "Clip."
+    )
+    assert other_units_finding("target_out_of_domain", 0.9, far, "Clip.").suggestion == (
+        "field 1 reaches -1e+06 in this batch, and at most 3.2 in magnitude in the batches before: it may be in other "
+        "units. Clip."
+    )

@@ -14,7 +14,6 @@ from torch.optim import Optimizer
 from lightning_nanguard.trainer.private.callbacks import IsGuard
 from lightning_nanguard.trainer.private.closures import (
     MicroBatchRun,
-    accumulated,
     accumulates,
     accumulating,
     call_after_backward,
@@ -219,6 +218,6 @@ def test_the_window_of_an_earlier_update() -> None:
     """Inside, a loss is divided by the number of micro-batches of that update."""
     trainer = Trainer(accumulate_grad_batches=2, logger=False, accelerator="cpu", barebones=True)
     with accumulating(trainer, 4):
-        assert accumulated(trainer) == 4
+        assert trainer.accumulate_grad_batches == 4
         assert float(result_of(trainer, torch.tensor(8.0)).loss) == 2.0
-    assert accumulated(trainer) == 2
+    assert trainer.accumulate_grad_batches == 2

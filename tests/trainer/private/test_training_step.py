@@ -12,12 +12,12 @@ from pytorch_lightning.utilities.compile import from_compiled
 from torch import nn
 
 from lightning_nanguard.distributed.collectives import ForbidCollectives
+from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.training_step import (
+    BareStep,
     alone,
     clip_as_configured,
     compiled_by_lightning,
-    forward_backward,
-    run_training_step,
 )
 from tests.helpers import Batch, Task, batches, fit, mlp, task
 
@@ -37,7 +37,7 @@ class Runs(Callback):
         wrapper = strategy.model = nn.Identity()  # stands for what wraps the module among ranks
         with alone(trainer, ForbidCollectives()):
             assert strategy.model is pl_module
-            self.loss = forward_backward(trainer, optimizer, batch, batch_idx)
+            self.loss = BareStep(trainer).forward_backward(optimizer, batch, batch_idx)
         assert strategy.model is wrapper
         strategy.model = pl_module
         self.largest.append(self.largest_of(pl_module))
@@ -77,11 +77,36 @@ def test_a_step_without_a_loss(tmp_path: Path) -> None:
         def on_train_batch_end(
             self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
         ) -> None:
-            seen.append(run_training_step(trainer, batch, batch_idx))
-            seen.append(forward_backward(trainer, trainer.optimizers[0], batch, batch_idx))
+            step = BareStep(trainer)
+            seen.append(step.loss(batch, batch_idx))
+            seen.append(step.forward_backward(trainer.optimizers[0], batch, batch_idx))
 
     fit(Gives(mlp()), batches(count=2), callbacks=[Reruns()], folder=tmp_path)
     assert seen == [2.0, 2.0, None, None]
+
+
+@pytest.mark.parametrize("depth", [1, 2])
+def test_containers_are_restored_as_deep_as_the_thresholds_say(depth: int, tmp_path: Path) -> None:
+    """What the step removes from a container comes back, down to the depth that the user set."""
+    left: list[list[str]] = []
+
+    class Removes(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if isinstance(batch, dict):
+                batch["inner"].pop("extra")
+                batch = batch.pop("xy")
+            return super().training_step(batch, batch_idx)
+
+    class Reruns(Callback):
+        def on_train_batch_end(
+            self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int
+        ) -> None:
+            nested: dict[str, Any] = {"xy": batch, "inner": {"extra": 1}}
+            assert BareStep(trainer, RepeatedStepsThresholds(depth=depth)).loss(nested, batch_idx) is not None
+            left.append([*nested, *nested["inner"]])
+
+    fit(Removes(mlp()), batches(count=1), callbacks=[Reruns()], folder=tmp_path)
+    assert left == [["xy", "inner", *(["extra"] if depth == 2 else [])]]
 
 
 def test_a_compiled_module_is_known() -> None:

@@ -11,12 +11,7 @@ import pytest
 import torch
 from pytorch_lightning import Callback, Trainer
 
-from lightning_nanguard.trainer.private.training_step import (
-    clip_as_configured,
-    forward_backward,
-    loss_with_graph,
-    run_training_step,
-)
+from lightning_nanguard.trainer.private.training_step import BareStep, clip_as_configured
 from lightning_nanguard.trainer.private.untraced import unlogged, untraced
 from tests.helpers import Batch, Task, batches, copied, differences, fit, random_state, state_of, task
 
@@ -35,15 +30,16 @@ class Looks(Callback):
             return
         before = copied([dict(pl_module.named_buffers()), random_state(), dict(trainer.callback_metrics)])
         optimizer = trainer.optimizers[0]
+        step = BareStep(trainer)
         with untraced(trainer, pl_module):
-            self.losses.append(run_training_step(trainer, batch, batch_idx))
+            self.losses.append(step.loss(batch, batch_idx))
             for full_precision in (False, True):
-                loss = loss_with_graph(trainer, batch, batch_idx, full_precision=full_precision)
+                loss = step.loss_with_graph(batch, batch_idx, full_precision=full_precision)
                 assert loss is not None
                 assert loss.requires_grad
                 self.losses.append(float(loss.detach()))
                 self.dtypes.append(pl_module.seen)
-            self.losses.append(forward_backward(trainer, optimizer, batch, batch_idx))
+            self.losses.append(step.forward_backward(optimizer, batch, batch_idx))
             self.norms.append(self.norm(pl_module))
             clip_as_configured(trainer, optimizer)
             self.norms.append(self.norm(pl_module))
@@ -128,7 +124,7 @@ class Mutes(Callback):
     def on_train_batch_end(self, trainer: Trainer, pl_module: Any, outputs: Any, batch: Batch, batch_idx: int) -> None:
         means = [value.value.clone() for value in trainer._results.values()]
         with unlogged(pl_module):
-            run_training_step(trainer, batch, batch_idx)
+            BareStep(trainer).loss(batch, batch_idx)
         now = [value.value for value in trainer._results.values()]
         self.logged.append(not all(map(torch.equal, means, now)))
         assert "log" not in vars(pl_module)

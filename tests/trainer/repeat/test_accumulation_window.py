@@ -15,7 +15,7 @@ from lightning_nanguard.state.random_state import RandomStreams
 from lightning_nanguard.state.step_start import StepMemory, StepStart
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.closures import MicroBatchRun
-from lightning_nanguard.trainer.repeat.window import AccumulationWindow
+from lightning_nanguard.trainer.repeat.accumulation_window import AccumulationWindow
 from lightning_nanguard.types import Fault
 
 
