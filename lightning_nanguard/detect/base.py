@@ -128,6 +128,13 @@ class Detector(ABC):
         """
         return False
 
+    def at_end(self) -> Fault | None:
+        """The fault of the newest readings when a fit ends, for a detector that does not judge every reading.
+
+        Nothing is done about it. The user is told, as with other faults that are not certain.
+        """
+        return None
+
     def limits(self) -> Limits | None:
         """Loss and gradient norm below which none of the next :data:`AT_ONCE` readings is a fault.
 

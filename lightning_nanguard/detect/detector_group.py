@@ -53,6 +53,11 @@ class DetectorGroup:
                 return fault
         return None
 
+    def at_end(self) -> list[Fault]:
+        """The faults that the detectors find in the newest readings when a fit ends."""
+        found = [self._ask(detector, "at_end", None) for detector in self._detectors]
+        return [fault for fault in found if isinstance(fault, Fault)]
+
     def accept(self, readings: Sequence[Reading]) -> None:
         """Add healthy readings to the histories."""
         for detector in self._detectors:

@@ -29,7 +29,8 @@ class DivergingLoss(Detector):
 
     The first check is after ``patience`` updates, and further ones each time that the number of updates has doubled. A
     loss that rises far above its best level in between is suspected at once, and again only after twice as many
-    updates. This leads to advice only if the weights show the cause.
+    updates. This leads to advice only if the weights show the cause. When a fit ends, the newest losses are checked
+    once more, and a suspicion leads to advice.
 
     Args:
         factor: Has no effect, and is accepted for configurations written for version 0.1.0.
@@ -71,7 +72,16 @@ class DivergingLoss(Detector):
         due = updates >= self._next
         if loss is None or first is None or best is None or not (due or self._looks_in_between(loss)):
             return None
-        recent = [*self._losses.last(self.thresholds.readings - 1), loss]
+        return self._judged([*self._losses.last(self.thresholds.readings - 1), loss], first, best, updates, due=due)
+
+    def at_end(self) -> Fault | None:
+        """The fault of the newest losses, by the limits of a check that is due."""
+        recent, first, best = self._losses.last(self.thresholds.readings), self._first, self._best_level()
+        if first is None or best is None or self._since < max(self.patience, len(recent)):
+            return None
+        return self._judged(recent, first, best, self._since, due=True)
+
+    def _judged(self, recent: list[float], first: float, best: float, updates: int, *, due: bool) -> Fault | None:
         # Without the lowest loss, because one easy batch is no progress.
         least, level = sorted(recent)[1], median(recent)
         if least > first:

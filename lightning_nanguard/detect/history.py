@@ -77,9 +77,10 @@ class ReadingHistory:
         Differences of losses are divided by it, so that the scale of the losses, or a constant added to them, does not
         matter.
         """
-        return max(self._learned(), self._noise(), 1e-12)
+        return max(self.learned(), self._noise(), 1e-12)
 
-    def _learned(self) -> float:
+    def learned(self) -> float:
+        """How far the loss has fallen so far; 0 if it has not."""
         return 0.0 if self.first is None else max(0.0, self.first - self._best)
 
     def _noise(self) -> float:
@@ -95,7 +96,7 @@ class ReadingHistory:
         if level is None or first is None:
             return False
         own = self._thresholds
-        return first - level > max(own.learning_noise * self._noise(), own.learning * self._learned())
+        return first - level > max(own.learning_noise * self._noise(), own.learning * self.learned())
 
     def falling(self) -> bool:
         """Whether the newest losses are clearly below the same number before them, or are too few to decide."""

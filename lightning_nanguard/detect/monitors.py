@@ -137,6 +137,10 @@ class Monitors:
             return replace(fault, doubtful=True)
         return fault
 
+    def at_end(self) -> list[tuple[int, Fault]]:
+        """The faults that the detectors find in the newest readings when a fit ends, with the optimizer's index."""
+        return [(index, fault) for index, one in self._monitors.items() for fault in one.up_to_date()[0].at_end()]
+
     def history(self, optimizer_index: int) -> ReadingHistory:
         """History of an optimizer's losses and norms; an empty one before its first reading."""
         known = self._monitors.get(optimizer_index)

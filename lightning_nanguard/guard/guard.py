@@ -212,6 +212,7 @@ class Guard:
             )
         elif self.check():
             self.look(anyway=True)  # the last check may be older than the last change of a weight or an average
+        self._judge.suspicions.at_end()
         self._parts.outliers.finish()
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:

@@ -22,7 +22,7 @@ from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
-from lightning_nanguard.types import Evidence, Finding, Plan, PlanStep, Skip, Stop, Trial
+from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop, Trial
 
 
 @final
@@ -72,6 +72,11 @@ class Interventions:
         if fault.only_if_corrupt and evidence.corrupt is None:
             self._record_only(found)
             return False
+        if fault.scope == "learner" and not fault.certain and evidence.alone == "averages" and evidence.corrupt:
+            # What is bad explains no suspicion of the learner, which the next reading raises again.
+            message = f"{evidence.corrupt} is no longer finite"
+            fault = Fault("corrupted_state", "state", evidence.corrupt, None, message)
+            found = replace(found, fault=fault, undo=None, shown=None)
         found = replace(found, ranks=ranks or found.ranks)
         before_plan = state.policy
         plan, state.policy = self.policy.decide(fault, evidence, before_plan)

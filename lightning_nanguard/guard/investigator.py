@@ -189,11 +189,16 @@ class Investigator:
         return "averages" if self._averages_alone(fault, leaves, bad) else None
 
     def _averages_alone(self, fault: Fault, leaves: list[tuple[StateKey, Any]], bad: str | None) -> bool:
-        """Whether only averages are bad: copies of the weights, or running statistics. No update is made from these."""
+        """Whether only averages are bad: copies of the weights, untrained parameters, or running statistics.
+
+        No update of the learner is made from these.
+        """
         if not (bad or fault.scope == "state"):
             return False
         averages = {key for key, _ in leaves if key[0] == "average"}
         good = self._ring.last_certified
+        if good is not None:
+            averages |= self._learner.untrained().keys()
         if bad is not None and good is not None and self._ranks.world == 1:
             good.wait()
             idle = self._learner.idle_statistics(good.leaves)
@@ -347,7 +352,8 @@ class Investigator:
 
     def _growth(self) -> float:
         begun = self.initial_norms
-        matrices = _matrices(self._learner.weights())
+        untrained = self._learner.untrained()  # its size says nothing about the rate
+        matrices = _matrices(one for one in self._learner.weights() if one[0] not in untrained)
         now = zip(matrices, norms(list(matrices.values())), strict=True)  # read from the device at once
         ratios = [norm / before for name, norm in now if (before := begun.get(name, 0.0)) > 0]
         return max((ratio for ratio in ratios if not math.isnan(ratio)), default=1.0)  # NaN is no growth

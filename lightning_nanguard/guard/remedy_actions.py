@@ -104,17 +104,19 @@ class RemedyActions:
             optimizer.zero_grad(set_to_none=context.replay.comparable())
 
     def restore_averages(self) -> None:
-        """Restore bad averages from the newest snapshot: copies of the weights, and bad numbers of running statistics.
+        """Restore from the newest snapshot what no update is made from, if it is bad.
 
-        Copies that it does not have are set to the weights.
+        These are copies of the weights, parameters that no optimizer trains, and bad numbers of running statistics.
+        Copies that the snapshot does not have are set to the weights.
         """
         context, certified = self.context, self.context.ring.last_certified
         learner, corrupt = context.learner, context.finite.corrupt
         place = "" if self._found is None else self._found.fault.place
         snapshot = None if certified is None else context.ranks.join_snapshot(certified)
-        bad = bad_averages(learner.averages(), corrupt, place)
         if snapshot is not None:
-            restore(learner, snapshot, keep=lambda key: average_of(key) in bad)
+            untrained = learner.untrained()
+            bad = bad_averages(learner.leaves(), corrupt, place, untrained)
+            restore(learner, snapshot, keep=lambda key: average_of(key, untrained) in bad)
             mend_statistics(learner, snapshot)
         mend_averages(learner, corrupt)
         self.snapshots.mend_pending(place)

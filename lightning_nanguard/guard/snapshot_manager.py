@@ -242,7 +242,7 @@ class SnapshotManager:
         return fault, ()
 
     def mend_pending(self, place: str) -> None:
-        """Drop the pending snapshot if it is bad. If only averaged copies are bad, mend these.
+        """Drop the pending snapshot if it is bad. If only averaged copies or untrained parts are bad, mend these.
 
         Bad copies are taken from the newest certified snapshot, or left out if it has none.
 
@@ -253,15 +253,16 @@ class SnapshotManager:
         if pending is None:
             return
         pending.wait()
-        averages = {key: leaf for key, leaf in pending.leaves.items() if key[0] == "average"}
+        untrained = self._learner.untrained()
+        averages = {key: leaf for key, leaf in pending.leaves.items() if average_of(key, untrained) is not None}
         rest = [(key, leaf) for key, leaf in pending.leaves.items() if key not in averages]
         if self._many or any(describe(key) == place for key, _ in rest) or self._finite.corrupt(rest):
             self._ring.drop_pending()
             return
-        bad = bad_averages(averages.items(), self._finite.corrupt, place)
+        bad = bad_averages(averages.items(), self._finite.corrupt, place, untrained)
         certified = self._ring.last_certified
         newest = {} if certified is None else certified.leaves
-        for key in [key for key in averages if average_of(key) in bad]:
+        for key in [key for key in averages if average_of(key, untrained) in bad]:
             if key in newest:
                 pending.leaves[key] = clone(newest[key], None)
             else:

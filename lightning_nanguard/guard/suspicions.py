@@ -46,7 +46,18 @@ class Suspicions:
             self.context.monitors.dismiss(reading)
         self.tell(fault, reading, self._clock(reading, late=late))
 
-    def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False) -> None:
+    def at_end(self) -> None:
+        """Give advice about suspicions of the newest readings, because the fit ends before the next check is due."""
+        context = self.context
+        if context.many:
+            return  # with uneven data some ranks may not come here
+        for index, fault in context.monitors.at_end():
+            if not (fault.certain or fault.doubtful):
+                self.tell(
+                    fault, Reading(context.state.step, index, None, None), self.recorder.clock(unmade=False), ended=True
+                )
+
+    def tell(self, fault: Fault, reading: Reading, clock: Clock, *, tried: bool = False, ended: bool = False) -> None:
         """Give advice about a suspicion, and remember it.
 
         A doubtful one is told only if the loss is above the first one of the run and the weights show the cause. If the
@@ -57,6 +68,7 @@ class Suspicions:
             reading: Its reading.
             clock: Its ``global_step``, epoch and batch.
             tried: Whether a trial has just found no lower rate that is better.
+            ended: Whether the fit ends.
         """
         if fault.doubtful and not self._above_first(fault, reading.optimizer_index) > 0:
             return
@@ -65,19 +77,15 @@ class Suspicions:
             return
         self.remember(fault, clock, "finite, so nothing was done", _REMEDIES)
         if found is not None:
-            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried)}"
+            suggestion = f"{fault.message}; {found.suggestion} {self._unchanged(fault, tried=tried, ended=ended)}"
             self.loop.advise(replace(found, suggestion=suggestion), clock)
             return
         evidence = {} if fault.value is None else {"value": fault.value}
         if fault.scope == "learner" and not self._is_above_noise(fault, reading.optimizer_index):
             return
         confidence = self.context.thresholds.diagnosis.confidence.suspicion
-        remedy = (
-            "Look for what changed the weights or the data"
-            if tried
-            else "If the run diverges, start it again with a lower learning rate"
-        )
-        suggestion = f"{fault.message}. {remedy}. {self._unchanged(fault, tried=tried)}"
+        remedy = "Look for what changed the weights or the data" if tried else self._lower_rate()
+        suggestion = f"{fault.message}. {remedy}. {self._unchanged(fault, tried=tried, ended=ended)}"
         several = len(self.context.learner.optimizers) > 1
         place = f"the {fault.place} of optimizer {reading.optimizer_index}" if several else fault.place
         self.loop.advise(Finding(fault.kind, confidence, evidence, place, suggestion=suggestion), clock)
@@ -132,10 +140,18 @@ class Suspicions:
         finding = Finding(fault.kind, confidence, evidence, fault.place, suggestion=suggestion)
         self.loop.advise(finding, clock)
 
-    def _unchanged(self, fault: Fault, *, tried: bool) -> str:
+    def _lower_rate(self) -> str:
+        first, now = self.context.state.first_rate, self.context.rate.first()
+        if first is not None and now is not None and now > self.context.thresholds.decision.blame.rate_risen * first:
+            return f"The learning rate has risen from {first:.3g} to {now:.3g}: look at its schedule, or lower its peak"
+        return "If the run diverges, start it again with a lower learning rate"
+
+    def _unchanged(self, fault: Fault, *, tried: bool, ended: bool) -> str:
         nothing = "Nothing was changed: every number is finite"
         if tried:
             return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
+        if ended and self.context.settings.act_on == "evidence":
+            return f"{nothing}, and the fit ended before a trial could show more."
         if self.investigator.trial_runs:
             return f"{nothing}, and a trial of lower learning rates is running."
         hindrance = self.investigator.hindrance()
@@ -151,7 +167,8 @@ class Suspicions:
     def _is_above_noise(self, fault: Fault, optimizer_index: int) -> bool:
         """Whether the loss is above the first loss of the run by more than the middle half of the newest losses spans.
 
-        Where hardly anything can be learned, the newest losses are above the first one in half of all runs.
+        Where hardly anything can be learned, the newest losses are above the first one in half of all runs. A run that
+        had learned far more than they span has lost it.
         """
         history, above = self.context.monitors.history(optimizer_index), self._above_first(fault, optimizer_index)
         if above <= 0:
@@ -160,7 +177,7 @@ class Suspicions:
         if len(newest) < 2:
             return True
         lower, _, upper = quantiles(newest)
-        return above > upper - lower
+        return max(above, history.learned() / self.context.thresholds.detection.diverging_loss.learned) > upper - lower
 
     def _above_first(self, fault: Fault, optimizer_index: int) -> float:
         """How far the loss of a fault is above the first loss of the run; 0 if one of them is not known."""

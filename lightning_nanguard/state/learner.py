@@ -117,6 +117,7 @@ class Learner:
         self.device = Device() if device is None else device
         self._averages = averages
         self._partitions = partitions
+        self._frozen = frozenset(id(one) for one in module.parameters() if not one.requires_grad)
 
     @property
     def is_plain(self) -> bool:
@@ -163,6 +164,53 @@ class Learner:
                 if now is not None and isinstance(then, Tensor) and int(now) != int(then):
                     found |= {("buffer", f"{prefix}{one}") for one in ("running_mean", "running_var")}
         return found
+
+    def untrained(self) -> dict[StateKey, StateKey]:
+        """The parameters that no optimizer trains, such as a frozen average, each with the part that it belongs to.
+
+        A part is the largest submodule without a trained parameter. A parameter that an optimizer holds counts only if
+        it has been frozen since the start and has no optimizer state, because a parameter may be frozen for one step.
+        """
+        if self._partitions is not None:
+            return {}
+        states = [state for index, one in enumerate(self.optimizers) for _, state in states_of(one, index)]
+        held = {id(parameter) for index in range(len(self.optimizers)) for parameter in self.stepped(index)}
+        named = dict(self.module.named_parameters())
+        copies = held - {id(parameter) for parameter in named.values()}  # may be stepped in place of the parameters
+        free = [
+            name
+            for name, one in named.items()
+            if (one.grad is None and id(one) not in held and not copies)
+            or (id(one) in self._frozen and not one.requires_grad and not any(_holds(state, one) for state in states))
+        ]
+        busy = {prefix for name in named.keys() - set(free) for prefix in _prefixes(name)}
+        return {
+            ("parameter", name): ("untrained", next((one for one in _prefixes(name) if one not in busy), name))
+            for name in free
+        }
+
+    def copies(self, part: str, untrained: Mapping[StateKey, StateKey]) -> dict[StateKey, StateKey]:
+        """The parameters of an untrained part, each with the weight that it may be a copy of.
+
+        It is empty if no trained part has parameters of the same names and shapes.
+
+        Args:
+            part: Name of the part.
+            untrained: The result of :meth:`untrained`.
+        """
+        named = dict(self.module.named_parameters())
+        trained = {n: one.shape for n, one in named.items() if _ready(one) and ("parameter", n) not in untrained}
+        names = [key[1] for key, its in untrained.items() if its[1] == part != key[1]]
+        # A wrapper may hold the copy, as AveragedModel does.
+        inside = [level for level in zip(*(_prefixes(name)[:-1] for name in names), strict=False) if len({*level}) == 1]
+        start = f"{inside[-1][0]}." if inside else ""
+        own = {name.removeprefix(start): named[name].shape for name in names}
+        first = next(iter(own), "")
+        for name in trained if own else ():
+            prefix = name.removesuffix(first)
+            if f"{prefix}{first}" == name and all(trained.get(prefix + one) == shape for one, shape in own.items()):
+                return {("parameter", start + one): ("parameter", prefix + one) for one in own}
+        return {}
 
     def lazy(self) -> bool:
         """Whether a parameter is uninitialised until the first forward pass."""
@@ -319,6 +367,18 @@ def describe(key: StateKey) -> str:
         case (str(kind), str(name)):
             return f"{kind} {name}"
     return " ".join(map(str, key))
+
+
+def _holds(state: Mapping[Any, Any], parameter: Tensor) -> bool:
+    """Whether an optimizer has made state for a parameter."""
+    entry = state.get(parameter)
+    return entry is not None and not (isinstance(entry, Mapping) and not entry)
+
+
+def _prefixes(name: str) -> list[str]:
+    """The names of the modules that hold a parameter, the outermost first, and its own name."""
+    parts = name.split(".")
+    return [".".join(parts[: number + 1]) for number in range(len(parts))]
 
 
 def _leaves(prefix: StateKey, value: Any) -> Iterator[tuple[StateKey, Any]]:

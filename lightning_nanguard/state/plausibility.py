@@ -175,13 +175,13 @@ class PlausibilityCheck:
             first = describe(next(key for key in leaves if key in beyond))
             message = f"{first} is larger than its second moment allows, whatever the gradients were"
             return Fault("implausible_state", "state", first, None, message, conclusive=True)
-        then = _bounded(newest)
-        weights = {key for key in leaves if key[0] == "parameter"}
+        then, untrained = _bounded(newest), self._learner.untrained().keys()
+        weights = {key for key in leaves if key[0] == "parameter"} - untrained
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
         sure = self._growth(healthy_steps, self._weight_growth)
         usual = self._growth(healthy_steps, self._state_growth)
-        for keys, factor in ((weights, self._weight_growth), (others, usual)):
+        for keys, factor in ((weights, self._weight_growth), (untrained, self._weight_growth), (others, usual)):
             most = {key: self._limits.early_growth * size for key, size in self._of_gradients(keys).items()}
             far = self._first_jump(leaves, then, keys, factor, most=most)
             if far is not None and keys is others:
@@ -201,6 +201,8 @@ class PlausibilityCheck:
             buffers = {key for key in statistics if key[0] == "buffer"}
             self.watches_statistics |= self._first_jump(leaves, then, buffers, usual) is not None
             message = f"{far} is over {factor:g} times as large as before"
+            if keys is untrained:  # no update changes it, so no rate is the cause
+                return Fault("implausible_state", "state", far, None, message, conclusive=True)
             # A trial on the newest batches gives finite evidence. So the branch that is given up is compared later.
             return Fault("implausible_state", "state", far, None, message, certain=not doubtful, rate_may_cause=True)
         return None

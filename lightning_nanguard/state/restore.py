@@ -113,26 +113,38 @@ def _restore_weights(learner: Learner, saved: Mapping[StateKey, Any]) -> tuple[l
     return pairs, tuple(failed)
 
 
-def average_of(key: StateKey) -> StateKey | None:
-    """The averaged copy that a leaf belongs to; ``None`` for other leaves. Averaged copies are restored as a whole."""
-    return key[:2] if key[0] == "average" else None
+_NONE: Mapping[StateKey, StateKey] = {}
+
+
+def average_of(key: StateKey, untrained: Mapping[StateKey, StateKey] = _NONE) -> StateKey | None:
+    """The averaged copy, or the untrained part, that a leaf belongs to; ``None`` for other leaves.
+
+    Such a copy or part is restored as a whole.
+
+    Args:
+        key: State key of the leaf.
+        untrained: The result of :meth:`Learner.untrained`.
+    """
+    return key[:2] if key[0] == "average" else untrained.get(key)
 
 
 def bad_averages(
     leaves: Iterable[tuple[StateKey, Any]],
     corrupt: Callable[[Iterable[tuple[StateKey, Any]]], str | None],
     place: str = "",
+    untrained: Mapping[StateKey, StateKey] = _NONE,
 ) -> frozenset[StateKey]:
-    """The averaged copies that are bad, as :func:`average_of` names them.
+    """The averaged copies and untrained parts that are bad, as :func:`average_of` names them.
 
     Args:
         leaves: Leaves of a learner, or of a snapshot.
         corrupt: Names a tensor that is not finite, ``None`` if all are.
         place: Name of another tensor that is bad.
+        untrained: The result of :meth:`Learner.untrained`.
     """
     parts: dict[StateKey, list[tuple[StateKey, Any]]] = {}
     for key, tensor in leaves:
-        part = average_of(key)
+        part = average_of(key, untrained)
         if part is not None:
             parts.setdefault(part, []).append((key, tensor))
     return frozenset(

@@ -58,11 +58,15 @@ class DivergingLossThresholds:
         level_readings: Newest losses whose median is the loss level. The best level is the lowest so far.
         lost: Share of what was learned from which on a loss is far above the best level. It is the share that a trial
             requires (:class:`~lightning_nanguard.thresholds.TrialThresholds`).
+        learned: A loss that is hardly above the first one is told only if the run had learned this many times what the
+            middle half of the newest losses spans. Of a constant with noise, the lowest loss level is about one such
+            range below the first loss.
     """
 
     readings: int = 16
     level_readings: int = 8
     lost: float = 0.3
+    learned: float = 4.0
 
 
 @dataclass(frozen=True)

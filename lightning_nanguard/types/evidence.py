@@ -57,8 +57,9 @@ class Evidence:
             accepted; ``None`` if there is none.
         corrupt: Name of the first tensor of the learner that is not finite but was at the start; ``None`` without one.
         alone: What alone is bad, so that only it has to be restored; ``None`` if more may be bad. ``"averages"`` are
-            averaged copies of the weights, or running statistics of layers that normalise by the batch: no update is
-            made from them. ``"scale"`` is the scale of the GradScaler, which skips every update with such a scale.
+            averaged copies of the weights, parameters that no optimizer trains, or running statistics of layers that
+            normalise by the batch: no update is made from them. ``"scale"`` is the scale of the GradScaler, which
+            skips every update with such a scale.
         jump: Name of a weight that is finite but far larger than any was in the snapshot; ``None`` if none is.
         batch_strange: Whether the batch holds numbers far larger than those of the stored batches; ``None`` if this is
             not known.

@@ -142,3 +142,19 @@ def test_an_average_that_is_larger_than_the_weights_ever_were(tmp_path: Path) ->
         assert guard.interventions == ()
         assert [one.finding.cause for one in guard.advice] == (["average_too_large"] if factor > 1 else [])
         assert all("Ema.ema" in one.finding.place for one in guard.advice)
+
+
+@pytest.mark.parametrize(("row", "every"), [(1e5, 20), (1e5, 1000), (1.0, 20)])
+def test_running_statistics_that_a_row_makes_far_larger(row: float, every: int, tmp_path: Path) -> None:
+    """With ``act_on="certain"`` it is told once, and nothing changes. It is not told without a snapshot of settled
+    statistics to compare with, because data may be large from the start."""
+    torch.manual_seed(0)
+    data = batches(count=160)
+    for index in range(130, 160, 10):
+        data[index][0][0] *= row
+    module = Task(mlp(norm=True), lambda p: SGD(p, lr=0.05))
+    guard = NaNGuard(dirpath=tmp_path, snapshot_every_n_steps=every)
+    fit(module, data, guard, folder=tmp_path)
+    assert guard.interventions == ()
+    told = [one.finding.cause for one in guard.advice if one.finding.cause == "statistics_too_large"]
+    assert told == (["statistics_too_large"] if row > 1 and every < 160 else [])

@@ -7,6 +7,9 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
+from torch.optim import SGD, Optimizer
+from torch.optim.lr_scheduler import LambdaLR
 
 from lightning_nanguard import Detector, Fault, NaNGuard, Reading
 from lightning_nanguard.diagnosis.step_tracer import StepTrace
@@ -14,7 +17,7 @@ from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.types import ActOn, Evidence, Finding
 from tests.guard.plain_loop import EVIDENCE, PlainLoop
-from tests.helpers import batches, fit, task
+from tests.helpers import Task, batches, fit, mlp, task
 
 LEARNER = Fault("odd_loss", "learner", "loss", 9.0, "the loss is odd", certain=False, proof="trial")
 CERTAIN = Settings(snapshot_every=4)
@@ -179,6 +182,47 @@ def test_losses_within_their_noise_are_not_told(above: float, told: bool) -> Non
     fault = Fault("exploding_loss", "learner", "loss", history.first + above, "it rose", certain=False)
     suspicions.tell(fault, Reading(23, 0, history.first + above, 1.0), (23, 0, 22))
     assert bool(loop.advice) is told
+
+
+def test_a_run_that_has_lost_all_that_it_had_learned_is_told() -> None:
+    """Its loss is hardly above the first one, as where nothing can be learned. But this run had learned far more than
+    its newest losses differ."""
+    loop, suspicions = trained(Settings())
+    history = loop.guard.context.monitors.history(0)
+    assert history is not None
+    assert history.first is not None
+    for step in range(7, 39):
+        low = 20.0 if step < 23 else 0.0
+        loop.guard.context.monitors.accept(Reading(step, 0, history.first + step % 2 - low, 1.0))
+    fault = Fault("collapsed", "learner", "loss", history.first + 0.5, "it is back", certain=False)
+    suspicions.tell(fault, Reading(39, 0, history.first + 0.5, 1.0), (39, 0, 38))
+    assert [one.cause for one in loop.advice] == ["collapsed"]
+
+
+@pytest.mark.parametrize("act_on", ["certain", "evidence"])
+@pytest.mark.parametrize("back", [True, False])
+def test_a_loss_that_is_back_when_the_fit_ends(back: bool, act_on: ActOn, tmp_path: Path) -> None:
+    """The checks come after 40, 80, 160, … updates. What has collapsed since then is told at the end, with the rate
+    that has risen, and a run that has kept what it learned hears nothing."""
+
+    def rising(optimizer: Optimizer) -> LambdaLR:
+        return LambdaLR(optimizer, lambda step: 1 + step / 100)
+
+    torch.manual_seed(0)
+    data = [
+        (x, y * 5 if at < 20 or (back and at >= 100) else y) for at, (x, y) in enumerate(batches(count=130, size=64))
+    ]
+    module, guard = Task(mlp(), lambda p: SGD(p, lr=1e-4), rising), NaNGuard(act_on=act_on, dirpath=tmp_path)
+    fit(module, data, guard, folder=tmp_path)
+    assert guard.interventions == ()
+    if not back:
+        assert guard.advice == ()
+        return
+    (advice,) = guard.advice
+    assert (advice.finding.cause, advice.global_step) == ("collapsed", 130)
+    assert "The learning rate has risen from 0.0001 to 0.00023: look at its schedule" in advice.finding.suggestion
+    ended = "the fit ended before a trial could show more" if act_on == "evidence" else "NaNGuard(act_on="
+    assert ended in advice.finding.suggestion
 
 
 @pytest.mark.parametrize(("loss", "cause"), [(math.inf, "infinite_loss"), (math.nan, "nan_loss")])

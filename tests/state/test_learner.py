@@ -111,3 +111,38 @@ def test_what_is_held_changes_with_any_leaf() -> None:
         change()
         assert changed(before)
     assert learner.held()[: len(learner.held_weights())] == learner.held_weights()
+
+
+def test_parameters_that_no_optimizer_trains() -> None:
+    """A frozen copy is a part of its own, whether or not the optimizer holds it. What is frozen for one step, has a
+    gradient, or may be the original of a copy that is stepped instead, is trained."""
+
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1))
+            self.ema = nn.ModuleDict({"inner": nn.Sequential(nn.Linear(2, 3), nn.Linear(3, 1)).requires_grad_(False)})
+            self.scale = nn.Parameter(torch.ones(2), requires_grad=False)
+
+    net = Net()
+    frozen = {("parameter", name) for name, one in net.named_parameters() if not one.requires_grad}
+    for held in (net.parameters(), net.body.parameters()):
+        optimizer = optim.Adam(held)
+        learner = Learner(net, [optimizer])
+        net.body[1].requires_grad_(False)
+        assert learner.untrained().keys() == frozen
+        assert set(learner.untrained().values()) == {("untrained", "ema"), ("untrained", "scale")}
+        net.body[1].requires_grad_(True)
+    untrained = learner.untrained()
+    copies = learner.copies("ema", untrained)
+    assert copies[("parameter", "ema.inner.0.weight")] == ("parameter", "body.0.weight")
+    assert len(copies) == 4
+    assert learner.copies("scale", untrained) == {}
+    assert learner.copies("other", {**untrained, ("parameter", "body.1.bias"): ("untrained", "other")}) == {}
+
+    head = Learner(net, [optim.SGD(net.body[1].parameters(), lr=0.1)])
+    assert ("parameter", "body.0.weight") in head.untrained()
+    net.body[0].weight.grad = torch.zeros(3, 2)
+    assert ("parameter", "body.0.weight") not in head.untrained()
+    masters = Learner(net, [optim.SGD([one.detach().clone() for one in net.body.parameters()], lr=0.1)])
+    assert masters.untrained().keys() == frozen

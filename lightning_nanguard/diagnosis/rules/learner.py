@@ -30,7 +30,8 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
     fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
     if evidence.redone:
         return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
-    if evidence.undo or evidence.climbing or evidence.rate_rose or evidence.redo_cause[0]:
+    trained = not _is_untrained(evidence, evidence.corrupt or fault.place)  # a rate changes nothing else
+    if evidence.undo or (trained and (evidence.climbing or evidence.rate_rose)) or evidence.redo_cause[0]:
         return None
     if fault.rate_may_cause:
         if _updates_enlarged_it(case, thresholds.learner) or made_worse(evidence):
@@ -57,6 +58,11 @@ def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Fi
         return None
     larger = "is far larger than any weight of the last good state"
     return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
+
+
+def _is_untrained(evidence: Evidence, name: str) -> bool:
+    """Whether a bad parameter is one that no optimizer trains."""
+    return evidence.alone == "averages" and name.startswith("parameter")
 
 
 def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
@@ -102,6 +108,11 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
         f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
         f"writes to {it}. Test the device."
     )
+    if _is_untrained(evidence, name):
+        return (
+            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
+            "weights: its decay must be below 1."
+        )
     if evidence.redone:
         return memory if again else f"so no batch and no rate caused it. {look}"
     if evidence.told:

@@ -3,7 +3,7 @@ tensor that code outside of passes and steps has written to."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any, final
 
 import torch
@@ -12,7 +12,8 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.operation_trace import non_finite, storage_key, tensors_in, user_line
-from lightning_nanguard.state.learner import describe
+from lightning_nanguard.state.learner import StateKey, describe
+from lightning_nanguard.state.restore import is_weight
 from lightning_nanguard.state.snapshot import Snapshot
 
 
@@ -62,7 +63,9 @@ def buffer_in_words(module: nn.Module, spoilt: str, run: Callable[[], object]) -
     return f"{spoilt} of {type(owner).__name__}{line}"
 
 
-def written_outside(start: Snapshot, first: Snapshot, again: Snapshot) -> str | None:
+def written_outside(
+    start: Snapshot, first: Snapshot, again: Snapshot, untrained: Container[StateKey] = ()
+) -> str | None:
     """Name of a weight or buffer that changed in the run, and not when its updates were made again; ``None`` without.
 
     An example is a target network that a hook copies from the trained one every hundred updates. A single element
@@ -72,20 +75,23 @@ def written_outside(start: Snapshot, first: Snapshot, again: Snapshot) -> str | 
         start: The snapshot that the updates were made from.
         first: The state that the run had reached.
         again: The state after the same updates were made again.
+        untrained: Parameters whose bad numbers no update was made from, so that nothing is gained by the repetition.
     """
     for key, was in start.leaves.items():
-        if key[0] in ("parameter", "buffer") and _differs(was, first.leaves.get(key), again.leaves.get(key)):
+        finite = key not in untrained
+        if is_weight(key) and _differs(was, first.leaves.get(key), again.leaves.get(key), finite=finite):
             return describe(key)
     return None
 
 
-def _differs(was: Any, first: Any, again: Any) -> bool:
+def _differs(was: Any, first: Any, again: Any, *, finite: bool) -> bool:
     if not (isinstance(was, Tensor) and isinstance(first, Tensor) and isinstance(again, Tensor)):
         return False
     if not (was.shape == first.shape == again.shape) or any(one.layout != torch.strided for one in (was, first, again)):
         return False
     was, first, again = was.to(again.device), first.to(again.device), again
-    return torch.equal(was, again) and int((first != was).sum()) > 1 and bool(torch.isfinite(first).all())
+    moved = torch.equal(was, again) and int((first != was).sum()) > 1
+    return moved and not (finite and not bool(torch.isfinite(first).all()))
 
 
 @final

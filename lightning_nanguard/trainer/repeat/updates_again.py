@@ -114,7 +114,9 @@ class UpdatesAgain:
                         after = self._capture(snapshot)
                         left = self._runs.memory.attributes_now() if then is None else None
                         measures = self._measures.now()
-                        if (written := written_outside(start, before, after)) is not None:
+                        # In a step the repetition is needed: the loss may be bad because of such a parameter.
+                        untrained = learner.untrained() if then is None else ()
+                        if (written := written_outside(start, before, after, untrained)) is not None:
                             _logger.info("NaNGuard: not kept, because code outside of the steps wrote to %s.", written)
                             self._kept.clear()
                         if written is not None or self._is_written_again(snapshot, then):
