@@ -4,6 +4,7 @@ distillation, geometry and models of missing values."""
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -339,6 +340,43 @@ def missing_behind_where(dice: Dice) -> Problem:
     return _one_bad_batch(dice, "non_finite_input", loss, spoil, place="field 1 of the batch", samples=_same)
 
 
+# ------------------------------------------------------------------------------------------------ changed gradients
+
+
+class Changes(Net):
+    """A net whose own code changes a gradient behind the backward pass of one update."""
+
+    def __init__(self, *parts: Any, at: int, change: Callable[[Tensor], Any]) -> None:
+        super().__init__(*parts)
+        self.at, self.change = at, change
+
+    def on_after_backward(self) -> None:
+        if self.trainer.global_step == self.at:
+            last = [parameter.grad for parameter in self.net.parameters() if parameter.grad is not None][-1]
+            self.change(last)
+
+
+def _changed(dice: Dice, change: Callable[[Tensor], Any]) -> Problem:
+    at = _moment(dice)
+    module = Changes(dice.mlp(64, 10), entropy, dice.optimizer("adam"), at=at, change=change)
+    return Problem(module, dice.digits(at + 6), "changed_gradient", "", None, at + 6)
+
+
+def divided_by_its_count(dice: Dice) -> Problem:
+    """A mean over the ranks that took part, of which there were none."""
+    return _changed(dice, lambda gradient: gradient.div_(0.0))
+
+
+def noise_of_a_log(dice: Dice) -> Problem:
+    """Noise on a gradient, from a logarithm of a draw that may be zero."""
+    return _changed(dice, lambda gradient: gradient.add_(torch.zeros_like(gradient).log()))
+
+
+def unscaled_twice(dice: Dice) -> Problem:
+    """A gradient that is multiplied by a scale which has overflowed."""
+    return _changed(dice, lambda gradient: gradient.mul_(INF))
+
+
 FURTHER: tuple[Form, ...] = tuple(
     Form(cause, make.__name__, make)
     for cause, makes in {
@@ -356,6 +394,7 @@ FURTHER: tuple[Form, ...] = tuple(
         "non_finite_from_start": (weight_of_an_absent_class,),
         "target_out_of_domain": (zero_in_a_distribution,),
         "non_finite_input": (sparse_feature, missing_behind_where),
+        "changed_gradient": (divided_by_its_count, noise_of_a_log, unscaled_twice),
     }.items()
     for make in makes
 )

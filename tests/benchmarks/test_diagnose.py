@@ -22,7 +22,8 @@ def test_every_cause_has_three_forms() -> None:
     forms = Counter(form.cause for form in FORMS.values())
     # Exceptions are named by the rule of what they are about, the others by the guard itself.
     others = {"invalid_learning_rate", "weights_moved_outside", "exception_from_non_finite"}
-    assert set(forms) == {rule.__name__ for rule in RULES} | others
+    # The benchmark runs batches again, so a cause is never unexplained.
+    assert set(forms) == {rule.__name__ for rule in RULES} - {"unexplained"} | others
     assert min(forms.values()) >= 3
     assert len(FORMS) == sum(forms.values())
 
