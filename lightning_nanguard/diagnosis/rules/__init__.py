@@ -33,6 +33,7 @@ from lightning_nanguard.diagnosis.rules import (
     learner,
     loss_function,
     plateau,
+    state,
     unexplained,
     updates,
 )
@@ -54,7 +55,7 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     arithmetic.non_finite_from_start,
     updates.optimizer_update,
     updates.forward_writes_buffer,
-    learner.corrupted_state,
+    state.corrupted_state,
     learner.exploding_gradient,
     learner.unstable_hyperparameter,
     learner.learning_rate_too_high,

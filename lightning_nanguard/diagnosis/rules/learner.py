@@ -1,11 +1,11 @@
-"""Rules for causes in the learner: its state, its gradients, its updates."""
+"""Rules for causes in the learner: its gradients and its updates."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 
-from lightning_nanguard.decide.blame import learner_did_it, made_worse
+from lightning_nanguard.decide.blame import made_worse
 from lightning_nanguard.diagnosis.case import NO_FAULT, Case
 from lightning_nanguard.diagnosis.rules.layers import exploding_initial_gradient
 from lightning_nanguard.diagnosis.rules.signs import (
@@ -16,126 +16,10 @@ from lightning_nanguard.diagnosis.rules.signs import (
     learner_diverged,
     worse_than_before,
 )
-from lightning_nanguard.record.text import counted
-from lightning_nanguard.thresholds.decision import BlameThresholds
+from lightning_nanguard.diagnosis.rules.state import updates_enlarged_it
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds, LearnerThresholds
 from lightning_nanguard.thresholds.fixed import LARGEST_WITH_SQUARE
 from lightning_nanguard.types import Evidence, Finding
-
-_BY_ITSELF = "became bad, and was good when the updates since the last good state were made again"
-
-
-def corrupted_state(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
-    """Weights, buffers or moments became bad, but no batch was bad. With the good state the fault is gone."""
-    fault, evidence, change, known = case.fault, case.evidence, case.clues.change, thresholds.confidence
-    if evidence.redone:
-        return _corrupted(case, thresholds, known.transient, evidence.corrupt or fault.place, _BY_ITSELF)
-    trained = not _is_untrained(evidence, evidence.corrupt or fault.place)  # a rate changes nothing else
-    if evidence.undo or (trained and (evidence.climbing or evidence.rate_rose)) or evidence.redo_cause[0]:
-        return None
-    if fault.rate_may_cause:
-        if _updates_enlarged_it(case, thresholds.learner) or made_worse(evidence):
-            return None
-        # Running statistics also jump if a batch far out of range passes a normalisation layer.
-        return _corrupted(case, thresholds, known.state_implausible, fault.place, "became far larger than before")
-    if evidence.corrupt is not None:
-        if fault.scope == "learner" and fault.certain:
-            return None
-        return _corrupted(case, thresholds, known.state_non_finite, evidence.corrupt, "is no longer finite")
-    if case.clues.spoilt_buffers:
-        name = f"buffer {case.clues.spoilt_buffers[0]}"
-        return _corrupted(case, thresholds, known.state_non_finite, name, "is no longer finite")
-    if fault.scope == "state" and fault.conclusive:
-        return _corrupted(case, thresholds, known.state_implausible, fault.place, "is far too large")
-    if change is not None and case.clues.good_finite is not False and not _bad_there_too(case, thresholds.blame):
-        moved = (
-            f"has an element that went from {change.before:.4g} to {change.now:.4g}, while the others moved by "
-            f"at most {change.usual:.2g}"
-        )
-        numbers = {"before": change.before, "now": change.now, "usual": change.usual}
-        return _corrupted(case, thresholds, known.state_element, change.name, moved, **numbers)
-    if evidence.jump is None or fault.scope == "learner" or learner_did_it(evidence, thresholds.blame):
-        return None
-    larger = "is far larger than any weight of the last good state"
-    return _corrupted(case, thresholds, known.state_jump, evidence.jump, larger)
-
-
-def _is_untrained(evidence: Evidence, name: str) -> bool:
-    """Whether a bad parameter is one that no optimizer trains."""
-    return evidence.alone == "averages" and name.startswith("parameter")
-
-
-def _updates_enlarged_it(case: Case, limits: LearnerThresholds) -> bool:
-    """Whether an implausible weight grew as a whole. Memory corruption enlarges only a few elements."""
-    grew = case.fault.rate_may_cause and case.evidence.growth > limits.ruined
-    weight = case.evidence.jump or case.fault.place  # which explains a buffer that is too large
-    return grew and weight.startswith("parameter") and case.clues.moved_alone is False
-
-
-def _bad_there_too(case: Case, limits: BlameThresholds) -> bool:
-    loss, unit = case.clues.good_loss, case.evidence.loss_unit
-    return loss is not None and loss > case.evidence.first + limits.sane_loss * unit
-
-
-def _corrupted(
-    case: Case, thresholds: DiagnosisThresholds, confidence: float, name: str, what: str, **numbers: float
-) -> Finding:
-    weight = case.evidence.jump
-    if weight is not None and name.startswith("buffer "):
-        # A weight far out of proportion makes the statistics of later layers bad, and these are often seen first.
-        name, what = weight, f"is far larger than any weight of the last good state, and {name} {what}"
-    times = case.times("corrupted_state", name)
-    return Finding(
-        "corrupted_state",
-        confidence,
-        evidence={"tensor": name, "times": float(times), **numbers},
-        place=name,
-        suggestion=f"{name} {what}, {_where_to_look(case, name, times, thresholds.blame)}",
-        scope="state",
-    )
-
-
-def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -> str:
-    """What may have made a tensor bad, for the ``times``-th time, and what the user can do."""
-    evidence, since = case.evidence, case.evidence.healthy_since_restore
-    # A memory fault is gone with the good state, and does not come back soon after a restore.
-    gone = case.clues.change is None or case.clues.good_finite is True
-    again = f"for the {_ordinal(times)} time, " if times > 1 and gone else ""
-    seen = evidence.corrupt or case.fault.place
-    it = name if seen.startswith("buffer ") and name != seen else "it"
-    look = f"Look for code that writes to {it}: a hook, a callback, an in-place operation."
-    memory = (
-        f"{again}although no earlier reading was bad and the restored state was good: a memory fault, or code that "
-        f"writes to {it}. Test the device."
-    )
-    if _is_untrained(evidence, name):
-        return (
-            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
-            "weights: its decay must be below 1."
-        )
-    if evidence.redone:
-        return memory if again else f"so no batch and no rate caused it. {look}"
-    if evidence.told:
-        return f"and {evidence.told}."
-    if case.fault.rate_may_cause and name.startswith("buffer"):
-        return (
-            "although no loss or gradient was bad. Look for a batch with numbers far out of range: normalisation hides "
-            "them from the loss. If there is none, look for code that writes to it."
-        )
-    if not again:
-        return (
-            f"although no {'earlier reading' if since is None else 'reading since the last rollback'} was bad. {look}"
-        )
-    if since is not None and since < limits.calm_when_late:
-        return (
-            f"again {counted(since, 'update') if since else 'at once'} after a rollback. Look for code that writes to "
-            "it: a callback, a hook, the forward pass or the optimizer."
-        )
-    return memory
-
-
-def _ordinal(number: int) -> str:
-    return {2: "second", 3: "third"}.get(number, f"{number}th")
 
 
 def exploding_gradient(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:
@@ -257,7 +141,7 @@ def _rate_confidence(case: Case, thresholds: DiagnosisThresholds) -> float:
     worse = worse_than_before(evidence, thresholds)
     signs = evidence.growth > limits.grown or evidence.climbing
     overflowed = evidence.redo_cause[0] == "forward_writes_buffer" and evidence.growth > limits.ruined
-    if _updates_enlarged_it(case, limits) or made_worse(evidence) or overflowed:
+    if updates_enlarged_it(case, limits) or made_worse(evidence) or overflowed:
         return known.rate_diverged
     if fault.scope == "learner" and not fault.certain:
         if _lost_what_it_had(evidence) and not signs:

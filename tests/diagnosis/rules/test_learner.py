@@ -1,4 +1,4 @@
-"""Causes that lie in the learner: its state, its gradients, its updates."""
+"""Causes that lie in the learner: its gradients and its updates."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from tests.diagnosis.rules.faults import (
     CORRUPTED,
     EXP,
     EXPLODING,
-    FAR_OUT,
     GRADIENT,
     LOG,
     LOSS,
@@ -38,16 +37,8 @@ RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.
 
 
 ROWS: list[Row] = [
-    ("corrupted_state", CORRUPTED, {"corrupt": "buffer b"}, Clues()),
-    ("corrupted_state", LOSS, {"jump": "parameter w", "comparison": WORSE}, Clues(origin=Origin("exp", highest=1e30))),
-    ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
-    ("corrupted_state", FAR_OUT, {}, Clues()),
     # A buffer that an earlier update made bad, and the good state is finite.
-    ("corrupted_state", LOSS, {}, Clues(bad_buffers=("cb",), spoilt_buffers=("cb",), origin=EXP)),
-    ("corrupted_state", MOMENT, {}, Clues()),
     # The updates since the snapshot, made again, did not make it so, whatever else speaks against the rate.
-    ("corrupted_state", LARGE, {"redone": True, "growth": 1e6, "climbing": True}, Clues(moved_alone=False)),
-    ("corrupted_state", LARGE, {"redone": True, "comparison": WORSE, "rate_rose": True, "lr": 0.5}, Clues()),
     # The updates since the snapshot, made again, made it too large again.
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "lr": 0.5}, Clues()),
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "climbing": True, "lr": 0.5}, Clues()),
@@ -73,11 +64,8 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "rate_rose": True}, Clues()),
     ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "growth": 9.0}, Clues()),
     # State that is not finite is bad by itself, whatever question was due.
-    ("corrupted_state", STUCK, {"corrupt": "buffer b"}, Clues()),
     # A weight that grew as a whole, and one of which an element was overwritten.
     ("learning_rate_too_high", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=False)),
-    ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=True)),
-    ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues()),
     ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),
     # A ruined model of which an exponential overflows in the end, and a good one.
     ("exp_overflow", LOSS, {**GROWN, "comparison": WORSE}, Clues(replayed=True, origin=EXP)),
@@ -90,7 +78,6 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", OVERFLOW, {**BY_HAND, "healthy_steps": 7, "jump": "parameter w"}, Clues()),
     ("learning_rate_too_high", LOSS, {**BY_HAND, "healthy_steps": 7, "jump": "parameter w"}, Clues()),
     ("learning_rate_too_high", OVERFLOW, {**BY_HAND, "bad_in_a_row": 4}, Clues()),
-    ("corrupted_state", OVERFLOW, {**BY_HAND, "jump": "parameter w"}, Clues()),
     ("exploding_gradient", OVERFLOW, BY_HAND, Clues()),
     ("unexplained", LOSS, {**BY_HAND, "bad_in_a_row": 4}, Clues()),
 ]
@@ -306,17 +293,3 @@ def test_a_steep_batch_is_no_divergence(comparison: Comparison) -> None:
     known = {"usual_norm": 1.0, "first": 0.5, "loss_unit": 0.2, "comparison": comparison, "lr": 0.1, "healthy_steps": 9}
     assert surest_cause(SPIKE, known, Clues(norm=1e9)) == "exploding_gradient"
     assert surest_cause(SPIKE, {**known, "comparison": Comparison(9.0, 0.2)}, Clues()) == "learning_rate_too_high"
-
-
-@pytest.mark.parametrize(("since", "said"), [(0, "again at once after"), (1, "again 1 update after")])
-def test_a_state_that_is_bad_again_after_a_rollback(since: int, said: str) -> None:
-    """The words name no count of faults, and everything that may write to the state between two updates."""
-    first = Finding("corrupted_state", 0.9, place="parameter w")
-    earlier = (EarlierFinding(8, LOSS.kind, LOSS.place, first),)
-    known = Evidence(step=9, corrupt="parameter w", healthy_since_restore=since)
-    finding = RuleSet().diagnose(Case(LOSS, known, earlier=earlier))
-    assert finding is not None
-    assert finding.suggestion == (
-        f"parameter w is no longer finite, {said} a rollback. Look for code that writes to it: a callback, a hook, the "
-        "forward pass or the optimizer."
-    )
