@@ -74,7 +74,7 @@ def test_an_average_that_explodes(act_on: Literal["certain", "evidence"], tmp_pa
         assert one.finding is not None
         assert one.finding.place.startswith("parameter ema.")
         assert "no optimizer trains it" in one.finding.suggestion
-        assert "its decay must be below 1" in one.finding.suggestion
+        assert "an average needs a decay below 1" in one.finding.suggestion
     assert [(one.finding.cause, one.finding.place) for one in guard.advice] == [("average_too_large", "ema")]
     assert all(bool(torch.isfinite(one).all()) for name, one in guarded.module.named_parameters() if "ema" in name)
 

@@ -96,10 +96,7 @@ def _where_to_look(case: Case, name: str, times: int, limits: BlameThresholds) -
         f"writes to {it}. Test the device."
     )
     if _is_untrained(evidence, name):
-        return (
-            "and no optimizer trains it. Look at the code that writes to it, such as that of an average of the "
-            "weights: its decay must be below 1."
-        )
+        return "and no optimizer trains it. Look at the code that writes to it: an average needs a decay below 1."
     if evidence.redone:
         return memory if again else f"so no batch and no rate caused it. {look}"
     if evidence.told:
