@@ -66,7 +66,11 @@ def causes() -> set[str]:
     """Every cause that a built-in rule names, and every other one that the package makes."""
     found = {rule.__name__ for rule in (*RULES, *MISTAKES)}
     found |= literals(
-        *(call.args[0] for call in calls("Finding", "finding", "finding_at", "outlier_finding", "_advise", "_say") if call.args)
+        *(
+            call.args[0]
+            for call in calls("Finding", "finding", "finding_at", "outlier_finding", "_advise", "_say")
+            if call.args
+        )
     )
     assigned = [node for node in nodes() if isinstance(node, ast.Assign)]
     return found | literals(
