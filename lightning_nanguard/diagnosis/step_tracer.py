@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_nanguard.diagnosis.operation_trace import operation_name, storage_key, tensors_in
+from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.state.device import OutOfMemory
 
 # Operations that draw from a distribution whose parameters are tensors.
@@ -36,16 +37,16 @@ class StepTrace:
     unused: frozenset[str]
 
 
-def copies_of(weights: Iterable[Tensor]) -> list[Tensor] | None:
-    """Copies of the weights, for :func:`put_back`; ``None`` if memory is too short."""
+def copies_of(weights: Iterable[Tensor]) -> list[tuple[Tensor, Tensor]] | None:
+    """The strided weights, each with a copy, for :func:`put_back`; ``None`` if memory is too short."""
     with suppress(OutOfMemory):
-        return [weight.detach().clone() for weight in weights]
+        return [(weight, weight.detach().clone()) for weight in weights if is_strided(weight)]
     return None
 
 
-def put_back(weights: Sequence[Tensor], copies: Sequence[Tensor]) -> bool:
+def put_back(copies: Sequence[tuple[Tensor, Tensor]]) -> bool:
     """Restore the weights that a step has written to; return whether there are any."""
-    written = [(weight, copy) for weight, copy in zip(weights, copies, strict=True) if not torch.equal(weight, copy)]
+    written = [(weight, copy) for weight, copy in copies if not torch.equal(weight, copy)]
     with torch.no_grad():
         for weight, copy in written:
             weight.copy_(copy)

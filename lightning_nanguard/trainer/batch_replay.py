@@ -169,7 +169,7 @@ class TrainerBatchReplay:
                     yield
 
             whole = self._runs.loss(self.batch, self.batch_idx, traced()) is not None
-            found = self._ranks.gather([tracer.own_targets, put_back(weights, copies)])
+            found = self._ranks.gather([tracer.own_targets, put_back(copies)])
             own, writes = (any(of_rank) for of_rank in zip(*found, strict=True))
             self._trace = StepTrace(own, writes, tracer.unused if whole else frozenset())
         return self._trace

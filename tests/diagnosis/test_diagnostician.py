@@ -166,7 +166,7 @@ def test_the_error_of_a_lost_run_says_why(tmp_path: Path) -> None:
     torch.manual_seed(0)
     module = Lossy(lambda net, x, y: mse(net, x, torch.log(y - 100)))
     with pytest.raises(
-        TrainingDivergedError, match=r"cause: target_out_of_domain in training_step \(log, .*above 0"
+        TrainingDivergedError, match=r"why: target_out_of_domain in training_step \(log, .*above 0"
     ) as e:
         fit(module, batches(count=70), guard, folder=tmp_path)
     assert e.value.finding is not None

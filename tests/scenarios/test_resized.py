@@ -89,7 +89,7 @@ def test_a_restore_that_restores_nothing_is_said_and_not_repeated(tmp_path: Path
     module = Resized({9: 6}, lost=9, everything=True)
     with pytest.raises(TrainingDivergedError, match=r"parameter net\.0\.weight is still not finite") as error:
         run(module, guard)
-    assert "There is no good state to go back to" in str(error.value)
+    assert "no good state to go back to" in str(error.value)
     assert "holds the weights of step" not in str(error.value)
     assert [one.remedies for one in guard.interventions] == [("restore",)]
     assert guard.interventions[0].snapshot_step is None
