@@ -17,7 +17,7 @@ from torch.optim import SGD, Adam, Optimizer
 from torch.utils.data import DataLoader
 
 from lightning_nanguard import NaNGuard, TrainingDivergedError
-from tests.helpers import Task, batches, differences, fit, mlp, trainer_for, with_nan
+from tests.helpers import Task, batches, differences, fit, mlp, state_of, trainer_for, with_nan
 from tests.odd_tensors import ODD, QUIET, EightBitMomentum
 
 pytestmark = [pytest.mark.filterwarnings(one) for one in QUIET]
@@ -359,3 +359,19 @@ def test_statistics_that_are_bad_at_the_start_are_said(tmp_path: Path, caplog: p
     assert len(said) == 1
     assert "buffer net.1.running_mean holds NaN or Inf before the first update" in said[0]
     assert not len(guard.interventions)
+
+
+@pytest.mark.parametrize("every", [128, 1000])
+def test_statistics_of_data_that_are_not_scaled_are_no_fault(every: int, tmp_path: Path) -> None:
+    """Running statistics far above their initial values are usual, also if the only older snapshot is the first one."""
+
+    def task() -> Task:
+        torch.manual_seed(0)
+        return Task(nn.Sequential(nn.BatchNorm1d(6), mlp()), lambda p: Adam(p, lr=1e-3))
+
+    data = [(5e3 * x, y) for x, y in batches(count=260)]
+    bare = fit(task(), data, folder=tmp_path / "bare")
+    guard = NaNGuard(act_on="evidence", snapshot_every_n_steps=every)
+    guarded = fit(task(), data, guard, folder=tmp_path / "guarded")
+    assert differences(state_of(bare), state_of(guarded)) == []
+    assert guard.interventions == []
