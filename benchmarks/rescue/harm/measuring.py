@@ -62,7 +62,7 @@ def measure(job: Job) -> list[Outcome]:
     form = BY_NAME[case.form]
     healthy = is_healthy(bare, form.least_gain)
     # Where nothing can be learned, no rate is too high.
-    lower = at_lower_rates(case) if healthy and form.least_gain > 0 else []
+    lower = at_lower_rates(case) if healthy and form.kind != "noise" else []
     initial, final = (value if math.isfinite(value) else 0.0 for value in (bare.initial, bare.final))
     outcomes = [
         Outcome(case.name, "bare", healthy, error=_error(bare), initial=initial, bare=final, final=final, lower=lower)
