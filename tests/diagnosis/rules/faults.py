@@ -21,6 +21,11 @@ SCALER = Fault("loss_scale_collapse", "learner", "gradient", 0.5, proof="none")
 BACK = Fault("collapsed", "learner", "loss", 2.31, certain=False)
 FAR_OUT = Fault("implausible_state", "state", "buffer bn.running_var", rate_may_cause=True)
 CORRUPTED = Fault("corrupted_state", "state", "buffer b")
+LARGE = Fault("implausible_state", "state", "parameter w", rate_may_cause=True)
+MOMENT = Fault("implausible_state", "state", "optimizer state exp_avg of w", rate_may_cause=True)
+
+BY_HAND = {"comparable": False, "usual_norm": 6.0, "lr": 5.0}
+"""What is known under manual optimization."""
 
 MOVED = Change("parameter w", 0.1, 1e5, 1e-3)
 WORSE, SAME = Comparison(INF, 1.0), Comparison(INF, INF)

@@ -12,12 +12,15 @@ from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.types import Trial
 from tests.diagnosis.rules.faults import (
     BACK,
+    BY_HAND,
     CORRUPTED,
     EXP,
     EXPLODING,
     GRADIENT,
+    LARGE,
     LOG,
     LOSS,
+    MOMENT,
     MOVED,
     NAN,
     OVERFLOW,
@@ -29,16 +32,11 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
-LARGE = Fault("implausible_state", "state", "parameter w", rate_may_cause=True)
-MOMENT = Fault("implausible_state", "state", "optimizer state exp_avg of w", rate_may_cause=True)
-BY_HAND = {"comparable": False, "usual_norm": 6.0, "lr": 5.0}
 GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
 RISEN, FAR_WORSE = Comparison(0.37, 0.13, then_finite=True), Comparison(30.0, 0.13, then_finite=True)
 
 
 ROWS: list[Row] = [
-    # A buffer that an earlier update made bad, and the good state is finite.
-    # The updates since the snapshot, made again, did not make it so, whatever else speaks against the rate.
     # The updates since the snapshot, made again, made it too large again.
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "lr": 0.5}, Clues()),
     ("learning_rate_too_high", MOMENT, {"redo_failed": True, "climbing": True, "lr": 0.5}, Clues()),
@@ -63,8 +61,7 @@ ROWS: list[Row] = [
     ("learning_rate_too_high", BACK, {"trial": Trial(0.6, "start", 0.25), "first": 2.3, "lr": 0.5}, Clues()),
     ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "rate_rose": True}, Clues()),
     ("learning_rate_too_high", STUCK, {"trial": Trial(0.6, "best", 0.25), "growth": 9.0}, Clues()),
-    # State that is not finite is bad by itself, whatever question was due.
-    # A weight that grew as a whole, and one of which an element was overwritten.
+    # A weight that grew as a whole.
     ("learning_rate_too_high", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=False)),
     ("collapsed", BACK, {"first": 2.3, "levels": (0.4, 0.9), "lr": 0.5}, Clues()),
     # A ruined model of which an exponential overflows in the end, and a good one.

@@ -10,10 +10,13 @@ from lightning_nanguard import Case, Clues, Evidence, Fault, Finding, Origin
 from lightning_nanguard.diagnosis.case import EarlierFinding
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from tests.diagnosis.rules.faults import (
+    BY_HAND,
     CORRUPTED,
     EXP,
     FAR_OUT,
+    LARGE,
     LOSS,
+    MOMENT,
     MOVED,
     OVERFLOW,
     STUCK,
@@ -23,20 +26,20 @@ from tests.diagnosis.rules.faults import (
     surest_cause,
 )
 
-LARGE = Fault("implausible_state", "state", "parameter w", rate_may_cause=True)
-MOMENT = Fault("implausible_state", "state", "optimizer state exp_avg of w", rate_may_cause=True)
-BY_HAND = {"comparable": False, "usual_norm": 6.0, "lr": 5.0}
-GROWN = {"growth": 9.0, "first": 2.3, "loss_unit": 2.3}
 ROWS: list[Row] = [
     ("corrupted_state", CORRUPTED, {"corrupt": "buffer b"}, Clues()),
     ("corrupted_state", LOSS, {"jump": "parameter w", "comparison": WORSE}, Clues(origin=Origin("exp", highest=1e30))),
     ("corrupted_state", LOSS, {}, Clues(change=MOVED, good_finite=True, origin=Origin("exp", highest=1e5))),
     ("corrupted_state", FAR_OUT, {}, Clues()),
+    # A buffer that an earlier update made bad, and the good state is finite.
     ("corrupted_state", LOSS, {}, Clues(bad_buffers=("cb",), spoilt_buffers=("cb",), origin=EXP)),
     ("corrupted_state", MOMENT, {}, Clues()),
+    # The updates since the snapshot, made again, did not make it so, whatever else speaks against the rate.
     ("corrupted_state", LARGE, {"redone": True, "growth": 1e6, "climbing": True}, Clues(moved_alone=False)),
     ("corrupted_state", LARGE, {"redone": True, "comparison": WORSE, "rate_rose": True, "lr": 0.5}, Clues()),
+    # State that is not finite is bad by itself, whatever question was due.
     ("corrupted_state", STUCK, {"corrupt": "buffer b"}, Clues()),
+    # A weight of which an element was overwritten.
     ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues(moved_alone=True)),
     ("corrupted_state", LARGE, {"growth": 1e5, "jump": "parameter w"}, Clues()),
     ("corrupted_state", OVERFLOW, {**BY_HAND, "jump": "parameter w"}, Clues()),
