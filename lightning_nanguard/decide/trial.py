@@ -29,8 +29,8 @@ class TrialLosses:
         now: Under the present state.
         later: Under the present state after as many updates as the arm made.
         arm: Under the arm.
-        earlier_now: Losses of batches from before the trial, under the state in which it began.
-        earlier_arm: The same under the arm.
+        kept_run: Losses of other batches, from before the trial and spread over it, under the run.
+        kept_arm: The same under the arm.
         factor: Factor by which the arm multiplied the learning rate. An arm at the present rate, with a factor of 1,
             continued from the best snapshot.
     """
@@ -41,8 +41,8 @@ class TrialLosses:
     later: Sequence[float]
     arm: Sequence[float]
     factor: float
-    earlier_now: Sequence[float] = ()
-    earlier_arm: Sequence[float] = ()
+    kept_run: Sequence[float] = ()
+    kept_arm: Sequence[float] = ()
 
 
 def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
@@ -60,8 +60,8 @@ def judge_trial(losses: TrialLosses, limits: TrialThresholds) -> Trial:
     start, now, later = (lead(losses.arm, one, limits) for one in (losses.start, losses.now, losses.later))
     if not min(start, now, later) > 0:
         return Trial()
-    # In ordered data new batches may be new to the run, so the run must be worse on earlier batches, too.
-    if losses.earlier_arm and not lead(losses.earlier_arm, losses.earlier_now, limits) > 0:
+    # In ordered data the newest batches may be new to the run, or all of one kind, so the run must be worse on others.
+    if losses.kept_arm and not lead(losses.kept_arm, losses.kept_run, limits) > 0:
         return Trial()
     from_best = losses.factor == 1
     as_good = not from_best and lead(losses.arm, losses.best, limits) < limits.lacks * start

@@ -88,6 +88,7 @@ class RunningTrial:
         before: Updates that an earlier trial made from the start, if the arms continue from its arm.
         updates: Updates of each arm.
         earlier: For some batches from before the trial, the functions that give their losses.
+        during: The same for some batches spread over the trial.
         start: Losses under the start, before the pick.
         comparison: The present comparison; ``None`` before the first one.
     """
@@ -102,6 +103,7 @@ class RunningTrial:
     before: int = 0
     earlier: Sequence[Callable[[], float | None]] = ()
     updates: int = 0
+    during: list[Callable[[], float | None]] = field(default_factory=list)
     start: list[float] = field(default_factory=list)
     comparison: ArmComparison | None = None
 

@@ -228,12 +228,15 @@ class TrialRunner:
 
     def _losses(self, running: RunningTrial, compared: ArmComparison) -> TrialLosses | None:
         arm, under = compared.arm, compared.under
-        now = self._branches.losses_of(running.earlier, running.states["now"])
-        then = self._branches.losses_of(running.earlier, arm.branch.state)
-        if now is None or then is None:
+        ranks, present = self._context.ranks, self._branches.present
+        during = running.during[: min(ranks.gather(len(running.during)))]
+        run = self._branches.losses_of(running.earlier, running.states["now"])
+        run_since = None if present is None else self._branches.losses_of(during, present)
+        ours = self._branches.losses_of([*running.earlier, *during], arm.branch.state)
+        if run is None or run_since is None or ours is None:
             return None
         newest = under["later"], arm.losses[-compared.batches :]
-        return TrialLosses(under["start"], under["best"], under["now"], *newest, arm.factor, now, then)
+        return TrialLosses(under["start"], under["best"], under["now"], *newest, arm.factor, run + run_since, ours)
 
     def _advance(self, running: RunningTrial, loss: float) -> bool:
         for arm in running.arms:
@@ -243,6 +246,8 @@ class TrialRunner:
             arm.losses.append(found)
             self._made += 1
         running.updates += 1
+        if running.updates % self._limits.kept_every == 0:
+            running.during += self._context.replay.earlier()[-1:]
         if running.measures_start:
             found = self._branches.loss(running.states["start"])
             if found is None:

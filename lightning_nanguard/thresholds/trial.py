@@ -25,6 +25,8 @@ class TrialThresholds:
         updates: Updates after which a trial is judged. After half of them it ends early if the run lacks a plain share
             already, and one arm is clearly the best. A receipt is decided after as many updates for the first time, and
             then at doubling distances.
+        kept_every: Updates of the arms after which a batch is kept. The arm must lead on the kept batches, too, because
+            in ordered data the newest batches may all be of one kind.
         judged_part: The newest batches, one in so many, on which the states are compared.
         left_out: Share of the batches that a comparison of two states leaves out: those that speak most for the better
             one. So a few outliers decide nothing, and a loss that is 0 on half of the batches can be compared, too. Of
@@ -50,6 +52,7 @@ class TrialThresholds:
     picked_after: int = 16
     picked: int = 2
     updates: int = 64
+    kept_every: int = 8
     judged_part: int = 3
     left_out: float = 0.2
     left_out_early: float = 0.5

@@ -121,8 +121,8 @@ def test_outliers_decide_nothing() -> None:
 def test_what_the_run_knows_already_counts_too() -> None:
     """On batches from before the trial the arm has to be better as well: what comes may be new to the run alone."""
     ruined = losses(2.0, 2.0, 2.1, 2.2, 1.0)
-    assert judge_trial(replace(ruined, earlier_now=[2.0] * 4, earlier_arm=[1.0] * 4), LIMITS).lacks > 0
-    assert judge_trial(replace(ruined, earlier_now=[0.5] * 4, earlier_arm=[1.0] * 4), LIMITS) == Trial()
+    assert judge_trial(replace(ruined, kept_run=[2.0] * 4, kept_arm=[1.0] * 4), LIMITS).lacks > 0
+    assert judge_trial(replace(ruined, kept_run=[0.5] * 4, kept_arm=[1.0] * 4), LIMITS) == Trial()
 
 
 def test_losses_that_are_not_finite_are_the_highest() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -282,6 +282,24 @@ def test_data_in_an_order_do_not_count_against_the_run() -> None:
     loop = BranchingLoop(lr=0.05)
     loop.run(200, ordered)
     assert loop.records == []
+
+
+@pytest.mark.parametrize(("until", "acts"), [(40, True), (80, False)])
+def test_a_run_that_leads_on_batches_of_another_kind_goes_on(until: int, acts: bool) -> None:
+    """In ordered data the newest batches may all be of one kind. A run is slowed only if the arm leads on batches from
+    before the trial and spread over it, too."""
+
+    class Ordered(BranchingLoop):
+        def earlier(self) -> Sequence[Callable[[], float | None]]:
+            return [self.other_kind if 40 < self.step <= until else self.probe]
+
+        def other_kind(self) -> float:
+            """Falls with the size of the weights, which are larger in a run that diverges."""
+            return -float(self.net.weight.detach().norm())
+
+    loop = Ordered(lr=2.0)
+    loop.run(80)
+    assert bool(loop.records) == acts
 
 
 def test_arms_that_go_on_are_not_begun_anew() -> None:
