@@ -7,6 +7,7 @@ from typing import final
 
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.errors import TrainingDivergedError
+from lightning_nanguard.guard.batch_undos import BatchUndos
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.state.learner import describe
@@ -20,10 +21,12 @@ class BadStart:
 
     Args:
         context: Objects and settings that the parts of the guard share.
+        undos: Undoes the batch that shows that the run is lost.
     """
 
-    def __init__(self, context: GuardContext) -> None:
+    def __init__(self, context: GuardContext, undos: BatchUndos) -> None:
         self._context = context
+        self._undos = undos
         self._parameter: str | None = None
 
     def look(self) -> None:
@@ -66,6 +69,7 @@ class BadStart:
             or False in context.ranks.gather(context.replay.batch_finite())
         ):
             return
+        self._undos.undo()
         raise TrainingDivergedError(
             f"{self._parameter} holds NaN or Inf before the first update, so there is no good state to go back to. "
             "Look at how it was initialised, or at the checkpoint it came from, and start again."

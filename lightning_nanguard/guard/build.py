@@ -120,7 +120,7 @@ def build_guard(
             skipper=skipper,
             snapshots=snapshots,
             plausibility=plausibility,
-            bad_start=BadStart(context),
+            bad_start=BadStart(context, undos),
             certification=Certification(context, loop, investigator, snapshots),
             investigator=investigator,
             judge=ReadingJudge(context, meter, runner, interventions, suspicions, plausibility, late),

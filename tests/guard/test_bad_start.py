@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lightning_nanguard import TrainingDivergedError
 from lightning_nanguard.guard.context import Settings
 from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies
+from tests.helpers import copied, differences
 
 
 def bad_bias(loop: PlainLoop) -> PlainLoop:
@@ -24,6 +25,21 @@ def test_a_run_that_is_lost_from_the_start_ends() -> None:
     """With the first update that comes of it, and the parameter is named."""
     with pytest.raises(TrainingDivergedError, match="parameter bias holds NaN or Inf before the first update"):
         bad_bias(PlainLoop()).run(1)
+
+
+def test_the_batch_that_shows_it_leaves_nothing_behind() -> None:
+    """The weights are the only bad numbers of the module, as before the run."""
+
+    class Ends(nn.Sequential):
+        def __init__(self) -> None:
+            super().__init__(nn.Linear(3, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
+            nn.init.constant_(self[0].weight, math.nan)
+
+    loop = PlainLoop(net=Ends)
+    before = copied(dict(loop.net.named_buffers()))
+    with pytest.raises(TrainingDivergedError, match=r"parameter 0\.weight"):
+        loop.run(1)
+    assert differences(before, copied(dict(loop.net.named_buffers()))) == []
 
 
 def test_a_bad_batch_does_not_end_it() -> None:
