@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -99,7 +100,7 @@ def build_guard(
     readback = _readback(context, meter, caution, skipper, snapshots)
     runner: PlanRunner = ObservingRunner(context)
     if not context.settings.observe:
-        actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
+        actions = partial(RemedyActions, context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, by_step, skipper, plausibility, caution)
     receipts = Receipts(context, branches, control, recorder, snapshots)
     suspicions = Suspicions(context, loop, investigator, recorder)
@@ -129,7 +130,7 @@ def build_guard(
             outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(context, trials, receipts, branches, control),
+            beside=Beside(trials, receipts, branches, control),
             steps=steps,
         )
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
@@ -17,12 +17,15 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
-from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.plan_runner import Applied, PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
 from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop, Trial
+
+Handled = Literal["healthy", "restored", "done"]
+"""What became of a fault: its reading is healthy after all, the run has gone back to a snapshot, or neither."""
 
 
 @final
@@ -52,11 +55,11 @@ class Interventions:
     receipts: Receipts
     suspicions: Suspicions
 
-    def handle(self, found: FoundFault) -> bool:
+    def handle(self, found: FoundFault) -> Handled:
         """Handle a fault.
 
         Returns:
-            Whether its reading is healthy after all, and belongs to the history.
+            What became of it. A reading that is healthy after all belongs to the history.
 
         Raises:
             TrainingDivergedError: If the run cannot be saved.
@@ -71,7 +74,7 @@ class Interventions:
             evidence, ranks = self.investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             self._record_only(found)
-            return False
+            return "done"
         if fault.scope == "learner" and not fault.certain and evidence.alone == "averages" and evidence.corrupt:
             # What is bad explains no suspicion of the learner, which the next reading raises again.
             message = f"{evidence.corrupt} is no longer finite"
@@ -85,13 +88,15 @@ class Interventions:
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self.investigator.conclude(fault, batch=skipped)
-        self._act(found, evidence, plan, before_plan)
+        done = self._act(found, evidence, plan, before_plan)
         lasts = state.bad_in_a_row >= context.thresholds.decision.blame.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
             context.monitors.accept(reading)  # a lasting rise is the new usual level
-        stays = fault.scope == "learner" and state.restored is None
+        if done.restored is not None:
+            return "restored"
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
-        return stays and reading.finite and reading.loss_finite and self._dismiss(found)
+        stays = fault.scope == "learner" and reading.finite and reading.loss_finite
+        return self._dismiss(found) if stays else "done"
 
     def _known(self, found: FoundFault) -> Evidence:
         """The evidence that needs no investigation."""
@@ -124,8 +129,9 @@ class Interventions:
         if not (fault.certain or (tried if fault.doubtful else follows)):
             self.suspicions.tell(fault, found.reading, self._clock(found), tried=tried)
 
-    def _dismiss(self, found: FoundFault) -> bool:
-        return self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
+    def _dismiss(self, found: FoundFault) -> Handled:
+        healthy = self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
+        return "healthy" if healthy else "done"
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
@@ -155,7 +161,7 @@ class Interventions:
     def _clock(self, found: FoundFault) -> Clock:
         return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
-    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
+    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> Applied:
         context, state = self.context, self.context.state
         before = context.rate.effective()
         stop = next((step for step in plan if isinstance(step, Stop)), None)
@@ -187,18 +193,18 @@ class Interventions:
         words = tuple(self.remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()
         fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
-        restored = state.restored
         clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
-        self.recorder.record(fault, words, before, finding, found.ranks, clock, restored, made)
+        self.recorder.record(fault, words, before, finding, found.ranks, clock, done.restored, made)
         if context.settings.observe and state.told is None:
             self.suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
-        if state.unrestored is not None:
-            reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
-            self.recorder.stop(fault, reason, finding, clock, restored)
+        if done.unrestored is not None:
+            reason = f"the rollback did not help: {done.unrestored} is still not finite, and no snapshot restores it"
+            self.recorder.stop(fault, reason, finding, clock, done.restored)
         if stop is not None and not context.settings.observe:
-            self.recorder.stop(fault, stop.reason, finding, clock, restored, stop.limit)
+            self.recorder.stop(fault, stop.reason, finding, clock, done.restored, stop.limit)
         self.recorder.tried(found.fault, words)
+        return done
 
 
 def _rate_fitted(plan: Plan, finding: Finding | None, evidence: Evidence, rates: Sequence[float]) -> Plan:

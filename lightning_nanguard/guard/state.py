@@ -38,7 +38,6 @@ class GuardState:
         healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
         policy: The memory of the policy.
-        restored: The snapshot that was restored because of the present batch; ``None`` if none was.
         redo_since: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its
             arguments are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot
             do this.
@@ -53,7 +52,6 @@ class GuardState:
         large_gradients_usual: Whether such gradients are usual in this run. Gradient norms are then ignored.
         good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
-        unrestored: A tensor that is still not finite after the present intervention restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
         asks_hyperparameters: Whether all ranks compare their hyperparameters before the next update, because at least
@@ -68,7 +66,6 @@ class GuardState:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
-    restored: Snapshot | None = None
     redo_since: Callable[[Snapshot, Reading | None], bool] | None = None
     redone: bool = False
     redo_cause: tuple[str, str] = ("", "")
@@ -79,7 +76,6 @@ class GuardState:
     too_large: int = 0
     large_gradients_usual: bool = False
     good_beside: int | None = None
-    unrestored: str | None = None
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     asks_hyperparameters: bool = False
