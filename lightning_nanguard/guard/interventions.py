@@ -162,49 +162,64 @@ class Interventions:
         return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
     def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> Applied:
-        context, state = self.context, self.context.state
-        before = context.rate.effective()
-        stop = next((step for step in plan if isinstance(step, Stop)), None)
-        # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
-        # detectors might learn from data that are bad for a while.
-        blameless = found.reached and state.policy.learner_step != evidence.step
-        known_until = min(found.reading.step - 1, context.thresholds.decision.blame.beginning) if blameless else 0
+        """Find the cause of a fault, carry the plan out, and record it. If the plan fails, carry out another one."""
+        context, rates = self.context, self.context.rate.effective()
         # Diagnose before the plan changes weights and batch.
         look = "nothing" if found.undo is None and evidence.trial is None else self.runner.look
-        mine = self._diagnose(found, evidence, look)
-        finding = most_confident_over_ranks(context.ranks, mine)
-        plan = _rate_fitted(plan, finding, evidence, before)
-        if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
-            skipped = any(isinstance(step, Skip) for step in plan)
-            self.receipts.before(self.loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
+        finding = most_confident_over_ranks(context.ranks, self._diagnose(found, evidence, look))
+        plan = _rate_fitted(plan, finding, evidence, rates)
+        self._keep_branch(found, evidence, plan)
+        known_until = self._known_until(found, evidence)
         done = self.runner.apply(plan, found, known_until, corrupt=evidence.corrupt)
         if done.redo_failed and found.fault.rate_may_cause:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
-            plan, state.policy = self.policy.decide(found.fault, evidence, before_plan)
-            finding = self.loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
-            stop = next((step for step in plan if isinstance(step, Stop)), None)
-            fitted = _rate_fitted(plan, finding, evidence, before)
-            done = self.runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
-        redone = done.redone and found.not_again(0) is None
-        if redone or state.redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
-            known = replace(evidence, redo_cause=state.redo_cause, redone=redone)
-            finding = self.loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
+            plan, context.state.policy = self.policy.decide(found.fault, evidence, before_plan)
+            finding = self._diagnose_again(found, evidence) or finding
+            plan = _rate_fitted(plan, finding, evidence, rates)
+            done = self.runner.apply(plan, found, known_until, corrupt=evidence.corrupt, may_redo=False)
+        redone, redo_cause = done.redone and found.not_again(0) is None, context.state.redo_cause
+        if redone or redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
+            finding = self._diagnose_again(found, replace(evidence, redo_cause=redo_cause, redone=redone)) or finding
+        self._record(found, evidence, done, finding, rates)
+        return done
+
+    def _diagnose_again(self, found: FoundFault, evidence: Evidence) -> Finding | None:
+        return self.loop.diagnose(found.fault, evidence, "nothing", found.reading.step)
+
+    def _known_until(self, found: FoundFault, evidence: Evidence) -> int:
+        # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
+        # detectors might learn from data that are bad for a while.
+        blameless = found.reached and self.context.state.policy.learner_step != evidence.step
+        return min(found.reading.step - 1, self.context.thresholds.decision.blame.beginning) if blameless else 0
+
+    def _keep_branch(self, found: FoundFault, evidence: Evidence, plan: Plan) -> None:
+        """Keep the branch that a plan on finite evidence gives up, to be compared with the run."""
+        ends = any(isinstance(step, Stop) for step in plan)
+        if not ends and not found.fault.certain and self.context.settings.act_on == "evidence":
+            skipped = any(isinstance(step, Skip) for step in plan)
+            self.receipts.before(self.loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
+
+    def _record(
+        self, found: FoundFault, evidence: Evidence, done: Applied, finding: Finding | None, rates: Sequence[float]
+    ) -> None:
+        """Record what was done; end the run if it cannot go on."""
+        observe, restored = self.context.settings.observe, done.restored
         words = tuple(self.remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()
         fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
         clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
-        self.recorder.record(fault, words, before, finding, found.ranks, clock, done.restored, made)
-        if context.settings.observe and state.told is None:
+        self.recorder.record(fault, words, rates, finding, found.ranks, clock, restored, made)
+        if observe and self.context.state.told is None:
             self.suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
         if done.unrestored is not None:
             reason = f"the rollback did not help: {done.unrestored} is still not finite, and no snapshot restores it"
-            self.recorder.stop(fault, reason, finding, clock, done.restored)
-        if stop is not None and not context.settings.observe:
-            self.recorder.stop(fault, stop.reason, finding, clock, done.restored, stop.limit)
+            self.recorder.stop(fault, reason, finding, clock, restored)
+        stop = next((step for step in done.steps if isinstance(step, Stop)), None)
+        if stop is not None and not observe:
+            self.recorder.stop(fault, stop.reason, finding, clock, restored, stop.limit)
         self.recorder.tried(found.fault, words)
-        return done
 
 
 def _rate_fitted(plan: Plan, finding: Finding | None, evidence: Evidence, rates: Sequence[float]) -> Plan:
