@@ -98,7 +98,7 @@ def build_guard(
     skipper = StepSkipper(context.learner, snapshots.placement.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
-    runner: PlanRunner = ObservingRunner(context)
+    runner: PlanRunner = ObservingRunner()
     if not context.settings.observe:
         actions = partial(RemedyActions, context, recovery, rehearsal, skipper, snapshots, readback)
         runner = ActingRunner(context, actions, by_step, skipper, plausibility, caution)

@@ -108,7 +108,7 @@ class Guard:
             self._parts.meter.forget_sizes()
         if arrived is not None:
             self._judge.judge(arrived, optimizer_index)
-        self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
+        self._judge.judge_late(self._readback.arrived(), optimizer_index)
         reading = self._readback.at_hand
         if reading is not None:
             self._judge.look_at_buffers(reading, self._undos.present)

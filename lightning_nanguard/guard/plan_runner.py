@@ -157,18 +157,11 @@ class ActingRunner:
 
 
 @final
-@dataclass(eq=False)
 class ObservingRunner:
-    """Changes nothing. Its methods are called like those of :class:`ActingRunner`.
-
-    Args:
-        context: Objects and settings that the parts of the guard share.
-    """
+    """Changes nothing. Its methods are called like those of :class:`ActingRunner`."""
 
     look: ClassVar[Look] = "batch"
     at_once = True
-
-    context: GuardContext
 
     def block(self, optimizer_index: int) -> None:
         """Let the update be made."""
