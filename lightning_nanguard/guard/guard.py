@@ -389,6 +389,7 @@ class Guard:
             **parts.caution.state_dict(),
             **parts.recovery.state_dict(),
             **parts.investigator.state_dict(),
+            "trials": parts.beside.trials.state_dict(),
             "recorder": parts.recorder.state_dict(),
             "plausibility": parts.plausibility.state_dict(),
             "snapshots": self._snapshots.state_dict(),
@@ -406,6 +407,7 @@ class Guard:
         parts.caution.load_state_dict(saved)
         parts.recovery.load_state_dict(saved)
         parts.investigator.load_state_dict(saved)
+        parts.beside.trials.load_state_dict(saved.get("trials", {}))
         parts.recorder.load_state_dict(saved.get("recorder", {}))
         parts.plausibility.load_state_dict(saved.get("plausibility", {}))
         self._snapshots.load_state_dict(saved.get("snapshots"))

@@ -22,7 +22,7 @@ from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
-from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop, Trial
+from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop
 
 Handled = Literal["healthy", "restored", "done"]
 """What became of a fault: its reading is healthy after all, the run has gone back to a snapshot, or neither."""
@@ -84,7 +84,7 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self.policy.decide(fault, evidence, before_plan)
         if not plan:
-            self._tell(found, evidence.trial)
+            self.suspicions.leave(fault, reading, self._clock(found), evidence.trial)
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self.investigator.conclude(fault, batch=skipped)
@@ -120,14 +120,6 @@ class Interventions:
         confidence = context.thresholds.diagnosis.confidence.suspicion
         finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
         self.recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
-
-    def _tell(self, found: FoundFault, trial: Trial | None) -> None:
-        """Tell the user of a suspicion that is left alone, unless a trial answers it."""
-        fault, tried = found.fault, trial is not None
-        # A confirmed trial is followed by another one.
-        follows = self.investigator.trial_runs or (trial is not None and trial.lacks > 0)
-        if not (fault.certain or (tried if fault.doubtful else follows)):
-            self.suspicions.tell(fault, found.reading, self._clock(found), tried=tried)
 
     def _dismiss(self, found: FoundFault) -> Handled:
         healthy = self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
