@@ -159,9 +159,8 @@ class Guard:
                 self._judge.handle(shown)
         finally:
             self._open = self._updated = False
-            self._judge.readings, self._state.evaluating = [], None
-            self._state.raised, self._state.redo_cause = None, ("", "")
-            self._state.passed_over = False
+            self._judge.readings = []
+            self._state.end_batch()
             self._parts.meter.end_batch()
             self._parts.skipper.return_gradients()  # needed if the optimizer's step raised
             self._parts.skipper.skipped.clear()

@@ -30,6 +30,8 @@ _LASTING = (
 class GuardState:
     """Counts and other state that the parts of a guard share.
 
+    A checkpoint holds what :meth:`state_dict` names. What belongs to the present batch is reset by :meth:`end_batch`.
+
     Attributes:
         step: Attempted updates so far.
         evaluating: Index of the optimizer whose evaluation was the last in this batch, if it evaluates its closure
@@ -39,10 +41,11 @@ class GuardState:
         bad_in_a_row: Bad batches since the last healthy one.
         policy: The memory of the policy.
         redo_since: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its
-            arguments are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot
-            do this.
+            arguments are the snapshot and the reading of the bad update, if one was made. The loop sets it; ``None`` if
+            it cannot do this.
         redone: Whether the updates since the last restore were made again.
-        redo_cause: What made the state bad when updates were made again, as in :attr:`Evidence.redo_cause`.
+        redo_cause: What made the state bad when updates were made again because of the present batch, as in
+            :attr:`Evidence.redo_cause`. The loop sets it.
         told: Update and words of the last fault that was left alone: a suspicion that the user was told of, or the
             first fault that was only observed; ``None`` before.
         raised: An exception of ``training_step``, in words. The next non-finite loss stands for it.
@@ -94,6 +97,11 @@ class GuardState:
         self.policy = PolicyState.from_dict(state["policy"])
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
+
+    def end_batch(self) -> None:
+        """Reset what belongs to the batch that ends."""
+        self.evaluating = self.raised = None
+        self.redo_cause, self.passed_over = ("", ""), False
 
     @property
     def next_step(self) -> int:
