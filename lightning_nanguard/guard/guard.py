@@ -332,7 +332,7 @@ class Guard:
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
     def _healthy(self) -> bool:
-        """Certify and take snapshots after a healthy update; return whether the run was rolled back instead."""
+        """Certify and take snapshots after a healthy update; return whether the run was rolled back."""
         state = self._state
         self._parts.bad_start.forget()
         state.bad_in_a_row, state.good_beside = 0, None
