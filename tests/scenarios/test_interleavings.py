@@ -17,11 +17,11 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_nanguard import Intervention
+from lightning_nanguard.guard import plan_runner
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.local_readback import DeferredReadings
 from lightning_nanguard.guard.loop import NoReplay
-from lightning_nanguard.guard.plan_runner import ActingRunner
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.snapshot import Snapshot
@@ -58,7 +58,7 @@ class Truth:
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         capture, defer, read = SnapshotManager.capture, DeferredReadings.defer, PendingReading.read
-        apply = ActingRunner.apply
+        apply = plan_runner.ActingRunner.apply
 
         def captured(manager: SnapshotManager, *args: Any, **options: Any) -> Any:
             snapshot = capture(manager, *args, **options)
@@ -78,7 +78,7 @@ class Truth:
                 assert same_bits(pending._copy.read(), sent), "read before it had arrived"
             return read(pending, *args)
 
-        def applied(runner: ActingRunner, *args: Any, **options: Any) -> Any:
+        def applied(runner: plan_runner.ActingRunner, *args: Any, **options: Any) -> Any:
             done = apply(runner, *args, **options)
             self.restored = done.restored
             return done
@@ -87,7 +87,7 @@ class Truth:
             patched.setattr(SnapshotManager, "capture", captured)
             patched.setattr(DeferredReadings, "defer", deferred)
             patched.setattr(PendingReading, "read", was_read)
-            patched.setattr(ActingRunner, "apply", applied)
+            patched.setattr(plan_runner.ActingRunner, "apply", applied)
             yield
 
     def check(self, snapshot: Snapshot, live: Any = None) -> None:
