@@ -56,7 +56,10 @@ class RunControl(Protocol):
         """
 
     def rate_factor_of_restored(self) -> float:
-        """Factor that leads to the learning rate at which the restored state was taken; 1 if it is not known."""
+        """The rate at which the restored state was taken, divided by the present one; 1 if one of them is not known.
+
+        It is 0.1 if that state was taken at a rate of 0.001 and the rate is 0.01 now.
+        """
 
     def rehearsal_batches(self) -> int:
         """Number of batches that :meth:`rehearse` can use."""

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import final
 
 from lightning_nanguard.guard.branch import Branches
-from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.control import Control
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.receipts import Receipts
@@ -21,21 +20,19 @@ class Beside:
     """Trains the arms of a trial and the branch that an intervention gave up, to compare them with the run.
 
     Attributes:
-        context: Objects and settings that the parts of the guard share.
         trials: Tests whether a lower rate learns what the run does not.
         receipts: Tests whether interventions in a run with finite numbers helped.
         branches: Trains the arms and the branch.
         control: Finds out whether branches make the updates of the run.
     """
 
-    context: GuardContext
     trials: TrialRunner
     receipts: Receipts
     branches: Branches
     control: Control
 
     def after(self, readings: Sequence[Reading]) -> FoundFault | None:
-        """Continue trial and comparison after a healthy update, unless the run was rolled back.
+        """Continue trial and comparison after a healthy update.
 
         Args:
             readings: Healthy readings of the batch that has just ended.
@@ -43,7 +40,7 @@ class Beside:
         Returns:
             The suspicion whose trial has just ended; ``None`` if no trial has.
         """
-        if not readings or self.context.state.restored is not None:
+        if not readings:
             return None
         self.receipts.after(readings)
         shown = self.trials.after(readings)

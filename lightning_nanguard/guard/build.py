@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 from torch import nn
 from torch.optim import Optimizer
@@ -97,12 +98,12 @@ def build_guard(
     skipper = StepSkipper(context.learner, snapshots.placement.where)
     caution = Caution(context, skipper)
     readback = _readback(context, meter, caution, skipper, snapshots)
-    runner: PlanRunner = ObservingRunner(context)
-    if not context.settings.observe:
-        actions = RemedyActions(context, recovery, rehearsal, skipper, snapshots, readback)
-        runner = ActingRunner(context, actions, by_step, skipper, plausibility, caution)
+    actions = partial(RemedyActions, context, recovery, rehearsal, skipper, snapshots, readback)
+    acting = ActingRunner(context, actions, by_step, skipper, plausibility, caution)
+    runner: PlanRunner = ObservingRunner() if context.settings.observe else acting
     receipts = Receipts(context, branches, control, recorder, snapshots)
-    suspicions = Suspicions(context, loop, investigator, recorder)
+    beside = Beside(trials, receipts, branches, control)
+    suspicions = Suspicions(context, loop, investigator, beside, recorder)
     interventions = Interventions(context, loop, policy, investigator, recorder, runner, by_step, receipts, suspicions)
     # With late readings a batch is judged up to two updates later.
     undos = BatchUndos(make_undo, MAX_DELAY + 2 if context.many or context.settings.deferred else 1)
@@ -129,7 +130,7 @@ def build_guard(
             outliers=OutlierWatch(context, loop),
             recorder=recorder,
             saving=_saving(context, recorder),
-            beside=Beside(context, trials, receipts, branches, control),
+            beside=beside,
             steps=steps,
         )
     )

@@ -108,7 +108,7 @@ class Guard:
             self._parts.meter.forget_sizes()
         if arrived is not None:
             self._judge.judge(arrived, optimizer_index)
-        self._judge.judge_late(self._readback.arrived(optimizer_index), optimizer_index)
+        self._judge.judge_late(self._readback.arrived(), optimizer_index)
         reading = self._readback.at_hand
         if reading is not None:
             self._judge.look_at_buffers(reading, self._undos.present)
@@ -138,7 +138,7 @@ class Guard:
         if self._readback.end_batch():
             self._parts.recorder.mark()
         found, passed_over = self._judge.take_found(), self._state.passed_over
-        self._state.restored = None
+        rolled_back = False
         if not found:
             self._parts.skipper.undo()  # of an update that was skipped without a fault, as of a quarantined batch
         try:
@@ -149,19 +149,18 @@ class Guard:
                     vouch_for_start(self._context, found[0].reading.step - 1)
                 self._parts.bad_start.stop_if_lost(found[0])
             for one in found:
-                self._judge.handle(one)
-                if self._state.restored is not None:
+                rolled_back = self._judge.handle(one)
+                if rolled_back:
                     break  # the other faults belonged to the state before the rollback
             if self._judge.readings and not found:
-                self._healthy()
-            shown = self._parts.beside.after(self._judge.readings)
+                rolled_back = self._healthy()
+            shown = None if rolled_back else self._parts.beside.after(self._judge.readings)
             if shown is not None:
                 self._judge.handle(shown)
         finally:
             self._open = self._updated = False
-            self._judge.readings, self._state.evaluating = [], None
-            self._state.raised, self._state.redo_cause = None, ("", "")
-            self._state.passed_over = False
+            self._judge.readings = []
+            self._state.end_batch()
             self._parts.meter.end_batch()
             self._parts.skipper.return_gradients()  # needed if the optimizer's step raised
             self._parts.skipper.skipped.clear()
@@ -234,7 +233,6 @@ class Guard:
         self._parts.beside.close()
         self._context.rate.detach()
         self._snapshots.close()
-        self._state.restored = None
         self._context.ranks.close()
 
     def leave(self) -> None:
@@ -333,21 +331,22 @@ class Guard:
             known = None if norm is None else torch.tensor(norm)
             context.clipper.clip(context.learner.gradients(optimizer_index), scale, known)
 
-    def _healthy(self) -> None:
+    def _healthy(self) -> bool:
+        """Certify and take snapshots after a healthy update; return whether the run was rolled back."""
         state = self._state
         self._parts.bad_start.forget()
         state.bad_in_a_row, state.good_beside = 0, None
         if all(reading.scaler_skips for reading in self._judge.readings):
-            return  # the GradScaler skipped the update, so it says nothing about the state
+            return False  # the GradScaler skipped the update, so it says nothing about the state
         state.healthy_steps += 1
         if state.healthy_since_restore is not None:
             state.healthy_since_restore += 1
         self._parts.outliers.after(self._judge.readings)
         objection = self._parts.certification.judge(self._judge.readings)
-        if objection is not None:
-            self._judge.handle(objection)
+        rolled_back = objection is not None and self._judge.handle(objection)
         self._parts.certification.capture_if_due()
         self._parts.recovery.give_back(trial_runs=self._parts.beside.trials.running)
+        return rolled_back
 
     # ---------------------------------------------------------------------------------------- what others read
 
@@ -389,6 +388,7 @@ class Guard:
             **parts.caution.state_dict(),
             **parts.recovery.state_dict(),
             **parts.investigator.state_dict(),
+            "trials": parts.beside.trials.state_dict(),
             "recorder": parts.recorder.state_dict(),
             "plausibility": parts.plausibility.state_dict(),
             "snapshots": self._snapshots.state_dict(),
@@ -406,6 +406,7 @@ class Guard:
         parts.caution.load_state_dict(saved)
         parts.recovery.load_state_dict(saved)
         parts.investigator.load_state_dict(saved)
+        parts.beside.trials.load_state_dict(saved.get("trials", {}))
         parts.recorder.load_state_dict(saved.get("recorder", {}))
         parts.plausibility.load_state_dict(saved.get("plausibility", {}))
         self._snapshots.load_state_dict(saved.get("snapshots"))

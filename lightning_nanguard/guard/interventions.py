@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import final
+from typing import Literal, final
 
 from lightning_nanguard.act.base import Remedy
 from lightning_nanguard.decide.policy import Policy
@@ -17,12 +17,15 @@ from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
-from lightning_nanguard.guard.plan_runner import PlanRunner
+from lightning_nanguard.guard.plan_runner import Applied, PlanRunner
 from lightning_nanguard.guard.receipts import Receipts
 from lightning_nanguard.guard.recorder import InterventionRecorder
 from lightning_nanguard.guard.suspicions import Suspicions
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
-from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop, Trial
+from lightning_nanguard.types import Evidence, Fault, Finding, Plan, PlanStep, Skip, Stop
+
+Handled = Literal["healthy", "restored", "done"]
+"""What became of a fault: its reading is healthy after all, the run has gone back to a snapshot, or neither."""
 
 
 @final
@@ -52,11 +55,11 @@ class Interventions:
     receipts: Receipts
     suspicions: Suspicions
 
-    def handle(self, found: FoundFault) -> bool:
+    def handle(self, found: FoundFault) -> Handled:
         """Handle a fault.
 
         Returns:
-            Whether its reading is healthy after all, and belongs to the history.
+            What became of it. A reading that is healthy after all belongs to the history.
 
         Raises:
             TrainingDivergedError: If the run cannot be saved.
@@ -71,7 +74,7 @@ class Interventions:
             evidence, ranks = self.investigator.look_into(found, known, at_hand=at_hand, before=before)
         if fault.only_if_corrupt and evidence.corrupt is None:
             self._record_only(found)
-            return False
+            return "done"
         if fault.scope == "learner" and not fault.certain and evidence.alone == "averages" and evidence.corrupt:
             # What is bad explains no suspicion of the learner, which the next reading raises again.
             message = f"{evidence.corrupt} is no longer finite"
@@ -81,17 +84,19 @@ class Interventions:
         before_plan = state.policy
         plan, state.policy = self.policy.decide(fault, evidence, before_plan)
         if not plan:
-            self._tell(found, evidence.trial)
+            self.suspicions.leave(fault, reading, self._clock(found), evidence.trial)
             return self._dismiss(found)
         skipped = any(isinstance(step, Skip) for step in plan)
         self.investigator.conclude(fault, batch=skipped)
-        self._act(found, evidence, plan, before_plan)
+        done = self._act(found, evidence, plan, before_plan)
         lasts = state.bad_in_a_row >= context.thresholds.decision.blame.patience and not evidence.batch_strange
         if fault.scope == "batch" and not fault.certain and lasts:
             context.monitors.accept(reading)  # a lasting rise is the new usual level
-        stays = fault.scope == "learner" and state.restored is None
+        if done.restored is not None:
+            return "restored"
         # Nothing was restored, so the fault will show again: accept its reading, and report it at growing intervals.
-        return stays and reading.finite and reading.loss_finite and self._dismiss(found)
+        stays = fault.scope == "learner" and reading.finite and reading.loss_finite
+        return self._dismiss(found) if stays else "done"
 
     def _known(self, found: FoundFault) -> Evidence:
         """The evidence that needs no investigation."""
@@ -116,16 +121,9 @@ class Interventions:
         finding = Finding(fault.kind, confidence, {}, fault.place, suggestion=suggestion)
         self.recorder.record(fault, (), context.rate.effective(), finding, found.ranks)
 
-    def _tell(self, found: FoundFault, trial: Trial | None) -> None:
-        """Tell the user of a suspicion that is left alone, unless a trial answers it."""
-        fault, tried = found.fault, trial is not None
-        # A confirmed trial is followed by another one.
-        follows = self.investigator.trial_runs or (trial is not None and trial.lacks > 0)
-        if not (fault.certain or (tried if fault.doubtful else follows)):
-            self.suspicions.tell(fault, found.reading, self._clock(found), tried=tried)
-
-    def _dismiss(self, found: FoundFault) -> bool:
-        return self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
+    def _dismiss(self, found: FoundFault) -> Handled:
+        healthy = self.context.monitors.dismiss(found.reading) and found.reading.loss is not None
+        return "healthy" if healthy else "done"
 
     @contextmanager
     def batch_of(self, found: FoundFault) -> Iterator[bool]:
@@ -155,48 +153,63 @@ class Interventions:
     def _clock(self, found: FoundFault) -> Clock:
         return self.recorder.clock(found.reading.step if found.late else None, unmade=found.unmade)
 
-    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> None:
-        context, state = self.context, self.context.state
-        before = context.rate.effective()
-        stop = next((step for step in plan if isinstance(step, Stop)), None)
-        # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
-        # detectors might learn from data that are bad for a while.
-        blameless = found.reached and state.policy.learner_step != evidence.step
-        known_until = min(found.reading.step - 1, context.thresholds.decision.blame.beginning) if blameless else 0
+    def _act(self, found: FoundFault, evidence: Evidence, plan: Plan, before_plan: PolicyState) -> Applied:
+        """Find the cause of a fault, carry the plan out, and record it. If the plan fails, carry out another one."""
+        context, rates = self.context, self.context.rate.effective()
         # Diagnose before the plan changes weights and batch.
         look = "nothing" if found.undo is None and evidence.trial is None else self.runner.look
-        mine = self._diagnose(found, evidence, look)
-        finding = most_confident_over_ranks(context.ranks, mine)
-        plan = _rate_fitted(plan, finding, evidence, before)
-        if stop is None and not found.fault.certain and context.settings.act_on == "evidence":
-            skipped = any(isinstance(step, Skip) for step in plan)
-            self.receipts.before(self.loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
+        finding = most_confident_over_ranks(context.ranks, self._diagnose(found, evidence, look))
+        plan = _rate_fitted(plan, finding, evidence, rates)
+        self._keep_branch(found, evidence, plan)
+        known_until = self._known_until(found, evidence)
         done = self.runner.apply(plan, found, known_until, corrupt=evidence.corrupt)
         if done.redo_failed and found.fault.rate_may_cause:
             # The updates made the state bad, so the learner is to blame.
             evidence = replace(evidence, redo_failed=True)
-            plan, state.policy = self.policy.decide(found.fault, evidence, before_plan)
-            finding = self.loop.diagnose(found.fault, evidence, "nothing", found.reading.step) or finding
-            stop = next((step for step in plan if isinstance(step, Stop)), None)
-            fitted = _rate_fitted(plan, finding, evidence, before)
-            done = self.runner.apply(fitted, found, known_until, corrupt=evidence.corrupt, may_redo=False)
-        redone = done.redone and found.not_again(0) is None
-        if redone or state.redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
-            known = replace(evidence, redo_cause=state.redo_cause, redone=redone)
-            finding = self.loop.diagnose(found.fault, known, "nothing", found.reading.step) or finding
+            plan, context.state.policy = self.policy.decide(found.fault, evidence, before_plan)
+            finding = self._diagnose_again(found, evidence) or finding
+            plan = _rate_fitted(plan, finding, evidence, rates)
+            done = self.runner.apply(plan, found, known_until, corrupt=evidence.corrupt, may_redo=False)
+        redone, redo_cause = done.redone and found.not_again(0) is None, context.state.redo_cause
+        if redone or redo_cause not in (evidence.redo_cause, ("", "")):  # a rollback has shown it
+            finding = self._diagnose_again(found, replace(evidence, redo_cause=redo_cause, redone=redone)) or finding
+        self._record(found, evidence, done, finding, rates)
+        return done
+
+    def _diagnose_again(self, found: FoundFault, evidence: Evidence) -> Finding | None:
+        return self.loop.diagnose(found.fault, evidence, "nothing", found.reading.step)
+
+    def _known_until(self, found: FoundFault, evidence: Evidence) -> int:
+        # If the learner is not to blame, keep the readings of its first updates through the restore. Otherwise
+        # detectors might learn from data that are bad for a while.
+        blameless = found.reached and self.context.state.policy.learner_step != evidence.step
+        return min(found.reading.step - 1, self.context.thresholds.decision.blame.beginning) if blameless else 0
+
+    def _keep_branch(self, found: FoundFault, evidence: Evidence, plan: Plan) -> None:
+        """Keep the branch that a plan on finite evidence gives up, to be compared with the run."""
+        ends = any(isinstance(step, Stop) for step in plan)
+        if not ends and not found.fault.certain and self.context.settings.act_on == "evidence":
+            skipped = any(isinstance(step, Skip) for step in plan)
+            self.receipts.before(self.loop.clock()[0], skipped=skipped, tried=evidence.trial is not None)
+
+    def _record(
+        self, found: FoundFault, evidence: Evidence, done: Applied, finding: Finding | None, rates: Sequence[float]
+    ) -> None:
+        """Record what was done; end the run if it cannot go on."""
+        observe, restored = self.context.settings.observe, done.restored
         words = tuple(self.remedies[type(step)].word for step in done.steps)
         words += ("redo",) if done.redone else ()
         fault = found.fault if evidence.corrupt is None else replace(found.fault, place=evidence.corrupt)
-        restored = state.restored
         clock = self._clock(found)
         made = 0 if found.arm is None else found.arm.healthy
-        self.recorder.record(fault, words, before, finding, found.ranks, clock, restored, made)
-        if context.settings.observe and state.told is None:
+        self.recorder.record(fault, words, rates, finding, found.ranks, clock, restored, made)
+        if observe and self.context.state.told is None:
             self.suspicions.remember(found.fault, clock, "only observed", "Look at the batch of that update")
-        if state.unrestored is not None:
-            reason = f"the rollback did not help: {state.unrestored} is still not finite, and no snapshot restores it"
+        if done.unrestored is not None:
+            reason = f"the rollback did not help: {done.unrestored} is still not finite, and no snapshot restores it"
             self.recorder.stop(fault, reason, finding, clock, restored)
-        if stop is not None and not context.settings.observe:
+        stop = next((step for step in done.steps if isinstance(step, Stop)), None)
+        if stop is not None and not observe:
             self.recorder.stop(fault, stop.reason, finding, clock, restored, stop.limit)
         self.recorder.tried(found.fault, words)
 

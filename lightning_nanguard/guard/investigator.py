@@ -17,7 +17,6 @@ from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.detect.non_finite import LOSS_SCALE
 from lightning_nanguard.distributed.ranks import first_over_ranks
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.control import OutsideMove
 from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.rehearsal import Rehearsal
 from lightning_nanguard.guard.trial import TrialRunner
@@ -57,20 +56,6 @@ class Investigator:
         # Number of times in a row that the batch was blamed, by kind and place of the fault.
         self._batches: Counter[tuple[str, str]] = Counter()
 
-    @property
-    def trial_runs(self) -> bool:
-        """Whether a trial is running beside the run."""
-        return self._trials.running
-
-    @property
-    def outside(self) -> OutsideMove | None:
-        """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
-        return self._trials.outside
-
-    def hindrance(self) -> str:
-        """Why the guard can make no trial, in words; ``""`` if it may. With ``act_on="certain"`` no batch is run."""
-        return self._trials.hindrance(run=self._context.settings.act_on == "evidence")
-
     def loss_shows_nothing(self) -> bool:
         """Whether the loss is known not to show which weights are better. With ``act_on="certain"`` no batch is run."""
         trace = self._replay.step_trace() if self._finite_compared else None
@@ -81,14 +66,12 @@ class Investigator:
         return {
             "initial_norms": dict(self.initial_norms),
             "blamed_batches": [[*key, times] for key, times in self._batches.items()],
-            "trials": self._trials.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """The inverse of :meth:`state_dict`; checkpoints of version 0.1.0 lack all but the first key."""
         self.initial_norms = dict(state["initial_norms"])
         self._batches = Counter({(kind, place): times for kind, place, times in state.get("blamed_batches", ())})
-        self._trials.load_state_dict(state.get("trials", {}))
 
     def conclude(self, fault: Fault, *, batch: bool) -> None:
         """Note whether the batch was found to be at fault."""

@@ -49,7 +49,6 @@ class LateRedo:
         self.snapshots.count_from(state.step)
         self.caution.update_undone(found, buffers=False)
         self.steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
-        state.restored = snapshot
         return True
 
     def _snapshot(self, found: FoundFault) -> Snapshot | None:

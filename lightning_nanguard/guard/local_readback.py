@@ -126,7 +126,7 @@ class LocalReadback:
             return None
         return Arrived(self.at_hand, undo, line_search=self.meter.is_line_search(optimizer_index))
 
-    def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
+    def arrived(self) -> Iterator[Arrived]:
         """Readings of earlier updates that have arrived by now."""
         return self._arrived_by(self.state.step)
 

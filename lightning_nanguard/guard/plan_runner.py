@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import ClassVar, TypeAlias, final
 
@@ -17,6 +17,7 @@ from lightning_nanguard.guard.found import FoundFault
 from lightning_nanguard.guard.remedy_actions import RemedyActions
 from lightning_nanguard.state.plausibility import PlausibilityCheck
 from lightning_nanguard.state.restore import restore
+from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Clip, DropMoments, Plan, PlanStep, Restore, RestoreAverages, Scale, Skip, Stop
 
 _CORRECTIONS = (Clip, DropMoments, Scale)
@@ -31,11 +32,15 @@ class Applied:
         steps: The steps that were made, or would have been.
         redone: Whether the updates since the restored snapshot were made again.
         redo_failed: Whether they were, and made the same tensor implausible again, so that they were undone.
+        restored: The snapshot that was restored; ``None`` if none was.
+        unrestored: A tensor that is still not finite after the restore, in words; ``None`` if there is none.
     """
 
     steps: Sequence[PlanStep]
     redone: bool = False
     redo_failed: bool = False
+    restored: Snapshot | None = None
+    unrestored: str | None = None
 
 
 @final
@@ -45,7 +50,7 @@ class ActingRunner:
 
     Args:
         context: Objects and settings that the parts of the guard share.
-        actions: What remedies may do to the run.
+        actions: Makes what remedies may do to the run in one intervention, by its fault and ``known_until``.
         remedies: The remedy that carries out each kind of step.
         skipper: Skips updates.
         plausibility: Knows whether a batch made buffers bad.
@@ -59,7 +64,7 @@ class ActingRunner:
     """Whether a bad batch is recorded before its update is made, rather than at the end of the batch."""
 
     context: GuardContext
-    actions: RemedyActions
+    actions: Callable[[FoundFault, int], RemedyActions]
     remedies: Mapping[type[PlanStep], Remedy]
     skipper: StepSkipper
     plausibility: PlausibilityCheck
@@ -71,7 +76,7 @@ class ActingRunner:
 
     def undo(self, found: FoundFault) -> Mapping[str, Tensor]:
         """Undo what a faulty batch changed; if nothing is undone, return the buffers as they were before it."""
-        self.actions.undo(found)
+        self.actions(found, 0).skip()
         return {}
 
     def apply(
@@ -87,49 +92,49 @@ class ActingRunner:
             may_redo: Whether updates may be made again after a rollback.
         """
         state, before = self.context.state, self.context.rate.effective()
-        self.actions.begin(found, known_until)
+        actions = self.actions(found, known_until)
         if any(isinstance(step, Skip) for step in plan):
             state.skipped.append(found.reading.step)
         else:
-            self.actions.skip()  # undo the batch too if a restore follows
+            actions.skip()  # undo the batch too if a restore follows
         if any(isinstance(step, Stop) for step in plan):
-            self._leave_good()
+            self._leave_good(actions)
         made: list[PlanStep] = []
         may_redo &= found.fault.scope == "state" or not any(isinstance(step, _CORRECTIONS) for step in plan)
         redone = averages_redone = redo_failed = False
         for step in plan:
             if redone and isinstance(step, _CORRECTIONS):
                 continue  # the state became bad by itself, so no correction is needed
-            if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._redo_averages(found):
+            if isinstance(step, RestoreAverages) and found.fault.scope == "state" and self._redo_averages(actions):
                 averages_redone = True
                 made.append(Restore())
                 continue
-            self.remedies[type(step)].apply(step, self.actions)
+            self.remedies[type(step)].apply(step, actions)
             made.append(step)
-            if isinstance(step, Restore) and may_redo and self._redo(found):
+            if isinstance(step, Restore) and may_redo and self._redo(actions):
                 redo_failed = self.plausibility.is_far(found.fault.place)
                 redone = state.redone = not redo_failed
-                if redo_failed and state.restored is not None:
-                    restore(self.context.learner, state.restored)
+                if redo_failed and actions.restored is not None:
+                    restore(self.context.learner, actions.restored)
         # After a restore no reading is pending.
-        if state.restored is not None:
+        if actions.restored is not None:
             if not redone:  # otherwise the fault happened by chance
                 self.plausibility.watch(corrupt or found.fault.place)
             self.caution.update_undone(found, buffers=self.plausibility.watches)
         kept = self.context.rate.effective() == before
         # If clipping alone is enough, the planned cut has not been made.
         steps = [step for step in made if not (kept and isinstance(step, Scale) and step.clipped)]
-        return Applied(steps, redone or averages_redone, redo_failed)
+        return Applied(steps, redone or averages_redone, redo_failed, actions.restored, actions.unrestored)
 
-    def _redo(self, found: FoundFault) -> bool:
+    def _redo(self, actions: RemedyActions) -> bool:
         """Make the updates since the restored snapshot again; return whether this was possible."""
-        state = self.context.state
-        if state.restored is None or state.redo_since is None or found.arm is not None:
+        redo_since, restored, found = self.context.state.redo_since, actions.restored, actions.found
+        if restored is None or redo_since is None or found.arm is not None:
             return False  # an arm has made its own updates
         self.skipper.skipped.clear()  # these updates must be made
-        return state.redo_since(state.restored, found.not_again(state.restored.step))
+        return redo_since(restored, found.not_again(restored.step))
 
-    def _redo_averages(self, found: FoundFault) -> bool:
+    def _redo_averages(self, actions: RemedyActions) -> bool:
         """Make the updates since the newest snapshot again, with their averages; return whether the state is then good.
 
         If it is not, nothing has changed.
@@ -137,33 +142,26 @@ class ActingRunner:
         state, good = self.context.state, self.context.ring.last_certified
         if state.redo_since is None or good is None or not state.redo_since(good, None):
             return False
-        if self.plausibility.is_far(found.fault.place):
+        if self.plausibility.is_far(actions.found.fault.place):
             return False  # the updates that were made again have the same bits
-        self.actions.redone(good)
+        actions.redone(good)
         return True
 
-    def _leave_good(self) -> None:
+    def _leave_good(self, actions: RemedyActions) -> None:
         ring, learner = self.context.ring, self.context.learner
         if ring.certified:
-            self.actions.restore(0)
+            actions.restore(0)
         elif (pending := ring.newest()) is not None and self.context.corrupt()[0]:
             # No snapshot was ever certified, but the state at the start of the fit is at least finite.
             restore(learner, pending)
 
 
 @final
-@dataclass(eq=False)
 class ObservingRunner:
-    """Changes nothing. Its methods are called like those of :class:`ActingRunner`.
-
-    Args:
-        context: Objects and settings that the parts of the guard share.
-    """
+    """Changes nothing. Its methods are called like those of :class:`ActingRunner`."""
 
     look: ClassVar[Look] = "batch"
     at_once = True
-
-    context: GuardContext
 
     def block(self, optimizer_index: int) -> None:
         """Let the update be made."""
@@ -176,7 +174,6 @@ class ObservingRunner:
         self, plan: Plan, found: FoundFault, known_until: int, *, corrupt: str | None = None, may_redo: bool = True
     ) -> Applied:
         """Do nothing; return the steps that would have been made."""
-        self.context.state.restored = None
         return Applied(plan)
 
 

@@ -139,7 +139,7 @@ class RankReadback:
         self._sent.append(sent)
         return None
 
-    def arrived(self, optimizer_index: int) -> Iterator[Arrived]:
+    def arrived(self) -> Iterator[Arrived]:
         """Return nothing: the reports are read with the next update."""
         return iter(())
 

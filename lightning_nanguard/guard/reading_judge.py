@@ -186,12 +186,19 @@ class ReadingJudge:
             state.good_beside = state.step
         return found
 
-    def handle(self, found: FoundFault) -> None:
-        """Handle a fault; if it proves to be none, keep its reading as a healthy one."""
+    def handle(self, found: FoundFault) -> bool:
+        """Handle a fault; if it proves to be none, keep its reading as a healthy one.
+
+        Returns:
+            Whether the run has gone back to a snapshot.
+        """
         if self.late.redo(found):
             self.non_finite -= 1
-        elif self.interventions.handle(found):
+            return True
+        handled = self.interventions.handle(found)
+        if handled == "healthy":
             self._accept(found.reading)
+        return handled == "restored"
 
     def _accept(self, reading: Reading) -> None:
         self.context.monitors.accept(reading)

@@ -24,7 +24,7 @@ _logger = logging.getLogger("lightning_nanguard")
 @final
 @dataclass(eq=False)
 class RemedyActions:
-    """Does what remedies ask for; a :class:`~lightning_nanguard.act.base.RunControl`.
+    """Does what remedies ask for in one intervention; a :class:`~lightning_nanguard.act.base.RunControl`.
 
     Args:
         context: Objects and settings that the parts of the guard share.
@@ -33,6 +33,12 @@ class RemedyActions:
         skipper: Skips updates.
         snapshots: Is told about a restore.
         readback: Is told about a restore.
+        found: The fault.
+        known_until: Last update whose reading is kept even if a state from before it is restored.
+
+    Attributes:
+        restored: The snapshot that was restored; ``None`` if none was.
+        unrestored: A tensor that is still not finite after the restore, in words; ``None`` if there is none.
     """
 
     context: GuardContext
@@ -41,21 +47,14 @@ class RemedyActions:
     skipper: StepSkipper
     snapshots: SnapshotManager
     readback: Readback
-    _found: FoundFault | None = field(default=None, init=False)
-    _known_until: int = field(default=0, init=False)
+    found: FoundFault
+    known_until: int = 0
+    restored: Snapshot | None = field(default=None, init=False)
+    unrestored: str | None = field(default=None, init=False)
 
-    def begin(self, found: FoundFault, known_until: int) -> None:
-        """Begin an intervention.
-
-        Args:
-            found: The fault.
-            known_until: Last update whose reading is kept even if a state from before it is restored.
-        """
-        self._found, self._known_until = found, known_until
-        self.context.state.restored = self.context.state.unrestored = None
-
-    def undo(self, found: FoundFault) -> None:
-        """Undo what the batch of a fault changed."""
+    def skip(self) -> None:
+        """Undo what the batch of the fault changed."""
+        found = self.found
         if found.undo is not None:
             # The device has already undone an update that it skipped, and later batches have changed the buffers since.
             found.undo.undo(buffers=not found.late or found.reached)
@@ -73,11 +72,6 @@ class RemedyActions:
         if spoilt:
             restore(context.learner, snapshot, keep=lambda key: key in spoilt)
 
-    def skip(self) -> None:
-        """Undo what the batch of the present fault changed."""
-        if self._found is not None:
-            self.undo(self._found)
-
     def restore(self, depth: int) -> None:
         """Go back to a certified snapshot, or to the start of the fit if nothing was certified yet."""
         context, ring = self.context, self.context.ring
@@ -87,15 +81,14 @@ class RemedyActions:
         else:
             pending = ring.newest()
             if pending is None:
-                context.state.unrestored, _ = context.corrupt()
+                self.unrestored, _ = context.corrupt()
                 return
             snapshot = pending
-        context.state.restored = snapshot
+        self.restored = snapshot
         left = restore(context.learner, snapshot)
-        arm = None if self._found is None else self._found.arm
-        if arm is not None:
-            left = restore(context.learner, arm)  # keep what the arm has learned since
-            self.snapshots.continue_from(arm)
+        if self.found.arm is not None:
+            left = restore(context.learner, self.found.arm)  # keep what the arm has learned since
+            self.snapshots.continue_from(self.found.arm)
         self._look_at_restored(left)
         context.state.healthy_since_restore, context.state.redone = 0, False
         self._forget(snapshot)
@@ -111,7 +104,7 @@ class RemedyActions:
         """
         context, certified = self.context, self.context.ring.last_certified
         learner, corrupt = context.learner, context.finite.corrupt
-        place = "" if self._found is None else self._found.fault.place
+        place = self.found.fault.place
         snapshot = None if certified is None else context.ranks.join_snapshot(certified)
         if snapshot is not None:
             untrained = learner.untrained()
@@ -131,17 +124,17 @@ class RemedyActions:
     def redone(self, snapshot: Snapshot) -> None:
         """Note that all updates since a snapshot were made again."""
         self.context.ring.drop_pending()  # its state is that of the updates before
-        self.context.state.restored, self.context.state.redone = snapshot, True
+        self.restored, self.context.state.redone = snapshot, True
         self._forget(snapshot)
 
     def _look_at_restored(self, left: Sequence[StateKey]) -> None:
-        context, state = self.context, self.context.state
+        context = self.context
         if context.corrupt()[0] is not None:
             mend_averages(context.learner, context.finite.corrupt)  # no snapshot has an average that began later
-        state.unrestored, _ = context.corrupt()
-        if state.unrestored is not None:
+        self.unrestored, _ = context.corrupt()
+        if self.unrestored is not None:
             # No snapshot helps, so none is tried again.
-            state.restored = None
+            self.restored = None
             context.ring.clear()
         elif left and not context.ranks.rank:
             names = ", ".join(map(describe, left))
@@ -152,8 +145,8 @@ class RemedyActions:
         self.snapshots.restored(self.context.state.step)
         self.readback.clear()
         # An arm has learned already. So the loss of the untrained model is still the first one of the run.
-        continues = self._found is not None and self._found.arm is not None
-        self.context.monitors.rewind(max(snapshot.step, self._known_until), keep_first=continues)
+        continues = self.found.arm is not None
+        self.context.monitors.rewind(max(snapshot.step, self.known_until), keep_first=continues)
 
     def scale(self, factor: float, min_lr: float, *, limit: bool = False, tried: bool = False) -> None:
         """Multiply the learning rate. With ``limit``, set the product as the highest rate allowed instead."""
@@ -170,16 +163,18 @@ class RemedyActions:
 
     def rehearse(self, factor: float, updates: int) -> float | None:
         """Try a rate from the state that was just restored."""
-        restored = self.context.state.restored
-        if restored is None:
+        if self.restored is None:
             return None
         self.skipper.skipped.clear()  # rehearsed updates must be made
-        loss = self.rehearsal.loss_after(restored, factor, updates)
+        loss = self.rehearsal.loss_after(self.restored, factor, updates)
         return None if loss is None else loss / self.context.monitors.loss_unit()
 
     def rate_factor_of_restored(self) -> float:
-        """Factor that leads to the learning rate at which the restored state was taken; 1 if it is not known."""
-        restored, now = self.context.state.restored, self.context.rate.first()
+        """The rate at which the restored state was taken, divided by the present one; 1 if one of them is not known.
+
+        It is 0.1 if that state was taken at a rate of 0.001 and the rate is 0.01 now.
+        """
+        restored, now = self.restored, self.context.rate.first()
         return restored.rate / now if restored is not None and restored.rate and now else 1.0
 
     def rehearsal_batches(self) -> int:

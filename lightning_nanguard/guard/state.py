@@ -30,6 +30,8 @@ _LASTING = (
 class GuardState:
     """Counts and other state that the parts of a guard share.
 
+    A checkpoint holds what :meth:`state_dict` names. What belongs to the present batch is reset by :meth:`end_batch`.
+
     Attributes:
         step: Attempted updates so far.
         evaluating: Index of the optimizer whose evaluation was the last in this batch, if it evaluates its closure
@@ -38,12 +40,12 @@ class GuardState:
         healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
         policy: The memory of the policy.
-        restored: The snapshot that was restored because of the present batch; ``None`` if none was.
         redo_since: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its
-            arguments are the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot
-            do this.
+            arguments are the snapshot and the reading of the bad update, if one was made. The loop sets it; ``None`` if
+            it cannot do this.
         redone: Whether the updates since the last restore were made again.
-        redo_cause: What made the state bad when updates were made again, as in :attr:`Evidence.redo_cause`.
+        redo_cause: What made the state bad when updates were made again because of the present batch, as in
+            :attr:`Evidence.redo_cause`. The loop sets it.
         told: Update and words of the last fault that was left alone: a suspicion that the user was told of, or the
             first fault that was only observed; ``None`` before.
         raised: An exception of ``training_step``, in words. The next non-finite loss stands for it.
@@ -53,7 +55,6 @@ class GuardState:
         large_gradients_usual: Whether such gradients are usual in this run. Gradient norms are then ignored.
         good_beside: ``step`` of the newest bad update in whose batch another optimizer's update was accepted; ``None``
             without one.
-        unrestored: A tensor that is still not finite after the present intervention restored a snapshot, in words.
         skipped: Numbers of the newest updates that were skipped.
         passed_over: Whether the present update is left out because every sample of it is known to be bad.
         asks_hyperparameters: Whether all ranks compare their hyperparameters before the next update, because at least
@@ -68,7 +69,6 @@ class GuardState:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
-    restored: Snapshot | None = None
     redo_since: Callable[[Snapshot, Reading | None], bool] | None = None
     redone: bool = False
     redo_cause: tuple[str, str] = ("", "")
@@ -79,7 +79,6 @@ class GuardState:
     too_large: int = 0
     large_gradients_usual: bool = False
     good_beside: int | None = None
-    unrestored: str | None = None
     skipped: deque[int] = field(default_factory=lambda: deque(maxlen=1024))
     passed_over: bool = False
     asks_hyperparameters: bool = False
@@ -98,6 +97,11 @@ class GuardState:
         self.policy = PolicyState.from_dict(state["policy"])
         self.rates.clear()
         self.rates.extend((int(step), float(rate)) for step, rate in state.get("rates", ()))
+
+    def end_batch(self) -> None:
+        """Reset what belongs to the batch that ends."""
+        self.evaluating = self.raised = None
+        self.redo_cause, self.passed_over = ("", ""), False
 
     @property
     def next_step(self) -> int:

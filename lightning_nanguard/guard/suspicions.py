@@ -8,11 +8,12 @@ from statistics import quantiles
 from typing import final
 
 from lightning_nanguard.distributed.ranks import most_confident_over_ranks
+from lightning_nanguard.guard.beside import Beside
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
 from lightning_nanguard.guard.recorder import InterventionRecorder
-from lightning_nanguard.types import Evidence, Fault, Finding, Reading
+from lightning_nanguard.types import Evidence, Fault, Finding, Reading, Trial
 
 _REMEDIES = "Lower the learning rate, clip gradients, or look at that batch"
 
@@ -26,12 +27,14 @@ class Suspicions:
         context: Objects and settings that the parts of the guard share.
         loop: Finds causes, gives advice to the user, and gives the trainer's step, epoch and batch.
         investigator: Measures the growth of the weights.
+        beside: Knows whether a trial runs, and why none can be made.
         recorder: Knows the causes that were found so far.
     """
 
     context: GuardContext
     loop: TrainingLoop
     investigator: Investigator
+    beside: Beside
     recorder: InterventionRecorder
 
     def advise(self, fault: Fault, reading: Reading, *, late: bool) -> None:
@@ -45,6 +48,21 @@ class Suspicions:
         if not fault.doubtful:
             self.context.monitors.dismiss(reading)
         self.tell(fault, reading, self._clock(reading, late=late))
+
+    def leave(self, fault: Fault, reading: Reading, clock: Clock, trial: Trial | None) -> None:
+        """Give advice about a suspicion that was investigated and is left alone, unless a trial answers it.
+
+        Args:
+            fault: The suspicion.
+            reading: Its reading.
+            clock: Its ``global_step``, epoch and batch.
+            trial: The trial that has just tested it; ``None`` without one.
+        """
+        tried = trial is not None
+        # A confirmed trial is followed by another one.
+        follows = self.beside.trials.running or (trial is not None and trial.lacks > 0)
+        if not (fault.certain or (tried if fault.doubtful else follows)):
+            self.tell(fault, reading, clock, tried=tried)
 
     def at_end(self) -> None:
         """Give advice about suspicions of the newest readings, because the fit ends before the next check is due."""
@@ -147,17 +165,17 @@ class Suspicions:
         return "If the run diverges, start it again with a lower learning rate"
 
     def _unchanged(self, fault: Fault, *, tried: bool, ended: bool) -> str:
-        nothing = "Nothing was changed: every number is finite"
+        nothing, evidence = "Nothing was changed: every number is finite", self.context.settings.act_on == "evidence"
         if tried:
             return f"{nothing}, and a trial found no lower learning rate at which the model learns more."
-        if ended and self.context.settings.act_on == "evidence":
+        if ended and evidence:
             return f"{nothing}, and the fit ended before a trial could show more."
-        if self.investigator.trial_runs:
+        if self.beside.trials.running:
             return f"{nothing}, and a trial of lower learning rates is running."
-        hindrance = self.investigator.hindrance()
-        if fault.doubtful and not hindrance and self.context.settings.act_on == "evidence":
+        hindrance = self.beside.trials.hindrance(run=evidence)  # with act_on="certain" no batch is run
+        if fault.doubtful and not hindrance and evidence:
             return f"{nothing}, and no trial is due yet."
-        if hindrance or self.context.settings.act_on == "evidence":
+        if hindrance or evidence:
             return f"{nothing}, and no trial can be made{f', because {hindrance}' if hindrance else ''}."
         return f'{nothing}. NaNGuard(act_on="evidence") would look for further evidence and act on it.'
 
@@ -208,7 +226,7 @@ class Suspicions:
 
     def _moved_outside(self, fault: Fault) -> Finding | None:
         """The cause of a suspicion of the learner, if code outside of the optimizer's step moves the weights."""
-        moved, known = self.investigator.outside, self.context.thresholds.diagnosis.confidence
+        moved, known = self.beside.control.outside, self.context.thresholds.diagnosis.confidence
         if fault.scope != "learner" or moved is None or not moved.parameters:
             return None
         suggestion = (

@@ -9,7 +9,7 @@ from typing import Any, final
 from lightning_nanguard.decide.trial import TrialLosses, is_enough, judge_trial, may_begin
 from lightning_nanguard.guard.branch import Branches
 from lightning_nanguard.guard.context import GuardContext
-from lightning_nanguard.guard.control import NOT_ALIKE, Control, OutsideMove
+from lightning_nanguard.guard.control import NOT_ALIKE, Control
 from lightning_nanguard.guard.found import FoundFault, ShownTrial
 from lightning_nanguard.guard.loop import TrainingLoop
 from lightning_nanguard.guard.rates_tried import RatesTried
@@ -50,11 +50,6 @@ class TrialRunner:
     def running(self) -> bool:
         """Whether a trial runs."""
         return self._running is not None
-
-    @property
-    def outside(self) -> OutsideMove | None:
-        """How far code outside of the optimizer's step moves the weights, if that rules trials out."""
-        return self._control.outside
 
     def hindrance(self, *, run: bool = True) -> str:
         """Why no trial can be made now, in words; ``""`` if one can, or if memory is too short for it.

@@ -63,7 +63,7 @@ def test_weights_that_no_optimizer_trains_may_move() -> None:
     loop.run(120)
     (ended,) = loop.guard.context.trials.given
     assert (ended.outcome, ended.reason) == ("no result", NOT_ALIKE)
-    outside = loop.guard._parts.investigator.outside
+    outside = loop.guard._parts.beside.control.outside
     assert outside is not None
     assert outside.parameters == ()
 
@@ -74,8 +74,8 @@ def test_advice_names_the_weights_that_are_moved_outside(change: Callable[[nn.Mo
     loop = Constrained(change, lr=0.2)
     loop.run(50)
     parts = loop.guard._parts
-    suspicions = Suspicions(loop.guard.context, loop, parts.investigator, parts.recorder)
-    outside = parts.investigator.outside
+    suspicions = Suspicions(loop.guard.context, loop, parts.investigator, parts.beside, parts.recorder)
+    outside = parts.beside.control.outside
     assert outside is not None
     assert (outside.ratio > 1) is farther
     fault = Fault("collapsed", "learner", "loss", 2.0, "it rose", certain=False)

@@ -206,4 +206,4 @@ def test_nothing_is_ever_late() -> None:
     """No reading is on its way, and none arrives after the end of its batch."""
     readback = PlainLoop(settings=Settings()).guard._parts.readback
     assert not readback.end_batch()
-    assert list(readback.due(0)) == list(readback.arrived(0)) == list(readback.flush()) == []
+    assert list(readback.due(0)) == list(readback.arrived()) == list(readback.flush()) == []

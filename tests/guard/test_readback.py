@@ -48,7 +48,7 @@ def steps(loop: PlainLoop, count: int, seen: Callable[[int, str, Iterable[Arrive
         state.step += 1
         at_once = readback.submit(0, BatchUndo(loop.net))
         seen(number, "submit", [] if at_once is None else [at_once])
-        seen(number, "arrived", readback.arrived(0))
+        seen(number, "arrived", readback.arrived())
         loop.optimizer.step()
         meter.end_batch()
         readback.end_batch()

@@ -18,12 +18,8 @@ from tests.helpers import copied, differences
 def actions_of(loop: PlainLoop, known_until: int = 0) -> RemedyActions:
     """The actions of a guard in the middle of an intervention."""
     parts = loop.guard._parts
-    actions = RemedyActions(
-        parts.context, parts.recovery, parts.recovery._rehearsal, parts.skipper, parts.snapshots, parts.readback
-    )
-    fault = Fault("mine", "learner", "loss")
-    actions.begin(FoundFault(fault, Reading(loop.guard.updates, 0, 1.0, 1.0)), known_until)
-    return actions
+    found = FoundFault(Fault("mine", "learner", "loss"), Reading(loop.guard.updates, 0, 1.0, 1.0))
+    return parts.judge.runner.actions(found, known_until)
 
 
 def trained(batches: int = 20) -> PlainLoop:
@@ -39,15 +35,14 @@ def test_a_restore_is_bitwise_and_repeatable(depth: int) -> None:
     ring = loop.guard.context.ring
     target = ring.certified[min(depth, len(ring.certified) - 1)]
     kept = copied(target.leaves)
-    actions = actions_of(loop)
     for _ in range(2):
+        actions = actions_of(loop)
         actions.restore(depth if _ == 0 else 0)
         assert ring.certified[0] is target
-        assert loop.guard.context.state.restored is target
+        assert actions.restored is target
         assert differences(dict(loop.guard.context.learner.leaves()), kept) == []
         assert all(parameter.grad is None for parameter in loop.net.parameters())
         loop.run(1)
-        actions.begin(FoundFault(Fault("mine", "learner", "loss"), Reading(21, 0, 1.0, 1.0)), 0)
 
 
 def test_before_anything_was_certified_the_start_is_restored() -> None:
@@ -59,13 +54,13 @@ def test_before_anything_was_certified_the_start_is_restored() -> None:
     with torch.no_grad():
         loop.net.weight.fill_(7.0)
     actions.restore(0)
-    assert loop.guard.context.state.restored is pending
+    assert actions.restored is pending
     assert loop.guard.context.ring.pending is pending
     assert not bool((loop.net.weight == 7.0).any())
     loop.guard.context.ring.clear()
-    loop.guard.context.state.restored = None
+    actions = actions_of(loop)
     actions.restore(0)
-    assert loop.guard.context.state.restored is None
+    assert actions.restored is None
 
 
 @pytest.mark.parametrize(("known_until", "left"), [(0, 16), (18, 18)])
@@ -73,9 +68,11 @@ def test_what_was_read_of_later_states_is_forgotten(known_until: int, left: int)
     """But for first readings that stay known; the next snapshot is due an interval later, and the updates since the
     restore are counted anew."""
     loop = trained(22)
-    actions_of(loop, known_until).restore(1)
+    actions = actions_of(loop, known_until)
+    actions.restore(1)
     history = loop.guard.context.monitors.history(0)
-    assert loop.guard.context.state.restored.step == 16
+    assert actions.restored is not None
+    assert actions.restored.step == 16
     assert len(history.losses()) == left
     assert not loop.guard._parts.snapshots.due(25)
     assert loop.guard._parts.snapshots.due(26)

@@ -68,3 +68,11 @@ def test_the_evaluations_of_one_step_are_one_bad_update() -> None:
     state = GuardState()
     assert not any(state.note_bad_loss(7, 4) for _ in range(4))
     assert [state.note_bad_loss(step, 4) for step in (8, 9, 10)] == [False, False, True]
+
+
+def test_what_belongs_to_a_batch_ends_with_it() -> None:
+    """An exception, a cause, a batch left out and a step under way are of one batch; the counts go on."""
+    state = GuardState(step=7, bad_in_a_row=2, evaluating=1, raised="it raised", passed_over=True)
+    state.redo_cause = "optimizer_update", "net.0.weight"
+    state.end_batch()
+    assert state == GuardState(step=7, bad_in_a_row=2)

@@ -28,7 +28,7 @@ def trained(settings: Settings) -> tuple[PlainLoop, Suspicions]:
     loop = PlainLoop(settings=settings)
     loop.run(6)
     parts = loop.guard._parts
-    return loop, Suspicions(loop.guard.context, loop, parts.investigator, parts.recorder)
+    return loop, Suspicions(loop.guard.context, loop, parts.investigator, parts.beside, parts.recorder)
 
 
 @pytest.mark.parametrize(
@@ -139,7 +139,7 @@ def test_which_of_several_optimizers(tmp_path: Path) -> None:
 def test_advice_beside_a_trial(runs: bool, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """It does not say that no trial can be made while one is running."""
     loop, suspicions = trained(EVIDENCE)
-    monkeypatch.setattr(type(suspicions.investigator), "trial_runs", property(lambda self: runs))
+    monkeypatch.setattr(type(suspicions.beside.trials), "running", property(lambda self: runs))
     suspicions.tell(LEARNER, Reading(6, 0, 2.0, 1.0), (6, 0, 5))
     assert words in loop.advice[0].suggestion
 

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn, optim
 
 from lightning_nanguard import Intervention
+from lightning_nanguard.guard import plan_runner
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.local_readback import DeferredReadings
@@ -51,10 +52,13 @@ class Truth:
         self.numbers: dict[int, tuple[PendingReading, Any]] = {}
         self.looked_at: set[tuple[int, int]] = set()
         self.reads = 0
+        # What the guard has gone back to; ``None`` once the state is another one.
+        self.restored: Snapshot | None = None
 
     @contextmanager
     def watching(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         capture, defer, read = SnapshotManager.capture, DeferredReadings.defer, PendingReading.read
+        apply = plan_runner.ActingRunner.apply
 
         def captured(manager: SnapshotManager, *args: Any, **options: Any) -> Any:
             snapshot = capture(manager, *args, **options)
@@ -74,10 +78,16 @@ class Truth:
                 assert same_bits(pending._copy.read(), sent), "read before it had arrived"
             return read(pending, *args)
 
+        def applied(runner: plan_runner.ActingRunner, *args: Any, **options: Any) -> Any:
+            done = apply(runner, *args, **options)
+            self.restored = done.restored
+            return done
+
         with monkeypatch.context() as patched:
             patched.setattr(SnapshotManager, "capture", captured)
             patched.setattr(DeferredReadings, "defer", deferred)
             patched.setattr(PendingReading, "read", was_read)
+            patched.setattr(plan_runner.ActingRunner, "apply", applied)
             yield
 
     def check(self, snapshot: Snapshot, live: Any = None) -> None:
@@ -151,6 +161,7 @@ class Interleaving(NoReplay):
         self.held[self.step] = same_bits(before, self.weights())
         self.step += 1
         self.driver.tick()
+        self.truth.restored = None
         self.guard.close_batch()
 
     def look(self) -> None:
@@ -158,7 +169,7 @@ class Interleaving(NoReplay):
         for snapshot in context.ring.certified:
             if (id(snapshot), snapshot.step) not in self.truth.looked_at:
                 self.truth.check(snapshot)
-        restored = context.state.restored
+        restored = self.truth.restored
         if restored is not None and restored.intact():
             self.truth.check(restored, dict(context.learner.leaves()))
 
@@ -188,7 +199,7 @@ class Interleaving(NoReplay):
             self.guard.after_save()
         elif kind == "finish":
             self.driver.finish()
-        self.guard.context.state.restored = None  # it is the state gone back to no longer
+        self.truth.restored = None
 
     def weights(self) -> list[Tensor]:
         return [parameter.detach().clone() for parameter in self.net.parameters()]
