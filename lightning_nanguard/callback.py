@@ -13,14 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.base import Remedy
-from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
-from lightning_nanguard.detect.defaults import default_detectors
-from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
+from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments, switched
 from lightning_nanguard.trainer.build import build_fit
@@ -139,37 +136,7 @@ class NaNGuard(DisplayedGuard):
         act_on: ActOn = "certain",
         quarantine: bool = False,
     ) -> None:
-        if on_intervention is not None and not callable(on_intervention):
-            raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
-        own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
-        limits = Thresholds() if thresholds is None else thresholds
-        if not isinstance(limits, Thresholds):
-            raise TypeError(
-                f"NaNGuard(thresholds={limits!r}): expected a Thresholds object, such as Thresholds(detection=…)."
-            )
-        arguments = Arguments(
-            detectors=default_detectors(limits.detection) if detectors is None else detectors,
-            remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
-            snapshot_every_n_steps=snapshot_every_n_steps,
-            snapshot_device=snapshot_device,
-            max_snapshots=max_snapshots,
-            max_snapshot_memory=max_snapshot_memory,
-            budget=Budget() if budget is None else budget,
-            dirpath=None if dirpath is None else Path(dirpath),
-            readback=readback,
-            observe=observe,
-            preflight=preflight,
-            examine_after=examine_after,
-            bundle_dir=None if bundle_dir is None else Path(bundle_dir),
-            last_good_every_n_steps=last_good_every_n_steps,
-            resume=resume,
-            act_on=act_on,
-            quarantine=quarantine,
-            sinks=(*own, *as_sinks(self, sinks)),
-            rules=check_rules(rules),
-            thresholds=limits,
-        )
-        super().__init__(arguments)
+        super().__init__(Arguments.of(locals()))  # all arguments, by name
         expect_hooks(self)
         self._unwatched = False
 
