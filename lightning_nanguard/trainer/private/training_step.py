@@ -15,8 +15,6 @@ from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 from lightning_nanguard.trainer.private.precision import grad_scaler
 
-_DEFAULTS = RepeatedStepsThresholds()
-
 
 @final
 class BareStep:
@@ -29,7 +27,7 @@ class BareStep:
         thresholds: Up to which depth the containers are restored.
     """
 
-    def __init__(self, trainer: Any, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, trainer: Any, thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._trainer = trainer
         self._depth = thresholds.depth
 
