@@ -20,7 +20,6 @@ from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments, switched
-from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails, run_micro_batch
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
@@ -180,8 +179,7 @@ class NaNGuard(DisplayedGuard):
         resumed, self._resumed = self._resumed, {}
         order = self._before.order or self._before.watch_data(trainer, given)
         run_id, settings = resumed.get("run"), self._settings()
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, run_id, settings)
-        self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
+        fit = self._fit = Fit(trainer, pl_module, given, self._memory, order, run_id, settings)
         if "guard" in resumed:
             fit.guard.load_state_dict(resumed["guard"])
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
@@ -353,7 +351,7 @@ class NaNGuard(DisplayedGuard):
             self._multiplier = fit.context.rate.ratio()
             self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
-            fit.say_how_it_went(self._memory)
+            fit.say_how_it_went()
         finally:
             fit.close()
 
