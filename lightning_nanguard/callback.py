@@ -24,7 +24,7 @@ from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails, run_micr
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
-from lightning_nanguard.trainer.loggers.settings import log_settings
+from lightning_nanguard.trainer.loggers import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info

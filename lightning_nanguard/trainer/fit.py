@@ -28,21 +28,17 @@ from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
 from lightning_nanguard.trainer.context import fit_context
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary, told_folder
-from lightning_nanguard.trainer.loggers.curves import LoggerCurves
-from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
-from lightning_nanguard.trainer.loggers.report import log_report
-from lightning_nanguard.trainer.loggers.settings import begun_with
+from lightning_nanguard.trainer.loggers import LoggerCurves, LoggerNumbers, begun_with, log_report
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
-from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
 from lightning_nanguard.trainer.private.running_means import KeptNames
-from lightning_nanguard.trainer.private.saving import guard_saves
+from lightning_nanguard.trainer.private.saving import catch_write_errors, guard_saves, write_checkpoint
 from lightning_nanguard.trainer.private.strategies import step_only_accumulates
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
