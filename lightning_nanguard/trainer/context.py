@@ -24,8 +24,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.averages import AveragedCopies
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.precision import grad_scaler
-from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
+from lightning_nanguard.trainer.private.strategies import grad_scaler, is_sharded, what_steps
 from lightning_nanguard.trainer.sinks import fit_outcomes
 
 

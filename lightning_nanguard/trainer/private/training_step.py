@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.patches import wrapped
 from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.private.precision import grad_scaler
+from lightning_nanguard.trainer.private.strategies import grad_scaler
 
 
 @final
