@@ -100,14 +100,14 @@ def times_above(times: float) -> Far:
 
 
 def times_off(times: float, steady: float) -> Far:
-    """Far is ``times`` above or below the others, if these are positive and differ by less than a factor of ``steady``.
+    """Far is ``times`` above the others, or below them if these differ by less than a factor of ``steady``.
 
     Zero is not far: a part of a model, or an update, is often left out with it.
     """
 
     def far(one: float, others: Sequence[float]) -> bool:
         low, high = min(others), max(others)
-        return 0 < high < steady * low and (one > times * high or 0 < one < low / times)
+        return one > times * high > 0 or (0 < one < low / times and high < steady * low)
 
     return far
 

@@ -171,7 +171,8 @@ class OutlierThresholds:
         loss: Ranges of the other losses by which an outlier is below them. It also has to be farther from them than all
             that the run has learned. Above them there is no outlier, because the tails of losses are heavy there.
         rate: Factor on the largest of the other learning rates, and divisor of the smallest.
-        steady: Factor by which the other rates differ less. In a warm-up, or at a step of a schedule, they differ more.
+        steady: Factor by which the other rates differ less where one below them is an outlier. A warm-up begins with
+            rates that are far below those after it.
         average: Factor on the largest norm of the weights in any snapshot. An average of weights has no larger norm
             than the largest of them, and between two snapshots the norm changes by less.
     """

@@ -78,6 +78,7 @@ def test_what_is_said_of_an_outlier() -> None:
         ([1e-40, 0.1, 0.1, 0.1], [1e-40]),  # the first update
         ([0.1, 0.1, 0.1, 0.0, 0.1, 0.1], []),  # left out on purpose
         ([1e-8, 0.05, 0.1, 0.15, 0.2, 0.2], []),  # a warm-up
+        ([0.02, 0.05, 0.1, 45.0, 0.2, 0.25, 0.3], [45.0]),  # within a warm-up
         ([0.1, 0.1, 0.1, 0.001, 0.001, 0.001], []),  # a step of a schedule
         ([0.1, 0.06, 0.01, 1e-5, 0.1, 0.06, 0.01, 1e-5, 0.1], []),  # a schedule that begins again
         ([0.1, 1e-4, 0.1, 1e-4, 0.1, 1e-4, 0.1], []),  # two rates in turn
