@@ -30,7 +30,8 @@ from torch.profiler import ProfilerActivity, profile
 from benchmarks.overhead.report import about
 from benchmarks.plain import PlainHost
 from lightning_nanguard.distributed import group as distributed
-from lightning_nanguard.guard.guard import Guard, Settings
+from lightning_nanguard.guard.context import Settings
+from lightning_nanguard.guard.guard import Guard
 
 WORLD, STEPS, WARM, TRACED = 2, 12, 2, 20
 RESULTS = Path(__file__).parent / "results"

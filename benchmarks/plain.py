@@ -13,11 +13,11 @@ from lightning_nanguard.distributed.ranks import Ranks
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.guard.loop import NoReplay
+from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.types import Evidence, Finding
 
 
-class PlainHost(NoReplay):
+class PlainHost(BatchReplay):
     """Counts steps and keeps records; a loop that can run batches again overrides what it can."""
 
     def __init__(self) -> None:

@@ -13,22 +13,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from lightning_nanguard.act.base import Remedy
-from lightning_nanguard.act.defaults import default_remedies
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
-from lightning_nanguard.detect.defaults import default_detectors
-from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
+from lightning_nanguard.diagnosis.rule_set import Rule
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.arguments import Arguments, switched
-from lightning_nanguard.trainer.build import build_fit
 from lightning_nanguard.trainer.failsafe import leaves_run_if_it_fails, run_micro_batch
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.guard_display import DisplayedGuard
 from lightning_nanguard.trainer.guard_state import allow_in_checkpoints
-from lightning_nanguard.trainer.loggers.settings import log_settings
+from lightning_nanguard.trainer.loggers import log_settings
 from lightning_nanguard.trainer.never_called import expect_hooks, hooks_called
 from lightning_nanguard.trainer.private.averages import swaps_weights
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, rank_zero_info
@@ -139,37 +135,7 @@ class NaNGuard(DisplayedGuard):
         act_on: ActOn = "certain",
         quarantine: bool = False,
     ) -> None:
-        if on_intervention is not None and not callable(on_intervention):
-            raise TypeError(f"NaNGuard(on_intervention={on_intervention!r}): expected a callable.")
-        own = [] if on_intervention is None else [CallableSink(on_intervention, every_rank=True)]
-        limits = Thresholds() if thresholds is None else thresholds
-        if not isinstance(limits, Thresholds):
-            raise TypeError(
-                f"NaNGuard(thresholds={limits!r}): expected a Thresholds object, such as Thresholds(detection=…)."
-            )
-        arguments = Arguments(
-            detectors=default_detectors(limits.detection) if detectors is None else detectors,
-            remedies=default_remedies(limits.rate_search.cut) if remedies is None else remedies,
-            snapshot_every_n_steps=snapshot_every_n_steps,
-            snapshot_device=snapshot_device,
-            max_snapshots=max_snapshots,
-            max_snapshot_memory=max_snapshot_memory,
-            budget=Budget() if budget is None else budget,
-            dirpath=None if dirpath is None else Path(dirpath),
-            readback=readback,
-            observe=observe,
-            preflight=preflight,
-            examine_after=examine_after,
-            bundle_dir=None if bundle_dir is None else Path(bundle_dir),
-            last_good_every_n_steps=last_good_every_n_steps,
-            resume=resume,
-            act_on=act_on,
-            quarantine=quarantine,
-            sinks=(*own, *as_sinks(self, sinks)),
-            rules=check_rules(rules),
-            thresholds=limits,
-        )
-        super().__init__(arguments)
+        super().__init__(Arguments.of(locals()))  # all arguments, by name
         expect_hooks(self)
         self._unwatched = False
 
@@ -213,8 +179,7 @@ class NaNGuard(DisplayedGuard):
         resumed, self._resumed = self._resumed, {}
         order = self._before.order or self._before.watch_data(trainer, given)
         run_id, settings = resumed.get("run"), self._settings()
-        fit = self._fit = build_fit(trainer, pl_module, given, self._memory, order, run_id, settings)
-        self._memory.take_advice(fit.advice.given, fit.context.receipts.given, fit.context.trials.given)
+        fit = self._fit = Fit(trainer, pl_module, given, self._memory, order, run_id, settings)
         if "guard" in resumed:
             fit.guard.load_state_dict(resumed["guard"])
         self._memory.begin_fit({"id": fit.folder.run_id, "folder": str(fit.folder.path)}, fit.guard.updates)
@@ -386,7 +351,7 @@ class NaNGuard(DisplayedGuard):
             self._multiplier = fit.context.rate.ratio()
             self._memory.add_to_run(updates=fit.guard.updates, lr_multiplier=self._multiplier)
             self._last_state = fit.guard.state_dict()
-            fit.say_how_it_went(self._memory)
+            fit.say_how_it_went()
         finally:
             fit.close()
 

@@ -20,7 +20,7 @@ import torch
 from pytorch_lightning.callbacks import Callback
 
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.trainer import build
+from lightning_nanguard.trainer import context as trainer_context
 
 from .contenders import Contender
 from .models import Workload
@@ -168,7 +168,7 @@ def take_turns(
     turns = _Turns(contender, callbacks, workload.steps, max(1, workload.rounds_of(contender.matters) // passes))
     options = {"precision": workload.precision, **contender.options}
     try:
-        with patch.object(build, "Settings", partial(Settings, clock=turns.clock)):
+        with patch.object(trainer_context, "Settings", partial(Settings, clock=turns.clock)):
             quiet_trainer(folder, [*callbacks, *others, turns], device, **options).fit(module, workload.loader(100))
     except Exception as error:
         raise RuntimeError(f"{contender.title} failed on {workload.title}: {error!r}") from error

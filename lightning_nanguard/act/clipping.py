@@ -13,8 +13,6 @@ from lightning_nanguard.measure.norms import partial_norms, total_norm
 from lightning_nanguard.measure.tensors import dense_gradients
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
-_DEFAULTS = MeasurementThresholds()
-
 
 @final
 class Clipper:
@@ -24,7 +22,7 @@ class Clipper:
         thresholds: How norms are measured.
     """
 
-    def __init__(self, thresholds: MeasurementThresholds = _DEFAULTS) -> None:
+    def __init__(self, thresholds: MeasurementThresholds = MeasurementThresholds()) -> None:
         self._thresholds = thresholds
         self.value: float | None = None
         self._algorithm: Literal["norm", "value"] = "norm"

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.optim import LBFGS, Optimizer
 
-from lightning_nanguard.act.step_hooks import hook_step
+from lightning_nanguard.act.patches import hook_step
 from lightning_nanguard.act.valid_hyperparameters import ValidHyperparameters
 from lightning_nanguard.measure.norms import widest_dtype
 

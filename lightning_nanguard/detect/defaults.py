@@ -8,10 +8,8 @@ from lightning_nanguard.detect.gradient_spike import GradientSpike
 from lightning_nanguard.detect.non_finite import NonFinite
 from lightning_nanguard.thresholds.detection import DetectionThresholds
 
-_DEFAULT = DetectionThresholds()
 
-
-def default_detectors(thresholds: DetectionThresholds = _DEFAULT) -> tuple[Detector, ...]:
+def default_detectors(thresholds: DetectionThresholds = DetectionThresholds()) -> tuple[Detector, ...]:
     """The detectors of ``NaNGuard(detectors=None)``, in the order in which they check readings.
 
     Args:

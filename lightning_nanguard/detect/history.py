@@ -25,11 +25,11 @@ class ReadingHistory:
     """Keeps the newest healthy readings of one optimizer, and computes trends of its loss and gradient norm.
 
     Args:
-        thresholds: How many readings are used, and what counts as a trend; ``None`` for the defaults.
+        thresholds: How many readings are used, and what counts as a trend.
     """
 
-    def __init__(self, thresholds: HistoryThresholds | None = None) -> None:
-        self._thresholds = thresholds or HistoryThresholds()
+    def __init__(self, thresholds: HistoryThresholds = HistoryThresholds()) -> None:
+        self._thresholds = thresholds
         # Step, loss and norm of each reading. It is written in every step and rarely read.
         self._read: deque[tuple[int, float | None, float | None]] = deque(maxlen=self._thresholds.readings)
         self._best = math.inf

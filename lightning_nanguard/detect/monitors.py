@@ -88,12 +88,12 @@ class Monitors:
 
     Args:
         prototypes: The detectors. Each optimizer gets its own copies at its first reading.
-        thresholds: Thresholds of the histories; ``None`` for the defaults. The detectors have their own.
+        thresholds: Thresholds of the histories. The detectors have their own.
     """
 
-    def __init__(self, prototypes: Sequence[Detector], thresholds: DetectionThresholds | None = None) -> None:
+    def __init__(self, prototypes: Sequence[Detector], thresholds: DetectionThresholds = DetectionThresholds()) -> None:
         self._prototypes = tuple(prototypes)
-        self._thresholds = thresholds or DetectionThresholds()
+        self._thresholds = thresholds
         self._monitors: dict[int, Monitor] = {}
         self._logged: set[str] = set()
 

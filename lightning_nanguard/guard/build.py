@@ -36,7 +36,7 @@ from lightning_nanguard.guard.interventions import Interventions
 from lightning_nanguard.guard.investigator import Investigator
 from lightning_nanguard.guard.late_redo import LateRedo
 from lightning_nanguard.guard.local_readback import DeferredReadings, LocalReadback
-from lightning_nanguard.guard.loop import BatchReplay, NoReplay, TrainingLoop
+from lightning_nanguard.guard.loop import BatchReplay, TrainingLoop
 from lightning_nanguard.guard.meter import Meter
 from lightning_nanguard.guard.outlier_watch import OutlierWatch
 from lightning_nanguard.guard.parts import GuardParts
@@ -210,7 +210,7 @@ def guard_for(
     detectors = default_detectors(limits.detection) if detectors is None else detectors
     context = GuardContext(
         learner=Learner(module, optimizers, device=device),
-        replay=replay or NoReplay(),
+        replay=replay or BatchReplay(),
         monitors=Monitors(detectors, limits.detection),
         rate=LearningRate(optimizers),
         clipper=Clipper(limits.measurement),

@@ -14,7 +14,7 @@ A loop calls the guard in this order::
 
 With gradient accumulation ``open_batch`` and ``see_loss`` are called for each micro-batch, and ``before_step`` once
 for each window. The guard calls the methods of :class:`TrainingLoop`. If batches can be run again, it also uses the
-:class:`BatchReplay` of the loop. A loop that cannot do this provides :class:`NoReplay`.
+:class:`BatchReplay` of the loop.
 """
 
 from __future__ import annotations
@@ -31,10 +31,11 @@ Clock = tuple[int, int, int]
 """``global_step``, epoch and batch index."""
 
 
-class BatchReplay(Protocol):
-    """Examines batches and runs them again, without side effects. ``None`` means that this is not possible.
+class BatchReplay:
+    """Examines batches and runs them again, without side effects.
 
-    Each method that is not overridden says that nothing is possible.
+    The methods of this class say that no batch can be examined or run again. A loop that can do so overrides those that
+    it can answer.
     """
 
     def comparable(self) -> bool:
@@ -115,10 +116,6 @@ class BatchReplay(Protocol):
     def bytes_kept(self) -> int:
         """Bytes of the batches that are stored to be run again."""
         return 0
-
-
-class NoReplay(BatchReplay):
-    """The replay of a loop that cannot run batches again. Subclass it if the loop can do a part of this."""
 
 
 class TrainingLoop(Protocol):

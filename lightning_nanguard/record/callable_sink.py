@@ -10,6 +10,8 @@ from lightning_nanguard.errors import takes_one_argument
 from lightning_nanguard.record.base import Sink
 from lightning_nanguard.types import Intervention
 
+_NAME = "NaNGuard(sinks="
+
 
 @final
 class CallableSink(Sink):
@@ -35,12 +37,8 @@ class CallableSink(Sink):
         self.function(intervention)
 
 
-def as_sinks(owner: object, given: object) -> tuple[Sink, ...]:
-    """Check the sinks that a user listed, and wrap functions among them. ``None`` means no sinks.
-
-    Args:
-        owner: The object that has the argument ``sinks``, for messages.
-        given: The user's value.
+def as_sinks(given: object) -> tuple[Sink, ...]:
+    """Check the sinks that were given to ``NaNGuard``, and wrap functions among them. ``None`` means no sinks.
 
     Raises:
         TypeError: If it is not a list, or holds an object that is neither a sink nor a function of one argument.
@@ -48,13 +46,15 @@ def as_sinks(owner: object, given: object) -> tuple[Sink, ...]:
     """
     if given is None:
         return ()
-    name = f"{type(owner).__name__}(sinks="
     if isinstance(given, (str, bytes)) or not isinstance(given, Sequence):
-        raise TypeError(f"{name}{given!r}): expected a list of Sink instances or functions; write sinks=[…] around it.")
-    return tuple(_as_sink(f"{name}…): ", item) for item in given)
+        raise TypeError(
+            f"{_NAME}{given!r}): expected a list of Sink instances or functions; write sinks=[…] around it."
+        )
+    return tuple(map(_as_sink, given))
 
 
-def _as_sink(where: str, item: object) -> Sink:
+def _as_sink(item: object) -> Sink:
+    where = f"{_NAME}…): "
     if isinstance(item, type):
         raise TypeError(f"{where}{item!r} is not an instance of Sink; write {item.__name__}().")
     if isinstance(item, Sink):

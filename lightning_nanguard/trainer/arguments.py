@@ -3,37 +3,35 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import Any, final
+from typing import Any, Literal, final, get_args, get_origin, get_type_hints
 
 from lightning_nanguard.act.base import Remedy
-from lightning_nanguard.act.defaults import executors
+from lightning_nanguard.act.defaults import default_remedies, executors
 from lightning_nanguard.decide.budget import Budget
 from lightning_nanguard.detect.base import Detector
+from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.diagnosis.bundle import safetensors
-from lightning_nanguard.diagnosis.rule_set import Rule
+from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
+from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.private.packages import rank_zero_info
 from lightning_nanguard.types import ActOn
 
+FOLDERS = ("dirpath", "bundle_dir")
+"""Arguments that are folders. They may be strings."""
 _NAME = "NaNGuard"
 _VARIABLE = "NANGUARD"  # of the environment: ``off`` for no guard, ``observe`` for guards that only observe
-_CHOICES = {
-    "act_on": ("certain", "evidence"),
-    "snapshot_device": ("auto", "same", "cpu"),
-    "readback": ("auto", "step", "deferred"),
-    "resume": ("strict", "last-good"),
-}
 
 
 @final
 @dataclass(frozen=True, slots=True)
 class Arguments:
-    """The arguments of :class:`~lightning_nanguard.NaNGuard`; see there.
+    """The arguments of :class:`~lightning_nanguard.NaNGuard`, with the defaults in place of ``None``; see there.
 
     Raises:
         ValueError: If an argument is out of its range or contradicts another.
@@ -43,35 +41,64 @@ class Arguments:
 
     detectors: Sequence[Detector]
     remedies: Sequence[Remedy]
-    snapshot_every_n_steps: int | str
-    snapshot_device: str
+    snapshot_every_n_steps: int | Literal["auto"]
+    snapshot_device: Literal["auto", "same", "cpu"]
     max_snapshots: int
     max_snapshot_memory: float | None
     budget: Budget
     dirpath: Path | None
-    readback: str
+    readback: Literal["auto", "step", "deferred"]
     observe: bool
     preflight: bool
     examine_after: int | None
     bundle_dir: Path | None
     last_good_every_n_steps: int | None
-    resume: str
-    act_on: ActOn = "certain"
-    quarantine: bool = False
-    sinks: Sequence[Sink] = ()
-    rules: Sequence[Rule] = ()
-    thresholds: Thresholds = field(default_factory=Thresholds)
+    resume: Literal["strict", "last-good"]
+    sinks: Sequence[Sink]
+    rules: Sequence[Rule]
+    thresholds: Thresholds
+    act_on: ActOn
+    quarantine: bool
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any]) -> Arguments:
+        """The arguments as a user gave them, by name; other names among them are ignored."""
+        told, limits = given["on_intervention"], given["thresholds"]
+        if told is not None and not callable(told):
+            raise TypeError(f"{_NAME}(on_intervention={told!r}): expected a callable.")
+        own = [] if told is None else [CallableSink(told, every_rank=True)]
+        limits = Thresholds() if limits is None else limits
+        if not isinstance(limits, Thresholds):
+            raise TypeError(
+                f"{_NAME}(thresholds={limits!r}): expected a Thresholds object, such as Thresholds(detection=…)."
+            )
+        made = {
+            "thresholds": limits,
+            "sinks": (*own, *as_sinks(given["sinks"])),
+            "rules": check_rules(given["rules"]),
+        }
+        defaults = {
+            "detectors": default_detectors(limits.detection),
+            "remedies": default_remedies(limits.rate_search.cut),
+            "budget": Budget(),
+        }
+        made |= {name: default for name, default in defaults.items() if given[name] is None}
+        return cls(**{one.name: given[one.name] for one in fields(cls)} | made)
 
     def __post_init__(self) -> None:
+        for name in FOLDERS:
+            if (folder := getattr(self, name)) is not None:
+                object.__setattr__(self, name, Path(folder))
         _check_instances("detectors", self.detectors, Detector)
         _check_instances("remedies", self.remedies, Remedy)
         executors(self.remedies)
         if not isinstance(self.budget, Budget):
             got = type(self.budget).__name__
             raise TypeError(f"{_NAME}(budget={self.budget!r}): expected a Budget, but got {got}.")
-        for name, choices in _CHOICES.items():
-            value = getattr(self, name)
-            require(value in choices, _NAME, name, value, f"one of {choices}")
+        for name, kind in get_type_hints(type(self)).items():
+            if get_origin(kind) is Literal:
+                value, choices = getattr(self, name), get_args(kind)
+                require(value in choices, _NAME, name, value, f"one of {choices}")
         require(isinstance(self.quarantine, bool), _NAME, "quarantine", self.quarantine, "True or False")
         self._check_numbers()
         if self.bundle_dir is not None:

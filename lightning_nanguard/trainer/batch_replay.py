@@ -16,6 +16,7 @@ from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.diagnosis.isolation import uncompiled
 from lightning_nanguard.diagnosis.step_tracer import StepTrace, StepTracer, copies_of, put_back
 from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.measure.finite import batch_finite, non_finite_fields, non_finite_indices
 from lightning_nanguard.measure.tensors import gradients
 from lightning_nanguard.state.attributes import reach
@@ -32,8 +33,8 @@ from lightning_nanguard.trainer.private.untraced import untraced
 
 
 @final
-class TrainerBatchReplay:
-    """Runs batches again for the guard and for the diagnosis; a :class:`~lightning_nanguard.guard.loop.BatchReplay`.
+class TrainerBatchReplay(BatchReplay):
+    """Runs batches again for the guard and for the diagnosis.
 
     Args:
         trainer: The trainer.

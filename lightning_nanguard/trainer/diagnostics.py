@@ -29,7 +29,7 @@ from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.ended_schedule import EndedSchedule
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.precision import autocasts_to_half, grad_scaler
+from lightning_nanguard.trainer.private.strategies import autocasts_to_half, grad_scaler
 from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.run_advice import SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
@@ -125,9 +125,9 @@ class Diagnostics:
         finding = self._explained(finding)
         # If a bad update was made, the batches after it were not checked.
         later = batches.since(update) if evidence.undo and look != "nothing" else []
-        looked = [] if look == "nothing" else [*micros, *later]
+        searched = [] if look == "nothing" else [*micros, *later]
         about, run = self._diagnostician.looked_at, look == "replay"
-        finding = self._finder.look(fault, evidence, finding, looked, about, good, run=run)
+        finding = self._finder.find(fault, evidence, finding, searched, about, good, run=run)
         whole = micros and look != "nothing" and not self._ranks.sharded
         if whole and self._bundles is not None and self._bundles.due(fault, finding):
             self._bundles.keep(self._incident(fault, evidence, finding, micros, good), self._trainer.global_step)
@@ -171,7 +171,7 @@ class Diagnostics:
         if self.first_updates is not None and self.first_updates.end_batch():
             self.judge_first_updates()
         if self._ended is not None:
-            self._look_at_schedule(self._ended)
+            self._judge_schedule(self._ended)
 
     def close(self) -> None:
         """The fit is over."""
@@ -194,9 +194,9 @@ class Diagnostics:
         for finding in found:
             self.advise(_FIRST_UPDATES, finding)
 
-    def _look_at_schedule(self, ended: EndedSchedule) -> None:
+    def _judge_schedule(self, ended: EndedSchedule) -> None:
         """Give advice once a schedule that seemed to have ended has raised no rate for long enough."""
-        finding = ended.look(self._context.state.step)
+        finding = ended.finding(self._context.state.step)
         if finding is not None:
             self.advise(_FIRST_UPDATES, finding)
         if not ended.waits:

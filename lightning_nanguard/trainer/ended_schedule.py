@@ -31,7 +31,7 @@ class EndedSchedule:
         >>> sgd = torch.optim.SGD([torch.zeros(2)], lr=1e-6)
         >>> seen = Observation(64, rates=(RateSeen(0, 0, 0.1, 1e-6),), scheduled=True)
         >>> ended = EndedSchedule(seen, [sgd], 64, DEFAULT)
-        >>> [ended.look(step) is not None for step in (64, 127, 128, 129)]
+        >>> [ended.finding(step) is not None for step in (64, 127, 128, 129)]
         [False, False, True, False]
     """
 
@@ -44,7 +44,7 @@ class EndedSchedule:
         self._thresholds = thresholds
         self.waits = schedule_ended(seen, thresholds) is not None
 
-    def look(self, step: int) -> Finding | None:
+    def finding(self, step: int) -> Finding | None:
         """The finding, once the rates have stayed low for long enough.
 
         Args:

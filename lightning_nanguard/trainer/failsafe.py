@@ -91,8 +91,7 @@ def leave_run(guard: StatefulGuard, hook: str, error: Exception) -> None:
     fit, guard._fit = guard._fit, None
     if fit is None:
         return
-    told = partial(fit.tell_of_failure, what)
     # The error may make each of these fail, too.
-    for step in (fit.restore_finite, told, partial(fit.say_how_it_went, guard._memory), fit.close):
+    for step in (fit.restore_finite, partial(fit.tell_of_failure, what), fit.say_how_it_went, fit.close):
         with errors_logged("the guard could not leave the run cleanly"):
             step()

@@ -4,105 +4,120 @@ from __future__ import annotations
 
 import logging
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
 from operator import is_not
 from typing import Any, final
 
 from torch.optim import Optimizer
 
+from lightning_nanguard.act.skip_step import SkipStep
 from lightning_nanguard.checkpoints.last_good import LastGood
+from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.errors import SettingsError
-from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.measure.finite import all_finite
-from lightning_nanguard.record.dispatch import SinkDispatcher
-from lightning_nanguard.record.fit_log import FitLog
+from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.run_folder import RunFolder
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.state.restore import restore
 from lightning_nanguard.state.snapshot_room import SnapshotSize
 from lightning_nanguard.trainer.arguments import Arguments
-from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.carried_attributes import CarriedAttributes
+from lightning_nanguard.trainer.context import fit_context
 from lightning_nanguard.trainer.diagnostics import Diagnostics
 from lightning_nanguard.trainer.fit_summary import fit_summary, told_folder
-from lightning_nanguard.trainer.loggers.curves import LoggerCurves
-from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
-from lightning_nanguard.trainer.loggers.report import log_report
-from lightning_nanguard.trainer.private.averages import AveragedCopies
+from lightning_nanguard.trainer.loggers import LoggerCurves, LoggerNumbers, begun_with, log_report
+from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
 from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
-from lightning_nanguard.trainer.private.checkpoint_files import catch_write_errors, write_checkpoint
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
 from lightning_nanguard.trainer.private.running_means import KeptNames
-from lightning_nanguard.trainer.private.saving import guard_saves
+from lightning_nanguard.trainer.private.saving import catch_write_errors, guard_saves, write_checkpoint
 from lightning_nanguard.trainer.private.strategies import step_only_accumulates
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.numeric_errors import is_numeric, may_lack_gradients
 from lightning_nanguard.trainer.repeat.step_runner import StepRunner
+from lightning_nanguard.trainer.run import open_run
 from lightning_nanguard.trainer.run_advice import fallen_scales
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.trainer.sample_keeper import SampleKeeper
+from lightning_nanguard.trainer.sinks import fit_advice, fit_sinks
 from lightning_nanguard.trainer.validation import ValidationWatch
-from lightning_nanguard.types import Advice, Finding
+from lightning_nanguard.types import Finding
 
 _logger = logging.getLogger("lightning_nanguard")
 
 
 @final
-@dataclass(eq=False)
 class Fit:
     """One fit: its guard, and everything that is installed on the trainer and removed again.
 
-    Attributes:
+    Args:
         trainer: The trainer.
+        module: Its module.
         arguments: The arguments of the guard.
-        guard: The guard.
-        replay: Runs batches again.
-        diagnostics: Finds causes and gives advice.
-        sinks: Where records go.
-        numbers: Logs the numbers of the run.
-        advice: Keeps advice.
-        folder: The folder of the run.
-        averages: The averaged copies that callbacks keep.
-        order: Gives the rows of each batch.
-        finder: Finds bad samples.
-        keeper: Gives the good samples of a bad batch; ``None`` if bad batches are skipped as a whole.
+        memory: Keeps interventions from one fit to the next.
+        order: Gives the rows of each batch, and leaves out rows that are known to be bad.
+        run_id: Id of the run that is resumed; ``None`` for a new one.
+        settings: Settings of the guard, for the log of the run.
+
+    Attributes:
         last_good: Writes the last good checkpoint; ``None`` if none is written.
         carried: Undoes a skipped batch's changes to attributes; ``None`` but under manual optimization.
     """
 
-    trainer: Trainer
-    arguments: Arguments
-    guard: Guard
-    replay: TrainerBatchReplay
-    diagnostics: Diagnostics
-    sinks: SinkDispatcher
-    numbers: LoggerNumbers
-    advice: FitLog[Advice]
-    folder: RunFolder
-    averages: AveragedCopies
-    order: DataOrder
-    finder: SampleFinder
-    keeper: SampleKeeper | None
-    last_good: LastGood | None = None
-    carried: CarriedAttributes | None = None
-
-    def __post_init__(self) -> None:
-        self.context = self.guard.context
-        self.rank_zero = self.trainer.is_global_zero
-        self._names = KeptNames(self.trainer)
-        self.validation = ValidationWatch(self.trainer, self.guard, self.replay, self._names)
+    def __init__(
+        self,
+        trainer: Trainer,
+        module: LightningModule,
+        arguments: Arguments,
+        memory: Memory,
+        order: DataOrder,
+        run_id: str | None,
+        settings: Mapping[str, Any],
+    ) -> None:
+        self.trainer, self._arguments, self._memory, self.order = trainer, arguments, memory, order
+        self.rank_zero = trainer.is_global_zero
+        limits = arguments.thresholds
+        begin = begun_with(trainer, module, settings, limits.records)
+        info, self.folder = open_run(trainer, arguments.dirpath, run_id, **begin)
+        curve = CurveFile(self.folder.path / CURVE_FILE, limits.records) if self.folder.keeps_files else None
+        self.context, self.replay, self.averages = fit_context(trainer, module, arguments, curve, order.known, info)
+        context, replay = self.context, self.replay
+        self.numbers = LoggerNumbers(trainer, module, memory, context)
+        self._sinks = fit_sinks(trainer, info, memory, arguments.sinks, context, self.numbers)
+        self._advice = fit_advice(info, limits.records)
+        self._finder = SampleFinder(trainer, module, context, replay, order, info)
+        self.diagnostics = Diagnostics(
+            trainer, module, context, replay, arguments, advice=self._advice, finder=self._finder
+        )
+        self.guard = build_guard(
+            context,
+            TrainerLoop(trainer, module, replay, self.diagnostics, self._sinks, info.run_id),
+            policy=Policy(arguments.remedies, arguments.budget, limits.decision, limits.trial),
+            remedies=arguments.remedies,
+            make_undo=replay.make_undo,
+            schedulers={
+                index: type(config.scheduler).__name__
+                for config in trainer.lr_scheduler_configs
+                for index, optimizer in enumerate(trainer.optimizers)
+                if getattr(config.scheduler, "optimizer", None) is optimizer
+            },
+        )
+        self._names = KeptNames(trainer)
+        self.validation = ValidationWatch(trainer, self.guard, replay, self._names)
+        self.last_good: LastGood | None = None
+        self.carried: CarriedAttributes | None = None
         self._unknown: set[int] = set()
-        self._optimizers = list(self.trainer.optimizers)
+        self._optimizers = list(trainer.optimizers)
         self._patches = ExitStack()
+        memory.take_advice(self._advice.given, context.receipts.given, context.trials.given)
 
     def start(
         self, is_guard: IsGuard, failsafe: Callable[[Callable[[MicroBatchRun], Any], MicroBatchRun], Any]
@@ -113,21 +128,21 @@ class Fit:
             is_guard: Says whether a callback is the guard.
             failsafe: Calls a function of the guard with a micro-batch. If it fails, the run goes on without the guard.
         """
-        self.sinks.open()
+        self._sinks.open()
         self._say_what_is_not_guarded()
         if (known := self.order.known).quarantine and len(known):
             rows = counted(len(known), "bad sample")
             rank_zero_info(f"NaNGuard: {rows} that the run found before will be left out (quarantine=True).")
         self.guard.say_where(self._on_disk)
         self.guard.start()
-        self._limit_memory(self.arguments.max_snapshot_memory)
-        self.finder.offset = self.trainer.global_step - self.guard.updates
+        self._limit_memory(self._arguments.max_snapshot_memory)
+        self._finder.offset = self.trainer.global_step - self.guard.updates
         if self.context.curve is not None:
-            self.context.curve.offset = self.finder.offset
+            self.context.curve.offset = self._finder.offset
             self.context.curve.listener = LoggerCurves(self.trainer).take
         rate, later = self.context.rate, self._patches.callback
         module = self.trainer.lightning_module
-        keeper = None if self._keeps_whole(module) else self.keeper
+        keeper = self._keeper(module)
         if module.automatic_optimization and self.context.learner.optimizers:
             runs = Attempts(self.trainer, module, self.guard, self.replay, is_guard, keeper)
             runner = StepRunner(runs)
@@ -141,8 +156,8 @@ class Fit:
             later(skipped_steps_raise_nothing(self.trainer, partial(self._excuses, is_guard)))
             later(around_learning_rate_monitors(self.trainer, rate.apply, rate.withdraw))
             later(keep_best_finite(self.trainer))
-        if self.arguments.last_good_every_n_steps is not None:
-            self._keep_last_good(self.arguments.last_good_every_n_steps)
+        if self._arguments.last_good_every_n_steps is not None:
+            self._keep_last_good(self._arguments.last_good_every_n_steps)
 
     def _excuses(self, is_guard: IsGuard, optimizer: Optimizer, error: Exception) -> bool:
         """Whether a skipped update caused an exception. An exception from a callback never counts."""
@@ -150,13 +165,21 @@ class Fit:
         possible = (numeric or may_lack_gradients(error)) and not is_from_callback(error, is_guard)
         return possible and self.guard.excuses(optimizer, numeric=numeric)
 
-    def _keeps_whole(self, module: LightningModule) -> bool:
-        """Whether bad batches are skipped as a whole. If the user asked to keep good samples, a message says so."""
+    def _keeper(self, module: LightningModule) -> SampleKeeper | None:
+        """Gives the good samples of a bad batch; ``None`` if bad batches are skipped as a whole.
+
+        If the user asked to keep good samples and it is not possible, a message says so.
+        """
+        wanted = next((one.keep_good_samples for one in self._arguments.remedies if isinstance(one, SkipStep)), None)
+        if wanted is False:
+            return None
+        keeper = SampleKeeper(module, self.replay, self._finder, self.guard, always=bool(wanted))
         late = self.context.settings.deferred or not self.context.acts_alone or not module.automatic_optimization
-        whole = late or bool(self.context.learner.quasi_newton)
-        if whole and self.keeper is not None and self.keeper.always and not self.context.settings.observe:
-            self.keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
-        return whole
+        if not (late or self.context.learner.quasi_newton):
+            return keeper
+        if keeper.always and not self.context.settings.observe:
+            keeper.say("it needs automatic optimization without LBFGS, one process, and step readback")
+        return None
 
     def _mend(self, checkpoint: dict[str, Any], path: str, *, checked: bool = False) -> dict[str, Any]:
         kept = self.last_good
@@ -254,18 +277,14 @@ class Fit:
                 else "Under manual optimization, step the optimizers that self.optimizers() returns.",
             )
 
-    def say_how_it_went(self, memory: Memory) -> None:
-        """At the end: write the counts to the log of the run, and log the summary line on rank 0.
-
-        Args:
-            memory: The interventions of this fit and of earlier ones.
-        """
+    def say_how_it_went(self) -> None:
+        """At the end: write the counts to the log of the run, and log the summary line on rank 0."""
         updates, multiplier = self.guard.updates, self.context.rate.ratio()
-        before, faults, _ = memory.of_fit()
+        before, faults, _ = self._memory.of_fit()
         counts = {"updates": updates, "updates_of_fit": updates - before, "faults": dict(faults)}
         self.folder.log("end", **counts, lr_multiplier=multiplier)
         if self.rank_zero:
-            rank_zero_info(fit_summary(memory, self.context.settings, updates, multiplier, self.folder.path))
+            rank_zero_info(fit_summary(self._memory, self.context.settings, updates, multiplier, self.folder.path))
 
     def after_skip(self) -> None:
         """After a batch that was skipped: keep the names of its logged values, and do not hand its bad gradients on.
@@ -312,11 +331,11 @@ class Fit:
                 last.callback(log_report, self.trainer, self.folder.path, self.folder.run_id)
             if self.context.curve is not None:
                 last.callback(self.context.curve.write, last=True)
-            last.callback(self.advice.close)
+            last.callback(self._advice.close)
             last.callback(self.context.trials.close)
             last.callback(self.context.receipts.close)
-            last.callback(self.sinks.close)
-            last.callback(self.finder.close)
+            last.callback(self._sinks.close)
+            last.callback(self._finder.close)
             last.push(self._patches)
             last.callback(self.guard.close)
             last.callback(self.diagnostics.close)

@@ -6,8 +6,7 @@ import copy
 import logging
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import fields
-from pathlib import Path
+from dataclasses import fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -21,7 +20,7 @@ from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.measure.containers import parts_of
 from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.thresholds import Thresholds
-from lightning_nanguard.trainer.arguments import Arguments
+from lightning_nanguard.trainer.arguments import FOLDERS, Arguments
 from lightning_nanguard.trainer.before_fit import BeforeFit
 from lightning_nanguard.trainer.fit import Fit
 from lightning_nanguard.trainer.never_called import copied, hooks_called
@@ -35,7 +34,6 @@ _logger = logging.getLogger("lightning_nanguard")
 
 STATE_SCHEMA = 1
 """Version of what :meth:`StatefulGuard.state_dict` gives; raised when an entry changes its meaning."""
-_PATHS = ("dirpath", "bundle_dir")
 # Attributes of the present run. Lightning also sets the module's log methods on every callback.
 _OF_A_RUN = frozenset({"_fit", "_before", "_given", "log", "log_dict"})
 
@@ -140,7 +138,8 @@ class StatefulGuard(GuardCallback):
         """The inverse of ``__reduce__``."""
         hooks_called(self)
         own = dict(state)
-        self._arguments = self._given = _arguments(own.pop("arguments"))
+        # What the guard that was saved did not know has the default here.
+        self._arguments = self._given = replace(self._arguments, **own.pop("arguments"))
         self._memory.load_state_dict(own.pop("memory"))
         vars(self).update(own)
 
@@ -152,11 +151,7 @@ class StatefulGuard(GuardCallback):
 
 def _plain(arguments: Arguments) -> dict[str, Any]:
     given = {one.name: getattr(arguments, one.name) for one in fields(arguments)}
-    return given | {name: None if given[name] is None else str(given[name]) for name in _PATHS}
-
-
-def _arguments(given: dict[str, Any]) -> Arguments:
-    return Arguments(**given | {name: None if given[name] is None else Path(given[name]) for name in _PATHS})
+    return given | {name: None if given[name] is None else str(given[name]) for name in FOLDERS}
 
 
 def allow_in_checkpoints(guard: type) -> None:

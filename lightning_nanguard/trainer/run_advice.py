@@ -10,8 +10,6 @@ from torch.amp import GradScaler
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.types import Finding, Intervention
 
-_DEFAULTS = SamplesThresholds()
-
 
 @final
 class SkipShare:
@@ -27,7 +25,7 @@ class SkipShare:
         [False, False, True, False]
     """
 
-    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+    def __init__(self, thresholds: SamplesThresholds = SamplesThresholds()) -> None:
         self._limits = thresholds
         self._skipped = 0
         self._said = False

@@ -108,7 +108,7 @@ class SampleFinder:
 
     # ---------------------------------------------------------------------------------------- after a fault
 
-    def look(
+    def find(
         self,
         fault: Fault,
         evidence: Evidence,
@@ -173,8 +173,8 @@ class SampleFinder:
         run = run and self._in_vain <= self._limits.most_runs_ahead + self._context.state.step
         passes = self._passes
         usable = evidence.corrupt is None and not evidence.undo
-        state = (nullcontext() if usable else self._at(good)) if run else None
-        with self._parts(micro, state) as bad:
+        inside = (nullcontext() if usable else self._at(good)) if run else None
+        with self._parts(micro, inside) as bad:
             healthy = self._replay.batches.healthy_before()
             found = self._search.judged(micro.batch, healthy, bad, _cause(finding)) if _has_rows(micro) else {}
         if bad is None and finding is not None and micro is about and self._blames_samples(finding):
@@ -218,18 +218,18 @@ class SampleFinder:
         return {index: fault for index, fault in found.items() if index not in spread}
 
     @contextmanager
-    def _parts(self, micro: MicroBatch, state: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
+    def _parts(self, micro: MicroBatch, inside: AbstractContextManager[None] | None) -> Iterator[Bad | None]:
         """Inside, parts of a batch can be run. Yields ``None`` if they cannot.
 
         Args:
             micro: The batch.
-            state: The state from which they are run.
+            inside: Context with the state from which they are run; ``None`` if they cannot be run.
         """
         origin, count = micro.origin, samples(micro.batch) or 0
-        if state is None or origin is None or not origin.collated or not is_separable(micro.batch, count):
+        if inside is None or origin is None or not origin.collated or not is_separable(micro.batch, count):
             yield None
             return
-        with state:
+        with inside:
             yield partial(self._is_bad, micro)
 
     def _is_bad(self, micro: MicroBatch, indices: Sequence[int]) -> bool | None:

@@ -19,8 +19,7 @@ from lightning_nanguard.record.messages import describe_advice
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
-from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
-from lightning_nanguard.trainer.loggers.words import LoggerWords
+from lightning_nanguard.trainer.loggers import LoggerNumbers, LoggerWords
 from lightning_nanguard.trainer.private.packages import Trainer
 from lightning_nanguard.types import Advice
 

@@ -33,7 +33,7 @@ from torch.utils.data import DataLoader
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.measure.tensors import local
-from lightning_nanguard.trainer import build
+from lightning_nanguard.trainer import context as trainer_context
 from tests.distributed.again import again, apart, mistaken
 from tests.distributed.data import AT, STEPS, far_off, spoilt, without
 from tests.distributed.further import NaNRate, NaNValidation
@@ -362,7 +362,7 @@ def main(folder: str, world: str, strategy: str, suite: str) -> None:
             worker.results["snapshot_parts"] = group.snapshot_parts
             return group
 
-        build.Group = on_machines  # type: ignore[assignment, misc]
+        trainer_context.Group = on_machines  # type: ignore[assignment, misc]
     if worker.spawned:
         worker.fit("first", task("mlp", partial(torch.optim.AdamW, lr=0.01)), MoreFits(worker.folder, suite))
         return

@@ -17,7 +17,7 @@ from lightning_nanguard.diagnosis.case import Case
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.loop import Clock, NoReplay
+from lightning_nanguard.guard.loop import BatchReplay, Clock
 from lightning_nanguard.types import Evidence, Finding
 
 Spoil = Callable[[int, Tensor], None]
@@ -25,7 +25,7 @@ EVIDENCE = Settings(snapshot_every=4, act_on="evidence")
 """For tests of finite suspicions that are acted on."""
 
 
-class PlainLoop(NoReplay):
+class PlainLoop(BatchReplay):
     """Trains one linear layer with one optimizer, under a guard.
 
     Args:
@@ -101,7 +101,7 @@ class PlainLoop(NoReplay):
     def diagnose(self, fault: Fault, evidence: Evidence, look: str, update: int) -> Finding | None:
         return RuleSet().diagnose(Case(fault, evidence))
 
-    # What it asks of one that can run its batches again; NoReplay has the rest.
+    # What it asks of one that can run its batches again; BatchReplay has the rest.
 
     def comparable(self) -> bool:
         return True

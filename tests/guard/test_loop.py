@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from lightning_nanguard.guard.context import Settings
-from lightning_nanguard.guard.loop import NoReplay
+from lightning_nanguard.guard.loop import BatchReplay
 from tests.guard.plain_loop import PlainLoop, is_finite, nan_at, remedies
 from tests.helpers import copied, differences
 
 
 def test_a_loop_that_cannot_run_batches_again_says_so() -> None:
     """Every answer is that nothing is known, so the guard tries nothing."""
-    replay = NoReplay()
+    replay = BatchReplay()
     assert not replay.comparable()
     assert replay.rehearsal_batches() == 0
     with replay.showing(3) as shown:
@@ -29,10 +29,10 @@ def test_a_loop_that_cannot_run_batches_again_says_so() -> None:
 def test_such_a_loop_is_guarded_all_the_same(deferred: bool) -> None:
     """A bad batch is skipped or undone, and a rate far too high is cut, though no lower one can be tried."""
     settings = Settings(snapshot_every=4, deferred=deferred)
-    loop = PlainLoop(replay=NoReplay(), settings=settings)
+    loop = PlainLoop(replay=BatchReplay(), settings=settings)
     loop.run(20, nan_at(12))
     assert remedies(loop) == [("restore",) if deferred else ("skip",)]
-    ruined = PlainLoop(replay=NoReplay(), settings=settings, lr=100.0)
+    ruined = PlainLoop(replay=BatchReplay(), settings=settings, lr=100.0)
     ruined.run(150)
     assert ruined.guard.context.rate.multiplier < 0.1
     assert is_finite(ruined)

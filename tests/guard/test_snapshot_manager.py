@@ -17,7 +17,7 @@ from lightning_nanguard import NaNGuard, NonFinite
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.guard.context import GuardContext, Settings
-from lightning_nanguard.guard.loop import NoReplay
+from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.state.finite import FiniteCheck
 from lightning_nanguard.state.plausibility import PlausibilityCheck
@@ -38,7 +38,7 @@ class Managed:
         self.net, self.optimizer, self.learner = made("adam")
         self.context = GuardContext(
             self.learner,
-            NoReplay(),
+            BatchReplay(),
             Monitors([]),
             LearningRate([self.optimizer]),
             settings=Settings(snapshot_every=every, clock=lambda: self.now),

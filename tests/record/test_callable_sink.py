@@ -39,12 +39,12 @@ def test_calls_the_function() -> None:
 def test_functions_are_wrapped() -> None:
     """Sinks stay as they are, in their place; None and an empty list are none."""
     beep = Beep()
-    first, second = as_sinks(None, [beep, print])
+    first, second = as_sinks([beep, print])
     assert first is beep
     assert isinstance(second, CallableSink)
     assert second.function is print
-    assert as_sinks(None, None) == as_sinks(None, []) == ()
-    (timed,) = as_sinks(None, [Timed(0.5)])
+    assert as_sinks(None) == as_sinks([]) == ()
+    (timed,) = as_sinks([Timed(0.5)])
     assert timed.timeout == 0.5
 
 

@@ -29,7 +29,7 @@ from lightning_nanguard.thresholds.batches import (
     MicroBatchesThresholds,
     RepeatedStepsThresholds,
 )
-from lightning_nanguard.trainer import build
+from lightning_nanguard.trainer import context as trainer_context
 from tests.fake_device import FakeDriver, When, fake_device
 from tests.helpers import copied, same_bits
 
@@ -83,7 +83,7 @@ def on_device(monkeypatch: pytest.MonkeyPatch) -> Callable[..., FakeDriver]:
 
     def install(when: When = "late", **options: Any) -> FakeDriver:
         device, driver = fake_device(when, **options)
-        monkeypatch.setattr(build, "Learner", functools.partial(Learner, device=device))
+        monkeypatch.setattr(trainer_context, "Learner", functools.partial(Learner, device=device))
         return driver
 
     return install

@@ -21,7 +21,7 @@ from lightning_nanguard.guard import plan_runner
 from lightning_nanguard.guard.build import guard_for
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.guard.local_readback import DeferredReadings
-from lightning_nanguard.guard.loop import NoReplay
+from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.snapshot_manager import SnapshotManager
 from lightning_nanguard.measure.readings import PendingReading
 from lightning_nanguard.state.snapshot import Snapshot
@@ -100,7 +100,7 @@ class Truth:
         assert same_bits(live, expected), "torn"
 
 
-class Interleaving(NoReplay):
+class Interleaving(BatchReplay):
     """One run: a small network, an optimizer, bad batches, and other code that writes to the weights.
 
     Args:

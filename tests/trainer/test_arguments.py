@@ -14,29 +14,9 @@ import torch
 from lightning_nanguard import Budget, NaNGuard, NonFinite, ReduceLR, Rollback
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.thresholds.detection import DetectionThresholds
-from lightning_nanguard.trainer.arguments import Arguments
 from tests.checkpoints.training import guard_with, train
 from tests.helpers import batches, differences, fit, state_of, task, with_bad, words
 from tests.modules import SaveAt
-
-VALID: dict[str, Any] = {
-    "detectors": [NonFinite()],
-    "remedies": (Rollback(), ReduceLR()),
-    "snapshot_every_n_steps": "auto",
-    "snapshot_device": "auto",
-    "max_snapshots": 3,
-    "max_snapshot_memory": None,
-    "budget": Budget(),
-    "dirpath": None,
-    "readback": "auto",
-    "observe": False,
-    "preflight": False,
-    "examine_after": None,
-    "bundle_dir": None,
-    "last_good_every_n_steps": None,
-    "resume": "strict",
-    "act_on": "certain",
-}
 
 WRONG_VALUES: list[tuple[str, list[Any], str]] = [
     ("snapshot_every_n_steps", [0, -3, 1.5, True, "often", None], '"auto" or an integer of at least 1'),
@@ -69,11 +49,11 @@ WRONG_TYPES: list[tuple[str, Any, str]] = [
     ("detectors", NonFinite(), "detectors=.*expected a list of Detector instances"),
     ("detectors", [NonFinite], r"is not an instance of Detector; write NonFinite\(\)"),
     ("detectors", [Rollback()], "detectors=.*is not an instance of Detector"),
-    ("remedies", None, r"remedies=None\): expected a list of Remedy instances"),
     ("remedies", [Rollback], r"is not an instance of Remedy; write Rollback\(\)"),
     ("remedies", [Rollback(), 0.5], r"0\.5 is not an instance of Remedy"),
     ("budget", 20, r"budget=20\): expected a Budget, but got int"),
-    ("budget", None, r"budget=None\): expected a Budget, but got NoneType"),
+    ("on_intervention", "print", r"on_intervention='print'\): expected a callable"),
+    ("thresholds", DetectionThresholds(), "thresholds=DetectionThresholds.*expected a Thresholds object.*detection="),
 ]
 
 
@@ -85,48 +65,40 @@ def cases(rows: list[Any]) -> list[Any]:
 def test_a_value_out_of_its_range_is_refused(argument: str, value: Any, expected: str) -> None:
     """The message names the argument as the user gave it, its value, and what was expected."""
     with pytest.raises(ValueError, match=rf"NaNGuard\({argument}=.*\): expected {expected}") as error:
-        Arguments(**{**VALID, argument: value})
+        NaNGuard(**{argument: value})
     assert f"{argument}={value!r}" in str(error.value)
 
 
 @pytest.mark.parametrize(("argument", "value"), cases(RIGHT_VALUES))
 def test_a_value_at_the_edge_of_its_range_is_taken(argument: str, value: Any) -> None:
     """As it was given."""
-    assert getattr(Arguments(**{**VALID, argument: value}), argument) == value
+    assert getattr(NaNGuard(**{argument: value})._arguments, argument) == value
 
 
 @pytest.mark.parametrize(("argument", "value", "message"), WRONG_TYPES)
 def test_a_value_of_the_wrong_kind_is_refused(argument: str, value: Any, message: str) -> None:
     """With what to write instead where a class was given for an instance."""
     with pytest.raises(TypeError, match=rf"NaNGuard\(.*{message}"):
-        Arguments(**{**VALID, argument: value})
-
-
-def test_a_group_of_thresholds_is_not_all_of_them() -> None:
-    """The message shows what holds the group."""
-    with pytest.raises(
-        TypeError, match=r"NaNGuard\(thresholds=DetectionThresholds.*expected a Thresholds object.*detection="
-    ):
-        NaNGuard(thresholds=DetectionThresholds())  # type: ignore[arg-type]
+        NaNGuard(**{argument: value})
 
 
 def test_two_remedies_for_one_step_are_refused() -> None:
     """By the names of both."""
     with pytest.raises(ValueError, match="ReduceLR and ReduceLR both carry out Scale"):
-        Arguments(**{**VALID, "remedies": [ReduceLR(0.5), ReduceLR(0.1)]})
+        NaNGuard(remedies=[ReduceLR(0.5), ReduceLR(0.1)])
 
 
 def test_bundles_without_safetensors_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """At once, by the name of the extra, and not at the first incident."""
     monkeypatch.setitem(sys.modules, "safetensors.torch", None)
     with pytest.raises(ModuleNotFoundError, match=r"lightning-nanguard\[bundle\]"):
-        Arguments(**{**VALID, "bundle_dir": Path("bundles")})
+        NaNGuard(bundle_dir="bundles")
 
 
 def test_arguments_cannot_be_changed_later() -> None:
-    """What was checked is what is used; thresholds and sinks may be left out."""
-    given = Arguments(**VALID)
-    assert (given.thresholds, given.sinks) == (Thresholds(), ())
+    """What was checked is what is used, with the defaults in place of ``None``."""
+    given = NaNGuard(dirpath="runs")._arguments
+    assert (given.thresholds, given.budget, given.sinks, given.dirpath) == (Thresholds(), Budget(), (), Path("runs"))
     with pytest.raises(FrozenInstanceError, match="observe"):
         given.observe = True  # type: ignore[misc]
 

@@ -61,10 +61,10 @@ def check_config(config: Path, model: Any, data: Any, *, gradients: bool, overfi
     trainer, module, datamodule = from_config(config, model, data)
     found: list[CheckReport] = []
 
-    def look(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+    def on_batch(trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
         found.append(check_batch(trainer, module, batch, gradients=gradients, overfit=overfit))
 
-    at_first_batch(trainer, module, look, **({} if datamodule is None else {"datamodule": datamodule}))
+    at_first_batch(trainer, module, on_batch, **({} if datamodule is None else {"datamodule": datamodule}))
     return found[0] if found else CheckReport(notes=("there was no batch to check",))
 
 

@@ -70,13 +70,13 @@ def replay_bundle(bundle: Bundle, module: Any) -> ReplayReport:
         raise ValueError(f"The incident does not hold the whole batch, so it cannot be run again. Missing: {lost}.")
     put_into(module, bundle.state)
     seen = _Seen()
-    one_batch(module, bundle.batches[-1].batch, partial(_look, bundle, seen), precision=bundle.precision)
+    one_batch(module, bundle.batches[-1].batch, partial(_on_batch, bundle, seen), precision=bundle.precision)
     clues = seen.clues or Clues()
     finding = RuleSet().diagnose(Case(bundle.fault, replace(bundle.evidence, undo=False), clues))
     return ReplayReport(seen.losses, clues.gradient_finite, finding, seen.layers)
 
 
-def _look(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
+def _on_batch(bundle: Bundle, seen: _Seen, trainer: Any, module: Any, batch: Any, batch_idx: int) -> None:
     put_into(module, bundle.state)  # again, because a hook may have changed the weights
     around = partial(untraced, trainer, module)
     for micro in bundle.batches:

@@ -79,10 +79,12 @@ class AveragedCopies:
         thresholds: How large the part must be, and how often unknown copies are checked.
     """
 
-    def __init__(self, trainer: Any, module: nn.Module, thresholds: CheckpointsThresholds | None = None) -> None:
+    def __init__(
+        self, trainer: Any, module: nn.Module, thresholds: CheckpointsThresholds = CheckpointsThresholds()
+    ) -> None:
         self._trainer = trainer
         self._module = module
-        self._limits = CheckpointsThresholds() if thresholds is None else thresholds
+        self._limits = thresholds
         self._seen: set[str] = set()
         self._batches = 0
         # Tensors of unknown copies at the start of the previous batch, each with its version.

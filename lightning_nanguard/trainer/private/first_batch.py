@@ -25,28 +25,28 @@ QUIET = {
 }
 """Options of a Trainer that writes, shows and validates nothing."""
 
-Look = Callable[[Any, Any, Any, int], None]
+OnBatch = Callable[[Any, Any, Any, int], None]
 
 
 class _FirstBatchSeen(Exception):  # noqa: N818
     """Ends a fit from inside."""
 
 
-def at_first_batch(trainer: Any, module: Any, look: Look, **data: Any) -> None:
-    """Fit up to the first batch, call ``look`` there, and end before the first step.
+def at_first_batch(trainer: Any, module: Any, on_batch: OnBatch, **data: Any) -> None:
+    """Fit up to the first batch, call ``on_batch`` there, and end before the first step.
 
     Args:
         trainer: A trainer that writes nothing.
         module: The module.
-        look: Called with trainer, module, batch and its index, before the first step.
+        on_batch: Called with trainer, module, batch and its index, before the first step.
         data: The data argument of ``trainer.fit``: ``datamodule`` or ``train_dataloaders``.
     """
 
-    def look_and_end(*args: Any) -> None:
-        look(*args)
+    def call_and_end(*args: Any) -> None:
+        on_batch(*args)
         raise _FirstBatchSeen
 
-    callback = LambdaCallback(on_train_batch_start=look_and_end)
+    callback = LambdaCallback(on_train_batch_start=call_and_end)
     trainer.callbacks = [*trainer.callbacks, callback]
     try:
         trainer.fit(module, **data)
@@ -69,13 +69,13 @@ class _OneBatch:
         return 1
 
 
-def one_batch(module: Any, batch: Any, look: Look, *, precision: str = "32-true") -> None:
-    """Give a module one batch without the hooks that change batches, and call ``look`` there.
+def one_batch(module: Any, batch: Any, on_batch: OnBatch, *, precision: str = "32-true") -> None:
+    """Give a module one batch without the hooks that change batches, and call ``on_batch`` there.
 
     Args:
         module: The module.
         batch: The batch, as ``training_step`` gets it.
-        look: See :func:`at_first_batch`.
+        on_batch: See :func:`at_first_batch`.
         precision: The trainer's.
     """
     trainer = package_of(type(module)).Trainer(
@@ -85,7 +85,7 @@ def one_batch(module: Any, batch: Any, look: Look, *, precision: str = "32-true"
         wrapped(module, "_on_before_batch_transfer", _given_batch),
         wrapped(trainer.strategy, "batch_to_device", _given_batch),
     ):
-        at_first_batch(trainer, module, look, train_dataloaders=_OneBatch(batch))
+        at_first_batch(trainer, module, on_batch, train_dataloaders=_OneBatch(batch))
 
 
 def _given_batch(original: Callable[..., Any], batch: Any, *args: Any, **kwargs: Any) -> Any:

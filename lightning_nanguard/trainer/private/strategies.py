@@ -1,4 +1,4 @@
-"""Knows which strategies the guard supports, and which tensors their optimizers step."""
+"""Knows which strategies the guard supports, which tensors their optimizers step, and the precision plugin."""
 
 from __future__ import annotations
 
@@ -70,3 +70,14 @@ def check_strategy(trainer: Any, module: Any) -> None:
             f"NaNGuard does not support {name} with {trainer.world_size} processes. Use strategy='ddp', FSDPStrategy "
             "or ModelParallelStrategy, or remove the guard from the callbacks."
         )
+
+
+def grad_scaler(trainer: Any) -> Any:
+    """The GradScaler of ``precision="16-mixed"``, ``None`` without one."""
+    return getattr(trainer.precision_plugin, "scaler", None)
+
+
+def autocasts_to_half(trainer: Any) -> bool:
+    """Whether ``training_step`` runs under autocast to float16."""
+    plugin = trainer.precision_plugin
+    return getattr(plugin, "precision", "") == "16-mixed" and hasattr(plugin, "autocast_context_manager")

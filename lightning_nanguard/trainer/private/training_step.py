@@ -13,9 +13,7 @@ from torch.optim import Optimizer
 from lightning_nanguard.act.patches import wrapped
 from lightning_nanguard.state.batch_contents import BatchContents
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
-from lightning_nanguard.trainer.private.precision import grad_scaler
-
-_DEFAULTS = RepeatedStepsThresholds()
+from lightning_nanguard.trainer.private.strategies import grad_scaler
 
 
 @final
@@ -29,7 +27,7 @@ class BareStep:
         thresholds: Up to which depth the containers are restored.
     """
 
-    def __init__(self, trainer: Any, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, trainer: Any, thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._trainer = trainer
         self._depth = thresholds.depth
 
@@ -112,3 +110,24 @@ def clip_as_configured(trainer: Any, optimizer: Optimizer) -> None:
 def compiled_by_lightning(module: Any) -> bool:
     """Whether a LightningModule was compiled: ``fit`` moves the compiled steps from torch's wrapper to the module."""
     return getattr(module, "_compiler_ctx", None) is not None
+
+
+@contextmanager
+def as_in_training(trainer: Any) -> Iterator[None]:
+    """Inside, stage and modules are as in training, and gradients are enabled, also while the Trainer validates."""
+    if trainer.training:
+        yield
+        return
+    stage, module = trainer.state.stage, trainer.lightning_module
+    training = trainer.fit_loop.epoch_loop.val_loop._module_mode.mode
+    modes = [(one, one.training, training.get(name, True)) for name, one in module.named_modules()]
+    try:
+        trainer.training = True  # selects the loop to which ``self.log`` belongs
+        for one, _, trains in modes:
+            one.training = trains
+        with torch.enable_grad():
+            yield
+    finally:
+        for one, evaluates, _ in modes:
+            one.training = evaluates
+        trainer.state.stage = stage

@@ -19,12 +19,13 @@ from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.running_means import remember_running_means
 from lightning_nanguard.trainer.private.training_step import compiled_by_lightning
 
-_DEFAULTS = BatchesThresholds()
 _METRICS = ("_logged_metrics", "_callback_metrics", "_progress_bar_metrics")
 
 
 @contextmanager
-def untraced(trainer: Trainer, module: LightningModule, thresholds: BatchesThresholds = _DEFAULTS) -> Iterator[None]:
+def untraced(
+    trainer: Trainer, module: LightningModule, thresholds: BatchesThresholds = BatchesThresholds()
+) -> Iterator[None]:
     """Undo at the end everything that a step changes: random streams, buffers, metrics, logged values, attributes.
 
     Inside, gradients are enabled, and no checkpoint is saved, because the weights may be temporary.

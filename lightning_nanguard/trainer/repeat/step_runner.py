@@ -19,7 +19,7 @@ from lightning_nanguard.trainer.private.closures import (
     uncounted,
     with_outputs_of,
 )
-from lightning_nanguard.trainer.private.training_mode import as_in_training
+from lightning_nanguard.trainer.private.training_step import as_in_training
 from lightning_nanguard.trainer.repeat.accumulation_window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room

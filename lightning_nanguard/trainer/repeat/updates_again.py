@@ -11,8 +11,10 @@ from typing import Any, final
 
 import torch
 from torch import Tensor
+from torchmetrics import Metric
 
 from lightning_nanguard.measure.norms import norms
+from lightning_nanguard.state.batch_undo import is_undone
 from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.learner import give_scheduled, scheduled_values
 from lightning_nanguard.state.restore import restore
@@ -21,11 +23,11 @@ from lightning_nanguard.trainer.private.averages import RepeatedAverages
 from lightning_nanguard.trainer.private.clock import clock_kept, set_clock
 from lightning_nanguard.trainer.private.closures import accumulating, end_backward, logging_for, uncounted
 from lightning_nanguard.trainer.private.logged_rows import LoggedRow, log_row, row_of_step
-from lightning_nanguard.trainer.private.packages import logged_at
+from lightning_nanguard.trainer.private.packages import LightningModule, logged_at
+from lightning_nanguard.trainer.private.running_means import FIELDS, running_means
 from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
 from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdate, KeptUpdates
-from lightning_nanguard.trainer.repeat.measures import RepeatedMeasures
 from lightning_nanguard.trainer.repeat.repeated_cause import buffer_in_words, update_in_words, written_outside
 from lightning_nanguard.types import Reading
 
@@ -293,3 +295,45 @@ class UpdatesAgain:
 
 def _is_same(known: Tensor | None, now: Tensor) -> bool:
     return known is not None and torch.equal(known, now)
+
+
+@final
+class RepeatedMeasures:
+    """Stores metrics and running means, and replaces them with the values from repeated updates.
+
+    A value is replaced only if it has as many updates as in the run. Otherwise code that is not repeated, such as a
+    validation, has reset or updated it.
+    """
+
+    def __init__(self, trainer: Any, module: LightningModule) -> None:
+        self._trainer = trainer
+        self._module = module
+
+    def now(self) -> list[tuple[Metric, dict[str, Any]]]:
+        """The present state of all of them."""
+        counted = [one for one in self._module.modules() if isinstance(one, Metric) and is_undone(one)]
+        return [(one, _held(one)) for one in (*counted, *running_means(self._trainer))]
+
+    @staticmethod
+    def put(measures: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
+        """Restore the state that :meth:`now` returned."""
+        for metric, held in measures:
+            for name, value in held.items():
+                setattr(metric, name, _copied(value))
+
+    def take(self, repeated: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
+        """Use the values after repeated updates.
+
+        Args:
+            repeated: The result of :meth:`now` after the last repeated update.
+        """
+        self.put([(metric, held) for metric, held in repeated if held["_update_count"] == metric._update_count])
+
+
+def _held(metric: Metric) -> dict[str, Any]:
+    names = {*metric._defaults, *FIELDS, "_computed"} & vars(metric).keys()
+    return {name: _copied(getattr(metric, name)) for name in names}
+
+
+def _copied(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else list(value) if isinstance(value, list) else value

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import pytest
+import torch
 from torch import nn
 
 from lightning_nanguard.trainer.private.strategies import (
+    autocasts_to_half,
     check_strategy,
     collects,
+    grad_scaler,
     is_sharded,
     step_only_accumulates,
     what_steps,
 )
-from tests.helpers import batches, fit, task
+from tests.helpers import batches, fit, task, trainer_for
 
 
 def test_one_process() -> None:
@@ -66,3 +69,14 @@ def test_deepspeed_steps_at_the_boundary_of_a_window() -> None:
     assert step_only_accumulates(holder)
     engine.boundary = True
     assert not step_only_accumulates(holder)
+
+
+def test_what_a_precision_brings() -> None:
+    """Only 16-mixed has a GradScaler and autocasts to float16."""
+    half = trainer_for(precision="16-mixed")
+    assert isinstance(grad_scaler(half), torch.amp.GradScaler)
+    assert autocasts_to_half(half)
+    for precision in ("32-true", "bf16-mixed"):
+        trainer = trainer_for(precision=precision)
+        assert grad_scaler(trainer) is None
+        assert not autocasts_to_half(trainer)

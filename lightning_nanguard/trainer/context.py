@@ -1,100 +1,34 @@
-"""Builds a guarded fit from its parts."""
+"""Builds the objects that the parts of the guard of one fit share."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
 
 import torch
 
 from lightning_nanguard.act.clipping import Clipper
 from lightning_nanguard.act.learning_rate import LearningRate
 from lightning_nanguard.act.skip import skips_on_device
-from lightning_nanguard.act.skip_step import SkipStep
-from lightning_nanguard.decide.policy import Policy
 from lightning_nanguard.detect.monitors import Monitors
 from lightning_nanguard.distributed.group import Group
 from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
-from lightning_nanguard.guard.build import build_guard
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.measure.norm_history import NormHistory
 from lightning_nanguard.record.base import RunInfo
-from lightning_nanguard.record.curve import CURVE_FILE, CurveFile
+from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.known_samples import KnownSamples
-from lightning_nanguard.record.memory import Memory
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.diagnostics import Diagnostics
-from lightning_nanguard.trainer.fit import Fit
-from lightning_nanguard.trainer.loggers.numbers import LoggerNumbers
-from lightning_nanguard.trainer.loggers.settings import begun_with
-from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.averages import AveragedCopies
-from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.precision import grad_scaler
-from lightning_nanguard.trainer.private.strategies import is_sharded, what_steps
-from lightning_nanguard.trainer.run import open_run
-from lightning_nanguard.trainer.sample_finder import SampleFinder
-from lightning_nanguard.trainer.sample_keeper import SampleKeeper
-from lightning_nanguard.trainer.sinks import fit_advice, fit_outcomes, fit_sinks
+from lightning_nanguard.trainer.private.strategies import grad_scaler, is_sharded, what_steps
+from lightning_nanguard.trainer.sinks import fit_outcomes
 
 
-def build_fit(
-    trainer: Trainer,
-    module: LightningModule,
-    arguments: Arguments,
-    memory: Memory,
-    order: DataOrder,
-    run_id: str | None,
-    settings: Mapping[str, Any],
-) -> Fit:
-    """Make one fit and its guard.
-
-    Args:
-        trainer: The trainer.
-        module: Its module.
-        arguments: The arguments of the guard.
-        memory: Keeps interventions from one fit to the next.
-        order: Gives the rows of each batch, and leaves out rows that are known to be bad.
-        run_id: Id of the run that is resumed; ``None`` for a new one.
-        settings: Settings of the guard, for the log of the run.
-    """
-    info, folder = open_run(
-        trainer, arguments.dirpath, run_id, **begun_with(trainer, module, settings, arguments.thresholds.records)
-    )
-    curve = CurveFile(folder.path / CURVE_FILE, arguments.thresholds.records) if folder.keeps_files else None
-    context, replay, averages = _context(trainer, module, arguments, curve, order.known, info)
-    numbers = LoggerNumbers(trainer, module, memory, context)
-    sinks = fit_sinks(trainer, info, memory, arguments.sinks, context, numbers)
-    advice = fit_advice(info, arguments.thresholds.records)
-    finder = SampleFinder(trainer, module, context, replay, order, info)
-    diagnostics = Diagnostics(trainer, module, context, replay, arguments, advice=advice, finder=finder)
-    guard = build_guard(
-        context,
-        TrainerLoop(trainer, module, replay, diagnostics, sinks, info.run_id),
-        policy=Policy(arguments.remedies, arguments.budget, arguments.thresholds.decision, arguments.thresholds.trial),
-        remedies=arguments.remedies,
-        make_undo=replay.make_undo,
-        schedulers={
-            index: type(config.scheduler).__name__
-            for config in trainer.lr_scheduler_configs
-            for index, optimizer in enumerate(trainer.optimizers)
-            if getattr(config.scheduler, "optimizer", None) is optimizer
-        },
-    )
-    keeps_good = next((one.keep_good_samples for one in arguments.remedies if isinstance(one, SkipStep)), None)
-    keeper = None if keeps_good is False else SampleKeeper(module, replay, finder, guard, always=bool(keeps_good))
-    return Fit(
-        trainer, arguments, guard, replay, diagnostics, sinks, numbers, advice, folder, averages, order, finder, keeper
-    )
-
-
-def _context(
+def fit_context(
     trainer: Trainer,
     module: LightningModule,
     arguments: Arguments,
@@ -102,6 +36,16 @@ def _context(
     known: KnownSamples,
     info: RunInfo,
 ) -> tuple[GuardContext, TrainerBatchReplay, AveragedCopies]:
+    """The context of a fit, and two of its parts with the methods that only a fit calls.
+
+    Args:
+        trainer: The trainer.
+        module: Its module.
+        arguments: The arguments of the guard.
+        curve: Stores the readings of all updates; ``None`` stores none.
+        known: The bad samples found so far.
+        info: Facts about the fit.
+    """
     receipts, trials = fit_outcomes(info, arguments.thresholds.records)
     sharded = is_sharded(trainer)
     ranks: Ranks = (

@@ -13,7 +13,7 @@ from lightning_nanguard import NaNGuard
 from lightning_nanguard.guard.local_readback import LocalReadback
 from lightning_nanguard.guard.plan_runner import ActingRunner, ObservingRunner
 from lightning_nanguard.thresholds import Thresholds
-from lightning_nanguard.trainer.build import _deferred
+from lightning_nanguard.trainer.context import _deferred
 from lightning_nanguard.trainer.fit import Fit
 from tests.helpers import Task, fp16, mlp, trainer_for
 from tests.trainer.fits import captured
