@@ -23,7 +23,6 @@ from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.thresholds import DistributedThresholds
 
 _HOST = torch.device("cpu")  # whatever device the user has made the default
-_DEFAULTS = DistributedThresholds()
 
 
 @final
@@ -45,7 +44,11 @@ class Group:
     """
 
     def __init__(
-        self, *, sharded: bool = False, node: str | None = None, thresholds: DistributedThresholds = _DEFAULTS
+        self,
+        *,
+        sharded: bool = False,
+        node: str | None = None,
+        thresholds: DistributedThresholds = DistributedThresholds(),
     ) -> None:
         if not dist.is_gloo_available():
             raise RuntimeError(

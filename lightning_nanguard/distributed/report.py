@@ -103,10 +103,9 @@ def combined_reading(reports: Sequence[Report], *, optimizer_index: int, sharded
     )
 
 
-_DEFAULTS = DistributedThresholds()
-
-
-def outlier_ranks(reports: Sequence[Report], thresholds: DistributedThresholds = _DEFAULTS) -> tuple[int, ...]:
+def outlier_ranks(
+    reports: Sequence[Report], thresholds: DistributedThresholds = DistributedThresholds()
+) -> tuple[int, ...]:
     """Ranks whose loss or gradient differs clearly from the others; none if all ranks look alike.
 
     These are the ranks with a loss that is not finite. Without such a loss they are those with a gradient that is not

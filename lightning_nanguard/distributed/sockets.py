@@ -20,9 +20,6 @@ from weakref import WeakSet
 
 from lightning_nanguard.thresholds import DistributedThresholds
 
-_DEFAULTS = DistributedThresholds()
-
-
 SocketMessage = list[bytes]
 """One message of each rank, in the order of ranks. Those of other ranks are empty until they are read."""
 
@@ -38,7 +35,10 @@ class SocketChannel:
     """
 
     def __init__(
-        self, rank: int, sockets: Mapping[int, socket.socket], thresholds: DistributedThresholds = _DEFAULTS
+        self,
+        rank: int,
+        sockets: Mapping[int, socket.socket],
+        thresholds: DistributedThresholds = DistributedThresholds(),
     ) -> None:
         self._rank = rank
         self._sockets = dict(sorted(sockets.items()))
@@ -125,7 +125,7 @@ def _receive(connection: socket.socket, other: int, size: int, thresholds: Distr
 
 
 def connect(
-    rank: int, gather: Callable[[Any], list[Any]], thresholds: DistributedThresholds = _DEFAULTS
+    rank: int, gather: Callable[[Any], list[Any]], thresholds: DistributedThresholds = DistributedThresholds()
 ) -> SocketChannel | None:
     """Connect all ranks; ``None`` if they cannot all reach each other. All ranks must call it.
 

@@ -12,14 +12,12 @@ from torch import Tensor
 from lightning_nanguard.measure.tensors import WIDER, dense_values, is_on_host, is_plain, local, moved_to, stored_values
 from lightning_nanguard.thresholds.measurement import MeasurementThresholds
 
-_DEFAULTS = MeasurementThresholds()
-
 # Used with `map`: with many small parameters a loop in Python takes longer than the norms.
 _numel = methodcaller("numel")
 _dtype = attrgetter("dtype")
 
 
-def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = _DEFAULTS) -> list[Tensor]:
+def partial_norms(values: list[Tensor], thresholds: MeasurementThresholds = MeasurementThresholds()) -> list[Tensor]:
     """2-norms (0-dim) of single tensors or groups of small ones. Their own 2-norm is that of all tensors together.
 
     If the results are finite, every element is. The inverse does not hold, because squares may overflow.
@@ -64,7 +62,9 @@ def _norms_by_kind(values: list[Tensor]) -> list[Tensor]:
     return [found[index] for index in range(len(values))]
 
 
-def joined_as(sizes: Sequence[int], thresholds: MeasurementThresholds = _DEFAULTS) -> tuple[list[int], list[int]]:
+def joined_as(
+    sizes: Sequence[int], thresholds: MeasurementThresholds = MeasurementThresholds()
+) -> tuple[list[int], list[int]]:
     """Which tensors on the host belong to each norm that :func:`partial_norms` returns.
 
     Args:

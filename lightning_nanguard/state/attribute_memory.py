@@ -26,8 +26,6 @@ from lightning_nanguard.state.attributes import (
 )
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
-_DEFAULTS = RepeatedStepsThresholds()
-
 
 @final
 class Attributes:
@@ -49,7 +47,7 @@ class Attributes:
         self,
         owners: Iterable[tuple[Any, Iterable[str]]],
         items: Iterable[Any] = (),
-        limits: RepeatedStepsThresholds = _DEFAULTS,
+        limits: RepeatedStepsThresholds = RepeatedStepsThresholds(),
         learned: Container[int] = (),
     ) -> None:
         self._owners: list[tuple[dict[str, Any], dict[str, Any]]] = []
@@ -183,7 +181,7 @@ class AttributeMemory:
         0
     """
 
-    def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._root = module
         self._limits = thresholds
         # The objects that steps were seen to change, each with the names of the values to copy; and values elsewhere.

@@ -12,7 +12,6 @@ from lightning_nanguard.measure.tensors import is_strided
 from lightning_nanguard.state.attribute_memory import Attributes
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
-_DEFAULTS = RepeatedStepsThresholds()
 _KINDS = frozenset({float, Tensor, np.ndarray})
 
 
@@ -38,7 +37,7 @@ class AttributeNumbers:
         0.5
     """
 
-    def __init__(self, limits: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, limits: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._limits = limits
         self._good: list[tuple[dict[str, Any], str, Any]] = []
         self._newest: list[tuple[dict[str, Any], str, Any]] = []

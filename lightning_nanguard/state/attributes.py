@@ -34,7 +34,6 @@ OWN = frozenset(vars(nn.Module()))
 PLAIN = (bool, int, float, complex, str, bytes, type(None))
 """Values that cannot be changed."""
 
-_DEFAULTS = RepeatedStepsThresholds()
 _PLAIN, _CONTAINERS, _LISTED = frozenset(PLAIN), frozenset(CONTAINERS), frozenset((*CONTAINERS, tuple))
 _GENERATORS = (torch.Generator, np.random.Generator, np.random.RandomState, random.Random)
 _NO_OBJECTS = (types.ModuleType, types.FunctionType, types.MethodType, type, Tensor)
@@ -167,7 +166,7 @@ class Reached(NamedTuple):
     streams: bool
 
 
-def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = _DEFAULTS) -> Reached:
+def reach(owner: Any, copied_bytes: int, limits: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> Reached:
     """Find what a step can change through an object, a few levels deep and not in long containers.
 
     Args:
@@ -252,7 +251,7 @@ def _root(kind: type) -> str:
 
 
 @contextmanager
-def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = _DEFAULTS) -> Iterator[None]:
+def attributes_kept(*owners: Any, limits: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> Iterator[None]:
     """Restore the attributes of some objects at the end: counters, lists that grow, random generators.
 
     Attributes are bound to the same objects again. Containers, arrays, small tensors and generators get their contents

@@ -19,7 +19,6 @@ from lightning_nanguard.state.batch_origin import BatchOrigin
 from lightning_nanguard.state.random_state import RandomState, RandomStreams
 from lightning_nanguard.thresholds.batches import BatchesThresholds
 
-_DEFAULTS = BatchesThresholds()
 _UNCHANGED = nullcontext()
 
 
@@ -82,7 +81,7 @@ class BatchHistory:
         device: torch.device,
         updates: int = 1,
         updates_small: int = 0,
-        thresholds: BatchesThresholds = _DEFAULTS,
+        thresholds: BatchesThresholds = BatchesThresholds(),
     ) -> None:
         self._streams = RandomStreams(device, thresholds.repeated)
         self._limits = thresholds.micro_batches

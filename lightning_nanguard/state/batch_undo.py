@@ -28,7 +28,6 @@ _logger = logging.getLogger("lightning_nanguard")
 
 Undo = Callable[[], None]
 
-_DEFAULTS = RepeatedStepsThresholds()
 # Begins the names of modules that torch does not list. No attribute has such a name.
 _HIDDEN = "hidden module "
 
@@ -51,7 +50,7 @@ class BatchUndo:
         others: Sequence[Callable[[], Undo]] = (),
         *,
         thorough: bool = False,
-        thresholds: RepeatedStepsThresholds = _DEFAULTS,
+        thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds(),
     ) -> None:
         self._limits = thresholds
         self._thorough = thorough

@@ -9,8 +9,6 @@ from typing import Any, final
 
 from lightning_nanguard.thresholds.snapshots import IntervalThresholds
 
-_DEFAULTS = IntervalThresholds()
-
 
 @final
 class Interval:
@@ -30,7 +28,7 @@ class Interval:
     def __init__(
         self,
         every: int | None,
-        thresholds: IntervalThresholds = _DEFAULTS,
+        thresholds: IntervalThresholds = IntervalThresholds(),
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._fixed = every is not None

@@ -16,7 +16,6 @@ from lightning_nanguard.state.learner import Learner, StateKey
 from lightning_nanguard.thresholds.fixed import ELEMENTS_AT_ONCE
 from lightning_nanguard.thresholds.snapshots import MomentThresholds
 
-_DEFAULTS = MomentThresholds()
 _logger = logging.getLogger("lightning_nanguard")
 # Other optimizers may keep something else under the same names.
 _KNOWN = (Adam, AdamW, NAdam, RAdam)
@@ -77,7 +76,7 @@ class MomentBound:
         thresholds: Numerical tolerance.
     """
 
-    def __init__(self, learner: Learner, thresholds: MomentThresholds = _DEFAULTS) -> None:
+    def __init__(self, learner: Learner, thresholds: MomentThresholds = MomentThresholds()) -> None:
         self._learner = learner
         self._limits = thresholds
         self._betas: dict[tuple[int, int], Any] = {}

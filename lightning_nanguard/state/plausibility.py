@@ -22,7 +22,6 @@ from lightning_nanguard.state.snapshot import Share, Snapshot
 from lightning_nanguard.thresholds.snapshots import PlausibilityThresholds
 from lightning_nanguard.types import Fault
 
-_DEFAULTS = PlausibilityThresholds()
 _MOMENTS = SECOND_MOMENTS | {"exp_avg", "momentum_buffer"}
 
 
@@ -102,7 +101,7 @@ class PlausibilityCheck:
         learner: Learner,
         ring: Ring,
         is_worse: Callable[[Snapshot, Snapshot], bool],
-        thresholds: PlausibilityThresholds = _DEFAULTS,
+        thresholds: PlausibilityThresholds = PlausibilityThresholds(),
         *,
         certain_only: bool = False,
         largest_norm: Callable[[int], float | None] = lambda index: None,

@@ -15,8 +15,6 @@ from torch import Tensor
 from lightning_nanguard.state.device import random_generator
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
-_DEFAULTS = RepeatedStepsThresholds()
-
 
 def is_checked(count: int, every: int) -> bool:
     """Whether a check that is not made in every step is made in this one: often at first, less often later."""
@@ -117,7 +115,7 @@ class RandomStreams:
         True
     """
 
-    def __init__(self, device: torch.device, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, device: torch.device, thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._streams = _streams(device)
         self._limits = thresholds
         self._opened = 0

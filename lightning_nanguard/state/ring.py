@@ -9,8 +9,6 @@ from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.snapshots import RingThresholds
 from lightning_nanguard.types import Evidence
 
-_DEFAULTS = RingThresholds()
-
 
 @final
 class Ring:
@@ -24,7 +22,7 @@ class Ring:
         thresholds: Which snapshots are kept.
     """
 
-    def __init__(self, capacity: int = 3, thresholds: RingThresholds = _DEFAULTS) -> None:
+    def __init__(self, capacity: int = 3, thresholds: RingThresholds = RingThresholds()) -> None:
         self.capacity = capacity
         self._limits = thresholds
         self.certified: list[Snapshot] = []

@@ -15,7 +15,6 @@ from lightning_nanguard.state.device import Device, Event
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
 _WORD = torch.int64.itemsize
-_DEFAULTS = PlacementThresholds()
 
 
 @final
@@ -65,7 +64,7 @@ class SideCopy:
         thresholds: Size of the staging memory.
     """
 
-    def __init__(self, device: Device, thresholds: PlacementThresholds = _DEFAULTS) -> None:
+    def __init__(self, device: Device, thresholds: PlacementThresholds = PlacementThresholds()) -> None:
         self._device = device
         self._limits = thresholds
         self._staging: dict[torch.device, tuple[Tensor, Tensor]] = {}

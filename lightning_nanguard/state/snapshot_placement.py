@@ -22,7 +22,6 @@ from lightning_nanguard.state.snapshot_room import NOWHERE, DevicePeaks, Place, 
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
-_DEFAULTS = PlacementThresholds()
 _HOST = torch.device("cpu")
 
 
@@ -59,7 +58,7 @@ class SnapshotPlacement:
         parts: int = 1,
         limit: float = math.inf,
         others: Callable[[], int] = int,
-        thresholds: PlacementThresholds = _DEFAULTS,
+        thresholds: PlacementThresholds = PlacementThresholds(),
     ) -> None:
         self._learner = learner
         self._ring = ring

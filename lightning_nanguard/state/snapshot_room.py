@@ -15,9 +15,6 @@ from lightning_nanguard.state.device import Device, DeviceMemory, host_blocks
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.snapshots import PlacementThresholds
 
-_DEFAULTS = PlacementThresholds()
-
-
 _MANY = 1 << 6
 
 
@@ -150,7 +147,7 @@ class DevicePeaks:
         thresholds: What stays free.
     """
 
-    thresholds: PlacementThresholds = _DEFAULTS
+    thresholds: PlacementThresholds = PlacementThresholds()
     _seen: dict[torch.device, int] = field(default_factory=dict)
     _without: dict[torch.device, int] = field(default_factory=dict)
 

@@ -15,7 +15,6 @@ from lightning_nanguard.state.random_state import RandomState, is_checked
 from lightning_nanguard.thresholds.batches import RepeatedStepsThresholds
 
 _logger = logging.getLogger("lightning_nanguard")
-_DEFAULTS = RepeatedStepsThresholds()
 
 
 @final
@@ -128,7 +127,7 @@ class StepMemory:
         writes_weights: Whether a step was seen to write into parameters.
     """
 
-    def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = _DEFAULTS) -> None:
+    def __init__(self, module: nn.Module, thresholds: RepeatedStepsThresholds = RepeatedStepsThresholds()) -> None:
         self._module = module
         self._limits = thresholds
         self._attributes = AttributeMemory(module, thresholds)
