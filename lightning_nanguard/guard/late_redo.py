@@ -38,15 +38,15 @@ class LateRedo:
 
         If it was not, nothing has changed.
         """
-        snapshot, state = self._snapshot(found), self.context.state
-        if snapshot is None or state.redo_since is None:
+        snapshot, redo = self._snapshot(found), self.context.replay.redo
+        if snapshot is None or redo is None:
             return False
         skipped = set(self.skipper.skipped)
         self.skipper.skipped.clear()  # these updates must be made
-        if not state.redo_since(snapshot, found.reading):
+        if not redo(snapshot, found.reading):
             self.skipper.skipped |= skipped
             return False
-        self.snapshots.count_from(state.step)
+        self.snapshots.count_from(self.context.state.step)
         self.caution.update_undone(found, buffers=False)
         self.steps.records.transient(found.fault, since=snapshot, late=found.reading.step)
         return True

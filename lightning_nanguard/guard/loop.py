@@ -25,7 +25,8 @@ from typing import Protocol
 
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.step_tracer import StepTrace
-from lightning_nanguard.types import Evidence, Fault, Finding, Intervention
+from lightning_nanguard.state.snapshot import Snapshot
+from lightning_nanguard.types import Evidence, Fault, Finding, Intervention, Reading
 
 Clock = tuple[int, int, int]
 """``global_step``, epoch and batch index."""
@@ -36,7 +37,13 @@ class BatchReplay:
 
     The methods of this class say that no batch can be examined or run again. A loop that can do so overrides those that
     it can answer.
+
+    Attributes:
+        redo: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its arguments are
+            the snapshot and the reading of the bad update, if one was made. ``None`` if the loop cannot do this.
     """
+
+    redo: Callable[[Snapshot, Reading | None], bool] | None = None
 
     def comparable(self) -> bool:
         """Whether a batch can be run again at all."""

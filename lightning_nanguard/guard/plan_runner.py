@@ -128,19 +128,19 @@ class ActingRunner:
 
     def _redo(self, actions: RemedyActions) -> bool:
         """Make the updates since the restored snapshot again; return whether this was possible."""
-        redo_since, restored, found = self.context.state.redo_since, actions.restored, actions.found
-        if restored is None or redo_since is None or found.arm is not None:
+        redo, restored, found = self.context.replay.redo, actions.restored, actions.found
+        if restored is None or redo is None or found.arm is not None:
             return False  # an arm has made its own updates
         self.skipper.skipped.clear()  # these updates must be made
-        return redo_since(restored, found.not_again(restored.step))
+        return redo(restored, found.not_again(restored.step))
 
     def _redo_averages(self, actions: RemedyActions) -> bool:
         """Make the updates since the newest snapshot again, with their averages; return whether the state is then good.
 
         If it is not, nothing has changed.
         """
-        state, good = self.context.state, self.context.ring.last_certified
-        if state.redo_since is None or good is None or not state.redo_since(good, None):
+        redo, good = self.context.replay.redo, self.context.ring.last_certified
+        if redo is None or good is None or not redo(good, None):
             return False
         if self.plausibility.is_far(actions.found.fault.place):
             return False  # the updates that were made again have the same bits

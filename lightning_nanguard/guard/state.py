@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, final
 
 from lightning_nanguard.decide.state import PolicyState
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.state.learner import scheduled_values
-from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Reading
 
 # Plain values that last from one fit to the next.
@@ -40,9 +39,6 @@ class GuardState:
         healthy_since_restore: Healthy updates since the last restore; ``None`` before the first one.
         bad_in_a_row: Bad batches since the last healthy one.
         policy: The memory of the policy.
-        redo_since: Makes the updates since a snapshot again after a rollback, and returns whether it could. Its
-            arguments are the snapshot and the reading of the bad update, if one was made. The loop sets it; ``None`` if
-            it cannot do this.
         redone: Whether the updates since the last restore were made again.
         redo_cause: What made the state bad when updates were made again because of the present batch, as in
             :attr:`Evidence.redo_cause`. The loop sets it.
@@ -69,7 +65,6 @@ class GuardState:
     healthy_since_restore: int | None = None
     bad_in_a_row: int = 0
     policy: PolicyState = field(default_factory=PolicyState)
-    redo_since: Callable[[Snapshot, Reading | None], bool] | None = None
     redone: bool = False
     redo_cause: tuple[str, str] = ("", "")
     told: tuple[int, str] | None = None

@@ -140,15 +140,15 @@ class Fit:
         if self.context.curve is not None:
             self.context.curve.offset = self._finder.offset
             self.context.curve.listener = LoggerCurves(self.trainer).take
-        rate, later = self.context.rate, self._patches.callback
+        rate, replay, later = self.context.rate, self.replay, self._patches.callback
         module = self.trainer.lightning_module
         keeper = self._keeper(module)
         if module.automatic_optimization and self.context.learner.optimizers:
             runs = Attempts(self.trainer, module, self.guard, self.replay, is_guard, keeper)
             runner = StepRunner(runs)
             later(run_micro_batches_by(self.trainer, partial(failsafe, runner.run), runs.forward))
-            self.context.state.redo_since = runner.redo_since
-            later(setattr, self.context.state, "redo_since", None)
+            replay.redo = runner.redo_since
+            later(setattr, replay, "redo", None)
         elif not (module.automatic_optimization or self.context.settings.observe):
             self.carried = CarriedAttributes(module, self.guard)
         later(guard_saves(self.trainer, self.guard.before_save, self._mend, self.guard.after_save))
