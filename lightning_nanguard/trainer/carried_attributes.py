@@ -8,8 +8,7 @@ from typing import final
 from torch import nn
 
 from lightning_nanguard.guard.guard import Guard
-from lightning_nanguard.state.attribute_memory import AttributeMemory
-from lightning_nanguard.state.attribute_numbers import AttributeNumbers
+from lightning_nanguard.state.attribute_memory import AttributeMemory, AttributeNumbers
 from lightning_nanguard.state.random_state import is_checked
 
 

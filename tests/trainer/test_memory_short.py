@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_nanguard import NaNGuard
 from lightning_nanguard.state import batch_undo, restore
-from lightning_nanguard.trainer.repeat import gradients, updates_again
+from lightning_nanguard.trainer.repeat import updates_again
+from lightning_nanguard.trainer.repeat.attempts import Attempts
 from tests.helpers import FaultAt, batches, fit, task, words
 from tests.trainer.faulty_steps import Fault, Faulty
 from tests.trainer.repeat.test_updates_again import Struck
@@ -49,7 +50,7 @@ def test_a_window_is_skipped(where: str, tmp_path: Path, monkeypatch: pytest.Mon
     if where == "undo":
         short_of_undo(monkeypatch)
     else:
-        monkeypatch.setattr(gradients, "gradients_of", out_of_memory)
+        monkeypatch.setattr(Attempts, "gradients", out_of_memory)
     guard = NaNGuard()
     fit(Faulty(Fault("gradient", (10,))), batches(count=24), guard, folder=tmp_path, accumulate_grad_batches=3)
     assert words(guard) == [("skip",)]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
+from itertools import repeat
 from typing import Any, final
 
 import torch
@@ -12,6 +13,8 @@ import torch
 from lightning_nanguard.act.patches import wrapped
 from lightning_nanguard.distributed.collectives import collectives_begun
 from lightning_nanguard.guard.guard import Guard
+from lightning_nanguard.state.batch_undo import BatchUndo
+from lightning_nanguard.state.device import OutOfMemory
 from lightning_nanguard.state.restore import part_of_snapshot, weights_if_room
 from lightning_nanguard.state.step_start import StepMemory
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
@@ -196,6 +199,31 @@ class Attempts:
             yield
         finally:
             self._may_pass = False
+
+    def gradients(self) -> list[Any]:
+        """Copies of the gradients; ``None`` for a parameter without one."""
+        return [None if p.grad is None else p.grad.detach().clone() for p in self.module.parameters()]
+
+    def gradients_if_room(self) -> list[Any] | None:
+        """Copies of the gradients; ``None`` if there is not enough memory."""
+        try:
+            return self.gradients()
+        except OutOfMemory:
+            return None
+
+    def give_gradients(self, gradients: Iterable[Any] = repeat(None)) -> None:
+        """Set the gradients; by default, remove them."""
+        for parameter, gradient in zip(self.module.parameters(), gradients, strict=False):
+            parameter.grad = gradient
+
+    def undo_if_room(self) -> BatchUndo | None:
+        """An object that undoes a micro-batch; ``None`` if memory is not enough for it and for copies of gradients."""
+        try:
+            undo = self.replay.make_undo(thorough=True)
+            undo.open()
+        except OutOfMemory:
+            return None
+        return None if self.gradients_if_room() is None else undo
 
     def call_missed_hooks(self, first: Outcome) -> None:
         """Call ``on_after_backward`` if the first run ended in its backward pass, and a repeated one did not.

@@ -14,7 +14,6 @@ from lightning_nanguard.state.step_start import StepClock
 from lightning_nanguard.trainer.private.closures import logging_for
 from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
-from lightning_nanguard.trainer.repeat.gradients import give_gradients, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, no_loss
 from lightning_nanguard.types import Fault
 
@@ -88,8 +87,8 @@ class RanksAgain:
 
     def _window_again(self, first: Outcome, after: StepClock) -> Any:
         """Find the bad micro-batches of each rank, and make the update from the others."""
-        window, parameters = self._window, list(self._runs.module.parameters())
-        trace = undo_if_room(self._runs.replay.make_undo, parameters)
+        window = self._window
+        trace = self._runs.undo_if_room()
         if not all(self._ranks.gather(trace is not None)) or trace is None:
             return first.result
         self._undos.undo()
@@ -98,7 +97,7 @@ class RanksAgain:
         self._check.drop_losses()
         with self._runs.repeating(counted=True):
             with self._runs.trainer.strategy.block_backward_sync():  # type: ignore[attr-defined]
-                raised = [micro for micro in window.micros if self._raises(micro, trace, parameters)]
+                raised = [micro for micro in window.micros if self._raises(micro, trace)]
             self._tell_errors(raised)
             self._leave_out_beside()
             good = [micro for micro in window.micros if micro.is_used]
@@ -107,9 +106,9 @@ class RanksAgain:
             self._undos.undo()
             if not total:
                 after.restore()
-                self._spoil(first, parameters)
+                self._spoil(first)
                 return first.result
-            give_gradients(parameters, [None] * len(parameters))
+            self._runs.give_gradients()
             window.shares = every, total
             outcome = self._make(good)
         if not window.micros[-1].is_used:
@@ -130,9 +129,9 @@ class RanksAgain:
         for index in {index for of_rank in unused for index in of_rank if index < len(micros)}:
             micros[index].beside = micros[index].left_out is None
 
-    def _raises(self, micro: WindowEntry, trace: BatchUndo, parameters: Sequence[Any]) -> bool:
+    def _raises(self, micro: WindowEntry, trace: BatchUndo) -> bool:
         """Run a micro-batch alone, and leave it out if it is bad; return whether it raised."""
-        give_gradients(parameters, [None] * len(parameters))
+        self._runs.give_gradients()
         clean = all(one.left_out is None for one in self._window.micros)
         micro.start.restore(carried=clean)
         attributes = self._runs.memory.attributes_now()
@@ -171,13 +170,13 @@ class RanksAgain:
             raise outcome.error  # this rank's part of the sum is lost
         return outcome
 
-    def _spoil(self, first: Outcome, parameters: Sequence[Any]) -> None:
+    def _spoil(self, first: Outcome) -> None:
         """No micro-batch is good: make a bad gradient on every rank, so that the guard skips the update."""
         loss = getattr(first.result, "closure_loss", None)
         if loss is not None:
             self._runs.guard.see_loss(loss)
-        trained = [torch.full_like(one, torch.nan) if one.requires_grad else None for one in parameters]
-        give_gradients(parameters, trained)
+        parameters = self._runs.module.parameters()
+        self._runs.give_gradients(torch.full_like(p, torch.nan) if p.requires_grad else None for p in parameters)
 
     def _record_left_out(self) -> None:
         mine = self._window.left_out()

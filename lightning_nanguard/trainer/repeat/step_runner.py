@@ -9,7 +9,7 @@ from typing import Any, final
 import torch
 
 from lightning_nanguard.guard.certification import vouch_for_start
-from lightning_nanguard.state.attribute_numbers import AttributeNumbers
+from lightning_nanguard.state.attribute_memory import AttributeNumbers
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.state.step_start import StepClock, StepStart
 from lightning_nanguard.trainer.private.closures import (
@@ -22,7 +22,6 @@ from lightning_nanguard.trainer.private.closures import (
 from lightning_nanguard.trainer.private.training_step import as_in_training
 from lightning_nanguard.trainer.repeat.accumulation_window import NOTHING_LEFT, WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
-from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_if_room
 from lightning_nanguard.trainer.repeat.kept_updates import KeptUpdates
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given, nan_loss
@@ -204,14 +203,14 @@ class StepRunner:
         """The state may be at fault: repeat the updates since the snapshot, and then run this micro-batch."""
         snapshot = self._runs.guard.context.ring.certified[0]
         spoilt = self._check.spoilt_since(snapshot)
-        parameters, earliest = list(self._runs.module.parameters()), self._window.micros[0].start
+        earliest = self._window.micros[0].start
         self._runs.rewind(micro, last)
-        gradients = gradients_if_room(parameters)
+        gradients = self._runs.gradients_if_room()
         if gradients is None:
             return first
         self._undos.undo()
         before = self._updates.go(snapshot, self._check.number - 1, then=micro)
-        give_gradients(parameters, gradients)
+        self._runs.give_gradients(gradients)
         again = first
         if before is not None:
             self._undos.begin_again(earliest.carried_back)
@@ -226,7 +225,7 @@ class StepRunner:
             self._runs.rewind(micro, again)
             before()
             self._undos.begin_again(earliest.carried_back)
-            give_gradients(parameters, gradients)
+            self._runs.give_gradients(gradients)
             self._updates.futile = True
         self._window.rewind(micro)
         return again

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from itertools import repeat
 from typing import Any, final
 
 from lightning_nanguard.state.batch_undo import BatchUndo
 from lightning_nanguard.trainer.private.closures import logging_for, with_outputs_of
 from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry
 from lightning_nanguard.trainer.repeat.attempts import Attempts
-from lightning_nanguard.trainer.repeat.gradients import give_gradients, gradients_of, undo_if_room
 from lightning_nanguard.trainer.repeat.outcome import Outcome, fault_of, given
 
 
@@ -37,7 +37,7 @@ class WindowAgain:
             The result for Lightning.
         """
         window, result, fault = self._window, None, None
-        trace = undo_if_room(self._runs.replay.make_undo, [*self._runs.module.parameters()])
+        trace = self._runs.undo_if_room()
         if trace is None:
             return given(first)
         known, kept = len(window.left_out()), len(window.kept())
@@ -61,12 +61,11 @@ class WindowAgain:
         return first.result if result is None else result
 
     def _one(self, micro: WindowEntry, known: int, trace: BatchUndo, *, last: bool) -> Any:
-        parameters = list(self._runs.module.parameters())
         if micro.left_out is not None:
             if micro.run.zero_grad is not None:
                 micro.run.zero_grad()
             return None
-        before = [None] * len(parameters) if micro.run.zero_grad is not None else gradients_of(parameters)
+        before = repeat(None) if micro.run.zero_grad is not None else self._runs.gradients()
         # After a micro-batch was left out, later ones must not get the attributes that it had changed.
         carried = len(self._window.left_out()) == known
         micro.start.restore(carried=carried)
@@ -76,7 +75,7 @@ class WindowAgain:
         def undo(outcome: Outcome) -> None:
             if not outcome.early and outcome.error is None:
                 self._check.drop_last_loss()
-            give_gradients(parameters, before)
+            self._runs.give_gradients(before)
             trace.undo()
             attributes.restore(plain=False)
 
