@@ -14,8 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_nanguard.distributed.checksum import is_replicated
-from lightning_nanguard.distributed.ranks import PendingReports
+from lightning_nanguard.distributed.ranks import PendingReports, is_replicated
 from lightning_nanguard.distributed.report import Report
 from lightning_nanguard.distributed.sockets import connect
 from lightning_nanguard.state.learner import StateKey

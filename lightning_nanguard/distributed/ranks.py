@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any, Protocol, final
 
 from torch import Tensor
 
 from lightning_nanguard.distributed.report import Report
+from lightning_nanguard.measure.checksum import checksum
+from lightning_nanguard.measure.tensors import is_strided, local
+from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding
 
@@ -101,3 +104,17 @@ def most_confident_over_ranks(ranks: Ranks, finding: Finding | None) -> Finding 
         return None
     best = max(found, key=lambda one: (float(one["confidence"]), bool(one["samples"])))
     return Finding(**{**best, "samples": tuple(best["samples"]), "rows": tuple(best["rows"])})
+
+
+def is_replicated(key: StateKey, leaf: Any) -> bool:
+    """Whether every rank should hold the same value: parameters and moments, but not buffers and averaged copies."""
+    return key[0] in ("parameter", "optimizer") and isinstance(leaf, Tensor) and is_strided(local(leaf))
+
+
+def checksums(leaves: Mapping[StateKey, Any]) -> tuple[int, int]:
+    """Checksums of all parameters, and of all optimizer state. Each one reads once from each device."""
+    replicated = [(key, leaf) for key, leaf in leaves.items() if is_replicated(key, leaf)]
+    return (
+        checksum(leaf for key, leaf in replicated if key[0] == "parameter"),
+        checksum(leaf for key, leaf in replicated if key[0] == "optimizer"),
+    )

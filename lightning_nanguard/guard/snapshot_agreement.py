@@ -7,8 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, final
 
-from lightning_nanguard.distributed.checksum import checksums
-from lightning_nanguard.distributed.ranks import Ranks
+from lightning_nanguard.distributed.ranks import Ranks, checksums
 from lightning_nanguard.distributed.report import Report, minority_ranks
 from lightning_nanguard.state.learner import StateKey
 from lightning_nanguard.state.snapshot import Snapshot

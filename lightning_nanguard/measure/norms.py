@@ -115,14 +115,14 @@ def norms(tensors: Sequence[Tensor], order: float = 2.0) -> list[float]:
     return found
 
 
-def float64_norm(tensor: Tensor) -> float:
+def double_norm(tensor: Tensor) -> float:
     """2-norm of one tensor, computed in float64. Reads from the device."""
     return float(_norm(dense_values(tensor), torch.float64))
 
 
 def exact_norm(tensors: Sequence[Tensor]) -> float:
     """2-norm in float64, for gradients whose squares overflow their own precision. Reads from the device."""
-    return math.sqrt(sum(float64_norm(tensor) ** 2 for tensor in tensors))
+    return math.sqrt(sum(double_norm(tensor) ** 2 for tensor in tensors))
 
 
 def safe_norm(values: Tensor) -> Tensor:
@@ -159,8 +159,3 @@ def widest_dtype(device: torch.device) -> torch.dtype:
 def _norm(values: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     norm: Tensor = torch.linalg.vector_norm(values, dtype=dtype or WIDER.get(values.dtype))
     return norm
-
-
-def double_norm(tensor: Tensor) -> float:
-    """2-norm of any tensor, in double precision. Reads from the device."""
-    return float(torch.linalg.vector_norm(dense_values(tensor), dtype=torch.float64))

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.batches import floating_tensors, nested_tensors
 from lightning_nanguard.measure.finite import has_nan, non_finite_indices
 from lightning_nanguard.measure.tensors import dense_values, shape_of
 from lightning_nanguard.state.device import OutOfMemory
@@ -110,7 +110,7 @@ class FiniteCheck:
         """
 
         def holds_nan(leaf: Any) -> bool:
-            return any(has_nan(one) for one in nested_tensors(leaf) if _is_number(one))
+            return any(map(has_nan, floating_tensors(leaf)))
 
         spoilt = (
             key
@@ -175,10 +175,6 @@ def _sources(key: StateKey) -> tuple[StateKey, ...]:
     if key[0] == "average":
         return key, ("buffer", unwrapped(key[2])), ("parameter", unwrapped(key[2]))
     return (key, ("parameter", key[2])) if key[0] == "optimizer" else (key,)
-
-
-def _is_number(tensor: Tensor) -> bool:
-    return tensor.is_floating_point() or tensor.is_complex()
 
 
 def _name_of_buffer(key: StateKey) -> str | None:

@@ -15,9 +15,9 @@ from torch.amp.grad_scaler import GradScaler
 from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import LBFGS, Optimizer
 
-from lightning_nanguard.measure.tensors import local
+from lightning_nanguard.measure.batches import nested_tensors
+from lightning_nanguard.measure.tensors import is_strided, local
 from lightning_nanguard.state.device import Device
-from lightning_nanguard.state.optimizer_attributes import own_leaves
 
 StateKey = tuple[Any, ...]
 """Names one leaf of the learner: ``("parameter", name)``, ``("buffer", name)``, ``("average", owner, name)``,
@@ -295,7 +295,7 @@ class Learner:
             index: Index of the optimizer.
             names: The names of :meth:`parameter_names`.
         """
-        for path, owner, name in own_leaves(self.optimizers[index], names, self.stepped(index)):
+        for path, owner, name in _own_leaves(self.optimizers[index], names, self.stepped(index)):
             yield ("own", index, *path), owner, name
 
     def leaves(self) -> Iterator[tuple[StateKey, Any]]:
@@ -331,7 +331,7 @@ class Learner:
                     found += entry.values() if isinstance(entry, Mapping) else (entry,)
             for group in optimizer.param_groups:
                 found += [value for key, value in group.items() if key not in CLOCK_KEYS]
-            found += [owner[name] for _, owner, name in own_leaves(optimizer, {}, self.stepped(index))]
+            found += [owner[name] for _, owner, name in _own_leaves(optimizer, {}, self.stepped(index))]
         return found + [tensor for tensors in self._averages().values() for tensor in tensors.values()]
 
     def averages(self) -> Iterator[tuple[StateKey, Tensor]]:
@@ -388,3 +388,48 @@ def _leaves(prefix: StateKey, value: Any) -> Iterator[tuple[StateKey, Any]]:
             yield (*prefix, key), item
     else:
         yield prefix, value
+
+
+_NOT_OWN = frozenset({"state", "param_groups", "defaults"})
+
+
+def _own_leaves(
+    optimizer: Optimizer, names: Mapping[int, str], stepped: Iterable[Tensor]
+) -> Iterator[tuple[tuple[Any, ...], dict[Any, Any], Any]]:
+    """The tensors, lists of tensors and numbers among an optimizer's own attributes.
+
+    The values of dictionaries are given one by one. The weights, and tensors that share memory with them, are left out.
+
+    Args:
+        optimizer: The optimizer. Those of torch keep everything in ``state``.
+        names: Names of parameters by identity, for dictionaries whose keys are parameters.
+        stepped: The tensors that the optimizer steps.
+
+    Yields:
+        The path, the dictionary that holds the value, and its key there. The path is the name of the attribute,
+        followed by the key in it, or by the name of the parameter that is the key.
+    """
+    if type(optimizer).__module__.startswith("torch.optim"):
+        return
+    attributes, weights = vars(optimizer), _memory_of(stepped)
+    for name, value in list(attributes.items()):
+        if name in _NOT_OWN:
+            continue
+        if type(value) is dict:
+            for key, entry in list(value.items()):
+                if _holds_state(entry, weights):
+                    yield (name, names.get(id(key), key)), value, key
+        elif _holds_state(value, weights) or (type(value) in (int, float) and not name.startswith("_")):
+            yield (name,), attributes, name
+
+
+def _memory_of(tensors: Iterable[Tensor]) -> frozenset[int]:
+    plain = (local(one) for one in tensors if _ready(one))
+    return frozenset(one.untyped_storage().data_ptr() for one in plain if is_strided(one))
+
+
+def _holds_state(value: Any, weights: frozenset[int]) -> bool:
+    if not (isinstance(value, Tensor) or type(value) in (list, tuple, dict)):
+        return False
+    tensors = list(nested_tensors(value))
+    return bool(tensors) and weights.isdisjoint(_memory_of(tensors))

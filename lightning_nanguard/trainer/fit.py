@@ -31,10 +31,14 @@ from lightning_nanguard.trainer.fit_summary import fit_summary, told_folder
 from lightning_nanguard.trainer.loggers import LoggerCurves, LoggerNumbers, begun_with, log_report
 from lightning_nanguard.trainer.loop import TrainerLoop
 from lightning_nanguard.trainer.private.best_model import keep_best_finite
-from lightning_nanguard.trainer.private.callbacks import IsGuard, after_every_batch, is_from_callback
+from lightning_nanguard.trainer.private.callbacks import (
+    IsGuard,
+    after_every_batch,
+    around_learning_rate_monitors,
+    is_from_callback,
+)
 from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
 from lightning_nanguard.trainer.private.data_order import DataOrder
-from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
 from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
 from lightning_nanguard.trainer.private.running_means import KeptNames

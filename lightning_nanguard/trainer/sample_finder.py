@@ -41,9 +41,8 @@ from lightning_nanguard.state.batch_origin import BatchOrigin, row_of
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.private.data_order import DataOrder
+from lightning_nanguard.trainer.private.data_order import DataOrder, changes_batches
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.transfer_hooks import changes_batches
 from lightning_nanguard.trainer.repeat.numeric_errors import may_be_numeric
 from lightning_nanguard.types import Evidence, Fault, Finding, Row
 

@@ -15,7 +15,7 @@ from torch.optim import SGD, Optimizer
 from torch.optim import lr_scheduler as schedulers
 
 from lightning_nanguard.act.learning_rate import LearningRate
-from lightning_nanguard.trainer.private.learning_rate_monitor import around_learning_rate_monitors
+from lightning_nanguard.trainer.private.callbacks import around_learning_rate_monitors
 
 BATCHES, EPOCHS = 6, 2
 STEPS = BATCHES * EPOCHS

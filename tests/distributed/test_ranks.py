@@ -11,10 +11,13 @@ import torch
 from lightning_nanguard.distributed.ranks import (
     Ranks,
     SingleProcess,
+    checksums,
     first_over_ranks,
+    is_replicated,
     mean_over_ranks,
     most_confident_over_ranks,
 )
+from lightning_nanguard.measure.checksum import checksum
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.types import Finding
 from tests.distributed.test_report import HEALTHY
@@ -73,3 +76,15 @@ def test_a_single_process_agrees_with_itself() -> None:
     ranks.close()
     with pytest.raises(RuntimeError, match="no other rank to report to"):
         ranks.post(HEALTHY)
+
+
+def test_only_what_all_ranks_hold_counts() -> None:
+    """Parameters and optimizer state have a sum each; buffers, averaged copies and plain numbers count in none."""
+    leaves = {
+        ("parameter", "w"): torch.ones(3),
+        ("optimizer", 0, "exp_avg"): torch.zeros(3),
+        ("optimizer", 0, "step"): 3,
+        ("buffer", "mean"): torch.full((3,), 2.0),
+    }
+    assert [key for key, leaf in leaves.items() if is_replicated(key, leaf)] == list(leaves)[:2]
+    assert checksums(leaves) == (checksum([torch.ones(3)]), checksum([torch.zeros(3)]))

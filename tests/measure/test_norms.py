@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_nanguard.measure.norms import (
+    double_norm,
     each_norm,
     exact_norm,
-    float64_norm,
     norms,
     partial_norms,
     safe_norm,
@@ -90,7 +90,7 @@ def test_squares_that_overflow_their_own_precision() -> None:
     """Where the fast norm overflows, the exact and the safe one are finite; a NaN is not."""
     large = torch.full((2,), 3e38)
     assert math.isinf(float(total_norm(partial_norms([large]))))
-    assert exact_norm([large]) == float64_norm(large) == pytest.approx(3e38 * math.sqrt(2), rel=1e-6)
+    assert exact_norm([large]) == double_norm(large) == pytest.approx(3e38 * math.sqrt(2), rel=1e-6)
     assert float(safe_norm(large)) == pytest.approx(3e38 * math.sqrt(2), rel=1e-6)
     # The result is float32, whose largest number stands for all beyond it.
     assert float(safe_total_norm([safe_norm(large)], CPU)) == torch.finfo(torch.float32).max

@@ -21,10 +21,10 @@ from lightning_nanguard.diagnosis.rules.loss_function import wrong_gradient
 from lightning_nanguard.measure.batches import mapped
 from lightning_nanguard.thresholds.check import CHECK, CheckThresholds
 from lightning_nanguard.thresholds.diagnosis import DEFAULT
+from lightning_nanguard.trainer.private.data_order import readable_loader
 from lightning_nanguard.trainer.private.first_batch import at_first_batch
 from lightning_nanguard.trainer.private.lightning_cli import from_config
 from lightning_nanguard.trainer.private.training_step import BareStep, clip_as_configured
-from lightning_nanguard.trainer.private.transfer_hooks import readable_loader
 from lightning_nanguard.trainer.private.untraced import untraced
 from lightning_nanguard.types import Finding
 
