@@ -3,30 +3,20 @@
 from __future__ import annotations
 
 import datetime as dt
-import enum
 import math
-import numbers
 import sys
-import types
-import weakref
 from collections.abc import Callable, Iterator
-from pathlib import PurePath
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_nanguard.measure.containers import parts_of, remade
+from lightning_nanguard.measure.containers import LEAVES, parts_of, remade
 from lightning_nanguard.measure.tensors import dense_values, size
 from lightning_nanguard.thresholds.fixed import DEEPEST_PART
 
-# Types whose values lead to no other value that a batch would keep in memory.
-_LEAVES = (
-    int, float, str, bytes, bytearray, numbers.Number, np.generic, type(None), enum.Enum, range, slice, type, PurePath,
-    dt.date, dt.time, dt.timedelta, dt.tzinfo, torch.dtype, torch.device, torch.Size, weakref.ReferenceType,
-    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
-)  # fmt: skip
+_LEAVES = (*LEAVES, dt.tzinfo)
 
 
 def largest_magnitudes(batch: Any) -> list[float]:

@@ -38,12 +38,17 @@ class _Anatomy:
     make: Callable[[Any, list[Any]], Any]
 
 
+LEAVES = (
+    int, float, str, bytes, bytearray, numbers.Number, np.generic, type(None), enum.Enum, range, slice, type, PurePath,
+    dt.date, dt.time, dt.timedelta, torch.dtype, torch.device, torch.Size, weakref.ReferenceType,
+    types.FunctionType, types.BuiltinFunctionType, types.ModuleType,
+)  # fmt: skip
+"""Types whose values lead to no other value that a batch would keep in memory."""
+
 # Values of these types hold no part of a batch, and could lead to the whole program.
 _WHOLE = (
-    Tensor, np.ndarray, np.generic, str, bytes, bytearray, range, numbers.Number, enum.Enum, type(None), type, slice,
-    types.ModuleType, types.FunctionType, types.BuiltinFunctionType, types.MethodType, Iterator, PurePath,
-    dt.date, dt.time, dt.timedelta, weakref.ReferenceType, torch.dtype, torch.device, torch.Generator,
-    torch.Size, nn.Module, Optimizer, Dataset, DataLoader, Sampler,
+    *LEAVES, Tensor, np.ndarray, types.MethodType, Iterator, torch.Generator,
+    nn.Module, Optimizer, Dataset, DataLoader, Sampler,
 )  # fmt: skip
 
 _known: dict[type, _Anatomy | None] = {}
