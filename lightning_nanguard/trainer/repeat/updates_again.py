@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, final
@@ -57,7 +57,6 @@ class UpdatesAgain:
         context = self._context = runs.guard.context
         self._limits = context.thresholds.batches.repeated
         self._averages = RepeatedAverages(self._trainer)
-        self._measures = RepeatedMeasures(self._trainer, self._module)
         self._kept = kept
         self._started = context.state.step
         # Logged values of repeated updates that differ from those of the run.
@@ -100,7 +99,7 @@ class UpdatesAgain:
         learner, optimizer = self._context.learner, self._context.learner.optimizers[0]
         try:
             before, after, left = self._capture(snapshot), None, None
-            measured = measures = self._measures.now()
+            measured = measures = measures_now(self._trainer, self._module)
         except OutOfMemory:
             return None
         self._context.state.redo_cause = "", ""
@@ -115,7 +114,7 @@ class UpdatesAgain:
                     if (start := next(made, None)) is not None:
                         after = self._capture(snapshot)
                         left = self._runs.memory.attributes_now() if then is None else None
-                        measures = self._measures.now()
+                        measures = measures_now(self._trainer, self._module)
                         # In a step the repetition is needed: the loss may be bad because of such a parameter.
                         untrained = learner.untrained() if then is None else ()
                         if (written := written_outside(start, before, after, untrained)) is not None:
@@ -133,7 +132,7 @@ class UpdatesAgain:
             left.restore(plain=False)
         if after is None:
             return None
-        self._measures.take(measures)
+        put_measures(measures, repeated=True)
         return partial(self._put_back, before, measured)
 
     def log_again(self) -> None:
@@ -143,9 +142,9 @@ class UpdatesAgain:
             if row.step < now:  # the present update is logged later
                 log_row(self._trainer, row)
 
-    def _put_back(self, before: Snapshot, measures: Sequence[tuple[Any, dict[str, Any]]]) -> None:
+    def _put_back(self, before: Snapshot, measures: _Measures) -> None:
         restore(self._context.learner, before)
-        self._measures.put(measures)
+        put_measures(measures)
 
     def _capture(self, beside: Snapshot) -> Snapshot:
         step, clock = self._context.state.step, self._trainer.global_step
@@ -226,11 +225,11 @@ class UpdatesAgain:
         """Restore the metrics and means before the first update. Later ones follow from the repeated updates."""
         if not (first or update.opens_epoch):
             return
-        repeated = self._measures.now()
+        repeated = measures_now(self._trainer, self._module)
         for undo in update.measures:
             undo()
         if not first:
-            self._measures.take(repeated)  # metrics that were not reset at the end of the epoch
+            put_measures(repeated, repeated=True)  # metrics that were not reset at the end of the epoch
 
     def _average_again(self, number: int, global_step: int) -> None:
         self._averages.make_again(global_step)
@@ -297,37 +296,27 @@ def _is_same(known: Tensor | None, now: Tensor) -> bool:
     return known is not None and torch.equal(known, now)
 
 
-@final
-class RepeatedMeasures:
-    """Stores metrics and running means, and replaces them with the values from repeated updates.
+_Measures = list[tuple[Metric, dict[str, Any]]]
 
-    A value is replaced only if it has as many updates as in the run. Otherwise code that is not repeated, such as a
-    validation, has reset or updated it.
+
+def measures_now(trainer: Any, module: LightningModule) -> _Measures:
+    """The present state of all metrics and running means."""
+    counted = [one for one in module.modules() if isinstance(one, Metric) and is_undone(one)]
+    return [(one, _held(one)) for one in (*counted, *running_means(trainer))]
+
+
+def put_measures(measures: _Measures, *, repeated: bool = False) -> None:
+    """Restore metrics and running means.
+
+    Args:
+        measures: The result of :func:`measures_now`.
+        repeated: Whether it is from repeated updates. Then a value is used only if it has as many updates as in the
+            run. Otherwise code that is not repeated, such as a validation, has reset or updated it.
     """
-
-    def __init__(self, trainer: Any, module: LightningModule) -> None:
-        self._trainer = trainer
-        self._module = module
-
-    def now(self) -> list[tuple[Metric, dict[str, Any]]]:
-        """The present state of all of them."""
-        counted = [one for one in self._module.modules() if isinstance(one, Metric) and is_undone(one)]
-        return [(one, _held(one)) for one in (*counted, *running_means(self._trainer))]
-
-    @staticmethod
-    def put(measures: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
-        """Restore the state that :meth:`now` returned."""
-        for metric, held in measures:
+    for metric, held in measures:
+        if not repeated or held["_update_count"] == metric._update_count:
             for name, value in held.items():
                 setattr(metric, name, _copied(value))
-
-    def take(self, repeated: Sequence[tuple[Metric, dict[str, Any]]]) -> None:
-        """Use the values after repeated updates.
-
-        Args:
-            repeated: The result of :meth:`now` after the last repeated update.
-        """
-        self.put([(metric, held) for metric, held in repeated if held["_update_count"] == metric._update_count])
 
 
 def _held(metric: Metric) -> dict[str, Any]:
