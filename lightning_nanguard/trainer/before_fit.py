@@ -12,7 +12,7 @@ from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.data_order import DataOrder
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
-from lightning_nanguard.trainer.private.resuming import before_resuming
+from lightning_nanguard.trainer.private.saving import before_resuming
 
 
 @final

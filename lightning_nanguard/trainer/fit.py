@@ -37,9 +37,8 @@ from lightning_nanguard.trainer.private.callbacks import (
     around_learning_rate_monitors,
     is_from_callback,
 )
-from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by
+from lightning_nanguard.trainer.private.closures import MicroBatchRun, run_micro_batches_by, skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.data_order import DataOrder
-from lightning_nanguard.trainer.private.optimizer_step import skipped_steps_raise_nothing
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer, package_of, rank_zero_info
 from lightning_nanguard.trainer.private.running_means import KeptNames
 from lightning_nanguard.trainer.private.saving import catch_write_errors, guard_saves, write_checkpoint
