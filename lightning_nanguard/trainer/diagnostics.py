@@ -26,12 +26,11 @@ from lightning_nanguard.state.batch_history import MicroBatch
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
-from lightning_nanguard.trainer.ended_schedule import EndedSchedule
 from lightning_nanguard.trainer.first_updates import FirstUpdates
 from lightning_nanguard.trainer.private.data_order import readable_loader
 from lightning_nanguard.trainer.private.packages import LightningModule, Trainer
 from lightning_nanguard.trainer.private.strategies import autocasts_to_half, grad_scaler
-from lightning_nanguard.trainer.run_advice import SkipShare
+from lightning_nanguard.trainer.run_advice import EndedSchedule, SkipShare
 from lightning_nanguard.trainer.sample_finder import SampleFinder
 from lightning_nanguard.types import Advice, Evidence, Fault, Finding, Intervention
 

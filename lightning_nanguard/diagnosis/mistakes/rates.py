@@ -28,7 +28,7 @@ def schedule_ended(seen: Observation, thresholds: DiagnosisThresholds) -> Findin
     """All rates have fallen almost to zero, and most of the run is still to come.
 
     A schedule that ends with the run, or that rises again, is intended. Whether it rises again, only later updates
-    show (:class:`~lightning_nanguard.trainer.ended_schedule.EndedSchedule`).
+    show (:class:`~lightning_nanguard.trainer.run_advice.EndedSchedule`).
     """
     limits = thresholds.mistakes
     if not seen.scheduled or seen.expected < limits.runs_on * seen.updates:
