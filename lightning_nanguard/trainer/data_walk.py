@@ -11,7 +11,7 @@ from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.data_check import Collated, Unreadable
 from lightning_nanguard.measure.sample_parts import is_separable, select_samples
 from lightning_nanguard.record.bad_samples import BadSample
-from lightning_nanguard.state.batch_origin import row_of
+from lightning_nanguard.state.batch_history import row_of
 
 _WHOLE = (RandomSampler, SequentialSampler, DistributedSampler)
 """Samplers of all rows, some of which an epoch may leave out."""

@@ -36,8 +36,7 @@ from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.state.attributes import attributes_kept
-from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.state.batch_origin import BatchOrigin, row_of
+from lightning_nanguard.state.batch_history import BatchOrigin, MicroBatch, row_of
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay

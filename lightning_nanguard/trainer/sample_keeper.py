@@ -14,8 +14,7 @@ from torch import nn
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.guard.guard import Guard
 from lightning_nanguard.measure.sample_parts import is_separable, select_samples
-from lightning_nanguard.state.batch_history import MicroBatch
-from lightning_nanguard.state.batch_origin import BatchOrigin
+from lightning_nanguard.state.batch_history import BatchOrigin, MicroBatch
 from lightning_nanguard.trainer.batch_replay import TrainerBatchReplay
 from lightning_nanguard.trainer.private.packages import LightningModule
 from lightning_nanguard.trainer.repeat.accumulation_window import WindowEntry

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
-from lightning_nanguard.state.batch_history import BatchHistory
-from lightning_nanguard.state.batch_origin import BatchOrigin
+from lightning_nanguard.state.batch_history import BatchHistory, BatchOrigin, row_of, without
 from lightning_nanguard.thresholds.batches import (
     BatchesThresholds,
     HealthyBatchesThresholds,
@@ -209,3 +209,13 @@ def test_a_part_of_a_batch_is_restored_too() -> None:
         history.accept(whole, 0)
     assert [*part] == []
     assert [sorted(one) for one, _ in history.healthy] == [["x"]]
+
+
+def test_rows_of_keys() -> None:
+    """Integers of any kind are rows; what else a sampler draws is named in words."""
+    assert [row_of(key) for key in (3, np.int64(4), torch.tensor(5), "a/b.png")] == [3, 4, 5, "a/b.png"]
+
+
+def test_others_keep_their_order() -> None:
+    """What is left out leaves the order of the others as it is."""
+    assert without([5, 2, 9, 2, 1], {2, 7}) == [5, 9, 1]

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler
 
 from lightning_nanguard import NaNGuard
-from lightning_nanguard.state.batch_origin import row_of
+from lightning_nanguard.state.batch_history import row_of
 from lightning_nanguard.trainer.private.data_order import changes_batches, readable_loader
 from tests.helpers import fit, task, trainer_for
 
