@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned, state_of_guard
-from lightning_nanguard.record.run_history import with_earlier_parts
-from lightning_nanguard.record.run_log import RunLog
+from lightning_nanguard.record.run_log import RunLog, with_earlier_parts
 
 _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 

@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.files import ADVICE_FILE, LAST_GOOD, RECORDS_FILE
-from lightning_nanguard.record.run_history import relative_path, seen_from
-from lightning_nanguard.record.run_log import append_event, new_run_id, read_run
+from lightning_nanguard.record.run_log import append_event, new_run_id, read_run, relative_path, seen_from
 
 try:
     import fcntl

@@ -1,4 +1,4 @@
-"""Reads the files in the folder of a run."""
+"""Reads the files in the folder of a run, and describes in words what was measured around an intervention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
-from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
+from lightning_nanguard.record.run_log import RunLog, earlier_parts, find_runs, read_run
 from lightning_nanguard.record.summary import mostly_skipped
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.report import REPORT
@@ -212,3 +211,38 @@ def find_run(where: Path) -> Path | None:
     if runs:
         return runs[-1].folder
     return max((path.parent for path in where.rglob(RECORDS_FILE)), default=None)
+
+
+def loss_around(intervention: Intervention, data: RunData) -> list[str]:
+    """The loss before and after an intervention in words; empty if one of them is not known.
+
+    Args:
+        intervention: The intervention.
+        data: Its run.
+    """
+    before, after = data.losses_around(intervention)
+    if before is None or after is None:
+        return []
+    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {REPORT.rows_around} recorded losses)"]
+
+
+def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
+    """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each.
+
+    Args:
+        intervention: The intervention.
+        data: Its run.
+    """
+    lines = loss_around(intervention, data)
+    norms = data.norms_at(intervention)
+    if norms is not None and len(norms.updates) > 1:
+        known = {name: [one for one in values if one is not None] for name, values in norms.layers.items()}
+        # What was not finite before says nothing about the change.
+        changed = {name: one for name, one in known.items() if len(one) > 1 and math.isfinite(one[0])}
+        told = [f"{name} {one[0]:.3g} → {one[-1]:.3g}" for name, one in changed.items()]
+        if told:
+            more = len(told) - REPORT.layers_in_text
+            rest = f", and {more:,} more" if more > 0 else ""
+            shown = ", ".join(told[: REPORT.layers_in_text])
+            lines.append(f"gradient norms in the last {len(norms.updates)} updates: {shown}{rest}")
+    return lines

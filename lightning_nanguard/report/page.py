@@ -15,9 +15,8 @@ from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers
 from lightning_nanguard.record.trials import trials_in_words
-from lightning_nanguard.report.data import RunData
+from lightning_nanguard.report.data import RunData, loss_around
 from lightning_nanguard.report.figure import draw, to_svg
-from lightning_nanguard.report.recorded import loss_around
 from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import SUSPICION, Advice, Intervention, Kind
 
