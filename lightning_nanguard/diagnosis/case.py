@@ -1,4 +1,4 @@
-"""What a rule gets: a :class:`Case`, in plain numbers and words, standard library only."""
+"""What a rule gets: a :class:`Case`, in plain numbers and words, without torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.batch import batch_clues, samples
 from lightning_nanguard.diagnosis.case import Case, Curvature, Layer, Model, Objective
-from lightning_nanguard.diagnosis.course import Course
+from lightning_nanguard.diagnosis.course import Course, LossProgress
 from lightning_nanguard.diagnosis.curvature import (
     Hessian,
     Vector,
@@ -30,7 +30,6 @@ from lightning_nanguard.diagnosis.curvature import (
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers
-from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch

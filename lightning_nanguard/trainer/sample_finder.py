@@ -24,7 +24,7 @@ from lightning_nanguard.diagnosis.bad_samples import (
 )
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.isolation import errors_logged
-from lightning_nanguard.diagnosis.other_weights import other_signs
+from lightning_nanguard.diagnosis.module_state import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.rules.phrases import DRAWN, listed
 from lightning_nanguard.diagnosis.rules.signs import in_gradient
