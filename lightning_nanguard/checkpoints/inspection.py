@@ -145,11 +145,7 @@ def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
 
 
 def folders_of_run(log: RunLog) -> list[Path]:
-    """The folders with the checkpoints of a run, including those from before it was resumed.
-
-    Args:
-        log: The log of the run.
-    """
+    """The folders with the checkpoints of a run, including those from before it was resumed."""
     folders = [log.folder.parent / "checkpoints"]
     for part in with_earlier_parts([log]):
         saved = (Path(os.path.normpath(part.folder / path)).parent for path in part.saved)

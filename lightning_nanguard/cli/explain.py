@@ -76,11 +76,7 @@ def _begun(folder: Path) -> tuple[str, float, str]:
 
 
 def headline(data: RunData) -> str:
-    """Which run it is, and how it went, in one line.
-
-    Args:
-        data: The run.
-    """
+    """Which run it is, and how it went, in one line."""
     log = data.log
     if log is None:
         how = "with a damaged" if (data.folder / RUN_FILE).exists() else "without its"

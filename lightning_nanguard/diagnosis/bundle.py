@@ -211,11 +211,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def name_of_class(kind: type) -> str:
-    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, or ``file.py:Class`` of a script.
-
-    Args:
-        kind: The class.
-    """
+    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, or ``file.py:Class`` of a script."""
     home, main = kind.__module__, sys.modules.get("__main__")
     if home == "__main__":
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)

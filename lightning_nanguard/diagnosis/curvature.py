@@ -223,10 +223,6 @@ def typical(hessian: Hessian, top: Vector, probes: int = DEFAULT.curvature.probe
 def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = DEFAULT.curvature) -> tuple[float, float]:
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
 
-    Args:
-        hessian: The Hessian.
-        thresholds: The accuracy, and the limits on time.
-
     Raises:
         ModuleNotFoundError: If SciPy is not installed. It comes with the extra ``curvature``.
 

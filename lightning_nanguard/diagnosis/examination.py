@@ -75,13 +75,7 @@ class Examination:
         self._scipy_missed = False
 
     def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
-        """The course of the loss if an examination is due now; ``None`` otherwise.
-
-        Args:
-            updates: Updates so far.
-            history: History of the losses.
-            asked: Whether the user asked for it.
-        """
+        """The course of the loss if an examination is due now; ``None`` otherwise."""
         progress = self._progress
         if progress is not None and progress.due(updates):
             progress.take_level(updates, history)

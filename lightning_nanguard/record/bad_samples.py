@@ -17,11 +17,7 @@ _HASH = "hash "
 
 
 def hash_key(name: str) -> str:
-    """The key of a sample without a row.
-
-    Args:
-        name: Its hash.
-    """
+    """The key of a sample without a row."""
     return f"{_HASH}{name}"
 
 
@@ -170,9 +166,6 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
     """Read the bad samples of a file, the oldest first. Lines that are not records are left out
     with one logged warning.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: If there is no such file. A run without bad samples writes none.
     """
@@ -212,12 +205,7 @@ def _columns(columns: tuple[int, ...]) -> str:
 
 
 def write_csv(samples: Iterable[BadSample], file: TextIO) -> None:
-    """Write samples as CSV with a header.
-
-    Args:
-        samples: The samples.
-        file: The file to write to.
-    """
+    """Write samples as CSV with a header."""
     names = [one.name for one in fields(BadSample)]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)

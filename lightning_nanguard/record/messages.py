@@ -17,9 +17,6 @@ from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention, K
 def tell(intervention: Intervention) -> str:
     """Say in a few lines what happened, why, what was done, and what to do.
 
-    Args:
-        intervention: The intervention.
-
     Example:
         >>> finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active. Lower the learning rate.")
         >>> print(tell(Intervention(7, 0, 7, "collapsed", "loss", ("skip",), 0.1, 0.1, finding=finding)))
@@ -72,9 +69,6 @@ def _rate_to_use(intervention: Intervention) -> str:
 
 def tell_again(intervention: Intervention) -> str:
     """Say in one short line that a fault has come again.
-
-    Args:
-        intervention: The intervention.
 
     Example:
         >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -182,9 +176,6 @@ def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
 def describe_advice(advice: Advice) -> str:
     """Say in one line what was noticed, and when.
 
-    Args:
-        advice: The advice.
-
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
         'step 0 (epoch 0), advice (preflight): dead relu in net.1 (ReLU)'
@@ -205,9 +196,6 @@ def _where(finding: Finding) -> str:
 
 def origin_in_words(finding: Finding) -> str:
     """The rows of a finding's samples, how often they were found, and on which rank; empty if not known.
-
-    Args:
-        finding: The finding.
 
     Example:
         >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
@@ -230,11 +218,7 @@ def origin_in_words(finding: Finding) -> str:
 
 
 def samples_in_words(finding: Finding) -> str:
-    """The samples of a finding: their rows if these are known, else their places in the batch.
-
-    Args:
-        finding: The finding.
-    """
+    """The samples of a finding: their rows if these are known, else their places in the batch."""
     places = listed_numbers("sample", finding.samples) if finding.samples else ""
     if finding.rows:
         return origin_in_words(finding)
@@ -270,11 +254,7 @@ class Thinning:
         """Whether a stop of an observed run was shown."""
 
     def shown(self, intervention: Intervention) -> str:
-        """The text of the next intervention; empty if it is not shown.
-
-        Args:
-            intervention: The intervention.
-        """
+        """The text of the next intervention; empty if it is not shown."""
         if "stop" in intervention.remedies and not intervention.applied:
             if self.would_have_stopped and not self._everything:
                 return ""

@@ -107,11 +107,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether the run of a folder is alive in any process. Without locks: whether its log has no end.
-
-    Args:
-        folder: The folder of the run.
-    """
+    """Whether the run of a folder is alive in any process. Without locks: whether its log has no end."""
     run = read_run(folder)
     if run is None or run.ended is not None:
         return False

@@ -85,11 +85,7 @@ def append_event(folder: Path, event: str, values: Mapping[str, Any]) -> None:
 
 
 def read_run(folder: Path) -> RunLog | None:
-    """Read the log in a folder; ``None`` if there is no readable one.
-
-    Args:
-        folder: The folder of a run.
-    """
+    """Read the log in a folder; ``None`` if there is no readable one."""
     try:
         lines = read_whole(folder / RUN_FILE)
     except OSError:
@@ -113,11 +109,7 @@ def read_run(folder: Path) -> RunLog | None:
 
 
 def find_runs(where: Path) -> list[RunLog]:
-    """The runs in a folder and below it, ordered by the time of their last begin or resume.
-
-    Args:
-        where: The folder to search.
-    """
+    """The runs in a folder and below it, ordered by the time of their last begin or resume."""
     found = [run for path in where.rglob(RUN_FILE) if (run := read_run(path.parent)) is not None]
     return sorted(found, key=lambda run: (run.begun, run.run_id, str(run.folder)))
 
@@ -127,12 +119,7 @@ CHECKPOINT = "checkpoint"
 
 
 def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
-    """The log entry of a fit, with a relative path of its checkpoint, so that folder and checkpoint can be moved.
-
-    Args:
-        folder: The folder of the run.
-        begin: The entry, with an absolute path.
-    """
+    """The log entry of a fit, with a relative path of its checkpoint, so that folder and checkpoint can be moved."""
     said = {name: value for name, value in begin.items() if name != CHECKPOINT}
     path = None if begin.get(CHECKPOINT) is None else relative_path(begin[CHECKPOINT], folder)
     return said if path is None else {**said, CHECKPOINT: path}
@@ -150,9 +137,6 @@ def earlier_parts(log: RunLog) -> list[RunLog]:
     """The logs of the same run in its earlier folders, oldest first.
 
     Most loggers give a restarted program a new folder, even if it resumes from a checkpoint.
-
-    Args:
-        log: The log in the present folder of the run.
     """
     found: list[RunLog] = []
     seen = {os.path.realpath(log.folder)}
@@ -164,20 +148,12 @@ def earlier_parts(log: RunLog) -> list[RunLog]:
 
 
 def with_earlier_parts(logs: Iterable[RunLog]) -> list[RunLog]:
-    """The logs of some runs, each after those of its earlier folders.
-
-    Args:
-        logs: The logs in the present folders of the runs.
-    """
+    """The logs of some runs, each after those of its earlier folders."""
     return [part for log in logs for part in (*earlier_parts(log), log)]
 
 
 def interventions_of_resumed(folder: Path) -> int | None:
-    """Number of recorded interventions of a resumed run since its beginning; ``None`` if it was not resumed.
-
-    Args:
-        folder: The folder of the run.
-    """
+    """Number of recorded interventions of a resumed run since its beginning; ``None`` if it was not resumed."""
     log = read_run(folder)
     earlier = [] if log is None else earlier_parts(log)
     if log is None or (len(log.fits) < 2 and not earlier):

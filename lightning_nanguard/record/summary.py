@@ -111,10 +111,6 @@ def summary(
 def mostly_skipped(skipped: int, updates: int) -> str:
     """Say how many updates were skipped, if most of them were; else ``""``.
 
-    Args:
-        skipped: Number of skipped updates.
-        updates: Number of all updates.
-
     Example:
         >>> mostly_skipped(191, 192)
         '191 of 192 updates were skipped: almost nothing was learned'

@@ -140,8 +140,6 @@ class RunData:
         """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
         The losses of updates that the guard skipped or undid do not count.
-
-        Args:
         """
         known = [one.loss for one in self.kept if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
@@ -151,20 +149,12 @@ class RunData:
         return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
 
     def norms_at(self, intervention: Intervention) -> LayerNorms | None:
-        """The norms of the layers at an intervention; ``None`` if none were written.
-
-        Args:
-            intervention: The intervention.
-        """
+        """The norms of the layers at an intervention; ``None`` if none were written."""
         key = (intervention.run, intervention.global_step, intervention.fault)
         return next((one for one in self.layer_norms if (one.run, one.global_step, one.fault) == key), None)
 
     def losses_around(self, intervention: Intervention) -> tuple[float | None, float | None]:
-        """Median loss before and after an intervention; ``None`` if there is no finite loss.
-
-        Args:
-            intervention: The intervention.
-        """
+        """Median loss before and after an intervention; ``None`` if there is no finite loss."""
         step, rows = intervention.global_step, REPORT.rows_around
         known = [(one.step, one.loss) for one in self.kept if one.loss is not None and math.isfinite(one.loss)]
         before = [loss for at, loss in known if at <= step][-rows:]
@@ -173,11 +163,7 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """Read the files in the folder of a run and in its earlier folders. The data of missing files is empty.
-
-    Args:
-        folder: The folder of the run.
-    """
+    """Read the files in the folder of a run and in its earlier folders. The data of missing files is empty."""
     log = read_run(folder)
     earlier = [] if log is None else earlier_parts(log)
     folders = [*(part.folder for part in earlier), folder]
@@ -200,11 +186,7 @@ def _all(folders: Sequence[Path], name: str, read: Callable[[Path], Sequence[_It
 
 
 def find_run(where: Path) -> Path | None:
-    """The folder of a run: the given one, or that of the newest run below it; ``None`` if there is no run.
-
-    Args:
-        where: The folder of the run, or a folder above several runs.
-    """
+    """The folder of a run: the given one, or that of the newest run below it; ``None`` if there is no run."""
     if read_run(where) is not None or (where / RECORDS_FILE).is_file():
         return where
     runs = find_runs(where)
@@ -214,12 +196,7 @@ def find_run(where: Path) -> Path | None:
 
 
 def loss_around(intervention: Intervention, data: RunData) -> list[str]:
-    """The loss before and after an intervention in words; empty if one of them is not known.
-
-    Args:
-        intervention: The intervention.
-        data: Its run.
-    """
+    """The loss before and after an intervention in words; empty if one of them is not known."""
     before, after = data.losses_around(intervention)
     if before is None or after is None:
         return []
@@ -227,12 +204,7 @@ def loss_around(intervention: Intervention, data: RunData) -> list[str]:
 
 
 def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
-    """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each.
-
-    Args:
-        intervention: The intervention.
-        data: Its run.
-    """
+    """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each."""
     lines = loss_around(intervention, data)
     norms = data.norms_at(intervention)
     if norms is not None and len(norms.updates) > 1:
