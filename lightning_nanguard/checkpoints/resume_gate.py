@@ -54,13 +54,13 @@ class ResumeGate:
         *,
         take: bool,
         observe: bool,
-        thresholds: CheckpointsThresholds | None = None,
+        thresholds: CheckpointsThresholds = CheckpointsThresholds(),
     ) -> None:
         self._module = module
         self._folders = tuple(folders)
         self._take = take
         self._observe = observe
-        self._named = (CheckpointsThresholds() if thresholds is None else thresholds).tensors_named
+        self._named = thresholds.tensors_named
         self.refused: str | None = None
         self.taken: Inspection | None = None
 

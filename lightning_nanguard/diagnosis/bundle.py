@@ -211,7 +211,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def name_of_class(kind: type) -> str:
-    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, or ``file.py:Class`` of a script."""
+    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, ``file.py:Class`` in a script."""
     home, main = kind.__module__, sys.modules.get("__main__")
     if home == "__main__":
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)

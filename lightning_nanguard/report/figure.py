@@ -190,7 +190,10 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
 
 
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
-    """Add a line, in a style for ``plot``, with gaps where a resumed run begins at an earlier step, and where no value is finite."""
+    """Add a line with gaps where a resumed run begins at an earlier step, and where no value is finite.
+
+    ``style`` is for matplotlib's ``plot``.
+    """
     xs: list[float] = []
     ys: list[float] = []
     for row, value in zip(rows, values, strict=True):

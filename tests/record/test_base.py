@@ -1,4 +1,4 @@
-"""What a sink has to bring and what it gets for nothing. Functions are sinks, and what is neither is refused by name."""
+"""What a sink has to bring and gets for nothing. Functions are sinks, and what is neither is refused by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Detects parts of the model that are not trained, or are in evaluation mode, although they seem meant to be trained."""
+"""Detects parts of the model that are not trained, or are in evaluation mode, although they should be trained."""
 
 from __future__ import annotations
 

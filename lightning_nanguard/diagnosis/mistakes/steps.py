@@ -10,7 +10,7 @@ from lightning_nanguard.types import Finding
 def data_repeats(seen: Observation, thresholds: DiagnosisThresholds) -> Finding | None:
     """Many batches of one epoch are the same."""
     limits = thresholds.mistakes
-    if seen.batches < limits.least_batches or seen.batches - seen.distinct < limits.repeated * seen.batches:
+    if seen.batches < limits.batches or seen.batches - seen.distinct < limits.repeated * seen.batches:
         return None
     return Finding(
         "data_repeats",
