@@ -87,7 +87,6 @@ ABLATIONS: dict[str, Contender] = {
         Without("strange batches", change={"batches.healthy.strange_factor": math.inf}),
         Without("plausibility", replaced={"state.plausibility.first_jump": _nothing}),
         Without("start kept", change={"snapshots.ring.keep_start": 0}),
-        Without("by heart", change={"rate_search.cut.by_heart": -1.0}),
         Without("depth by level", replaced={"decide.policy.depth_by_level": _as_asked}),
     )
 }

@@ -61,9 +61,6 @@ class RunControl(Protocol):
         It is 0.1 if that state was taken at a rate of 0.001 and the rate is 0.01 now.
         """
 
-    def rehearsal_batches(self) -> int:
-        """Number of batches that :meth:`rehearse` can use."""
-
 
 _ROLES: dict[type[PlanStep], Role] = {
     Skip: "skip",

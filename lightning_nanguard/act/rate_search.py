@@ -11,19 +11,17 @@ Rehearse = Callable[[float, int], float | None]
 """Gives the mean loss of the newest batches, in loss units, after some updates with the rate times a factor."""
 
 
-def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, few: bool = False) -> float | None:
+def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds) -> float | None:
     """Search the cut at which the loss of the newest batches falls.
 
     Rates are tried from ``largest`` down, until one gains clearly less than a larger one did. Rates at the edge of
     stability look best for a few updates and fail later. So the result is a lower rate than the best one: the lowest of
-    the next rates that gain nearly as much, within a limited range. If a still lower rate also takes the loss nearly to
-    zero, that one is the result.
+    the next rates that gain nearly as much, within a limited range.
 
     Args:
         rehearse: Tries a rate.
         largest: The first factor tried.
         limits: The thresholds.
-        few: Whether there are few batches.
 
     Returns:
         The factor, ``None`` if no rate helped or none could be tried.
@@ -37,22 +35,16 @@ def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds, *, 
         after = rehearse(cut, limits.updates)
         if after is None:
             return None
-        by_heart = before > limits.as_good and 0 <= best_after <= limits.by_heart
-        counted = before if by_heart else min(before - best_after, limits.counted * abs(best_after))
         if after < best_after:
             best, lowest, best_after, least = cut, cut, after, limits.least_of_best * cut
         elif best is not None and after > before + limits.harm:
             # If a lower rate does harm, the larger one was good only by chance, for example because units died.
             best_after, least = before - limits.harm, 0.0
         elif best is not None:
-            # If the best rate halves the loss, a rate that gains less is too slow; otherwise all rates are slow.
-            much = best_after < limits.halved * before and not few
-            if after > best_after + (limits.missing_of_much if much else limits.missing) * counted:
+            if after > best_after + limits.missing * (before - best_after):
                 break
             lowest = cut
-            if by_heart and after <= limits.as_good:
-                least = min(least, cut)
-            elif cut <= least:
+            if cut <= least:
                 break
     return None if best is None else min(limits.most_of_best * best, max(lowest, least))
 

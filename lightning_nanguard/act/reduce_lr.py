@@ -79,14 +79,10 @@ class ReduceLR(Remedy):
         limits, rehearses = self._limits, self.rehearse and step.factor < 1 and not step.tried
         if rehearses and step.clipped and not step.firm and clipping_suffices(run.rehearse, step.factor, limits):
             return
-        few = rehearses and run.rehearsal_batches() <= limits.few
-        found = rehearsed_cut(run.rehearse, step.factor, limits, few=few) if rehearses else None
+        found = rehearsed_cut(run.rehearse, step.factor, limits) if rehearses else None
         if found is None:
             # No rate was tried, or none was good. Only the curvature of a batch and the rate of the state are known.
             factor = min(step.factor, max(step.most, limits.largest_untried), run.rate_factor_of_restored())
         else:
-            # A rate proven long ago may be too high now. A rehearsal that clearly shows this has priority.
-            factor = max(found, min(step.least, limits.trusted * found))
-            if step.firm:
-                factor = min(factor, max(step.most, limits.least_of_best * factor))
+            factor = min(found, max(step.most, limits.least_of_best * found)) if step.firm else found
         run.scale(factor, step.min_lr, limit=step.limit, tried=step.tried)

@@ -230,8 +230,7 @@ class Policy:
         if attempt == 0 and not proposal.tried and self._peak_is_over(evidence, state):
             return None
         clipped = attempt == 0 and any(isinstance(step, Clip) for step in steps)
-        least = self._proven_factor(proposal.factor, evidence, state)
-        return replace(proposal, least=least, limit=rate_rises(evidence, self.thresholds.blame), clipped=clipped)
+        return replace(proposal, limit=rate_rises(evidence, self.thresholds.blame), clipped=clipped)
 
     def _peak_is_over(self, evidence: Evidence, state: PolicyState) -> bool:
         # The run diverged at a peak of the schedule, and it learned before at the present rate.
@@ -239,14 +238,6 @@ class Policy:
         if lr is None or highest is None:
             return False
         return lr <= state.proven_rate and highest > self.thresholds.blame.rate_risen * lr
-
-    def _proven_factor(self, factor: float, evidence: Evidence, state: PolicyState) -> float:
-        if evidence.lr is None or evidence.lr <= 0:
-            return 0.0
-        highest = max(evidence.lr, evidence.highest_lr or 0.0)
-        # Snapshots from about the rate that has just failed prove nothing.
-        proven = state.proven_rate <= highest * self.thresholds.recovery.proven_below
-        return min(factor, state.proven_rate / evidence.lr) if proven else 0.0
 
     def _escalate(self, evidence: Evidence, state: PolicyState) -> tuple[int, PolicyState]:
         since = evidence.healthy_since_restore

@@ -176,7 +176,3 @@ class RemedyActions:
         """
         restored, now = self.restored, self.context.rate.first()
         return restored.rate / now if restored is not None and restored.rate and now else 1.0
-
-    def rehearsal_batches(self) -> int:
-        """Number of batches on which rates can be tried."""
-        return self.context.replay.rehearsal_batches()

@@ -20,19 +20,10 @@ class CutThresholds:
         tries: Rates tried at most.
         ratio: Ratio of each rate tried to the one before. A review divides and multiplies by it, too.
         missing: Share of the best gain that a lower rate may lack.
-        missing_of_much: The same if the best rate takes the loss below ``halved``.
-        halved: Share of the loss before. If the best rate takes the loss below it, ``missing_of_much`` applies.
-        counted: Largest gain that counts, as a multiple of the loss after it. From a very high loss every rate gains
-            almost all.
-        by_heart: Loss units below which the batches count as learned by heart.
-        as_good: Loss units below which a loss counts as almost as good as one that is learned by heart.
-        few: Largest number of batches that counts as few. Few batches are easily learned by heart, which favours large
-            rates.
         harm: Loss units above the loss before the try, above which a rate does harm.
         least_of_best: Smallest share of the best rate that is taken. Rates at the edge of stability look best for a few
             updates and fail later.
         most_of_best: Largest share of the best rate that is taken.
-        trusted: Factor on the rate that was found, up to which a rate proven before is preferred.
         nearly: Share of the gain of a cut that the present rate may lack, so that no cut is made.
     """
 
@@ -43,17 +34,10 @@ class CutThresholds:
     updates: int = 8
     tries: int = 10
     ratio: float = 0.25
-    missing: float = 0.5
-    missing_of_much: float = 0.3
-    halved: float = 0.5
-    counted: float = 30.0
-    by_heart: float = 3e-3
-    as_good: float = 0.05
-    few: int = 2
+    missing: float = 0.3
     harm: float = 0.1
     least_of_best: float = 1 / 16
     most_of_best: float = 1 / 2
-    trusted: float = 4.0
     nearly: float = 0.02
 
 

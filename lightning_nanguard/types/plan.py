@@ -47,8 +47,6 @@ class Scale(PlanStep):
     Attributes:
         factor: The factor that is planned. A remedy that tries rates may choose another one.
         min_lr: Lowest learning rate that may result.
-        least: Factor that leads to a rate proven before. A remedy that tries rates goes below it only if a far lower
-            rate does better.
         limit: True if the resulting rate becomes an upper limit: the schedule has just raised the rate, and is followed
             again when it falls below the limit.
         most: Largest factor at which the loss still falls, computed from its curvature. It bounds the factor if no
@@ -60,7 +58,6 @@ class Scale(PlanStep):
 
     factor: float
     min_lr: float = 0.0
-    least: float = 0.0
     limit: bool = False
     most: float = math.inf
     firm: bool = False

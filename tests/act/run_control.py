@@ -13,7 +13,6 @@ class RunControl:
 
     done: list[tuple[object, ...]] = field(default_factory=list)
     loss: Callable[[float, int], float | None] = lambda factor, updates: None
-    batches: int = 4
     rate_factor: float = 1.0
 
     def skip(self) -> None:
@@ -42,6 +41,3 @@ class RunControl:
 
     def rate_factor_of_restored(self) -> float:
         return self.rate_factor
-
-    def rehearsal_batches(self) -> int:
-        return self.batches

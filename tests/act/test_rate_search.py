@@ -12,13 +12,6 @@ from lightning_nanguard.thresholds.rate_search import CutThresholds
 CUT = CutThresholds()
 
 
-def test_where_the_loss_began_far_off_a_rate_must_come_as_near_as_the_best() -> None:
-    """A rate that takes the loss from 1,000 to 20 is not enough where another takes it to 0.5."""
-    ends = {0.5: math.inf, 0.125: 0.5, 0.03125: 0.6, 0.0078125: 20.0}
-    cut = rehearsed_cut(lambda factor, updates: 1000.0 if updates == 0 else ends.get(factor, 500.0), 0.5, CUT)
-    assert cut == 0.03125
-
-
 def test_no_rate_is_tried_below_those_that_may_be_taken() -> None:
     """A sixteenth of the best rate is the least that is taken, so nothing below it is tried."""
     tried: list[float] = []
@@ -48,19 +41,6 @@ def test_a_rate_that_is_good_by_accident_is_not_taken(ends: dict[float, float], 
     on below both, and only where nothing helps there is it better than none."""
     ends = {0.5: math.inf, **ends}
     assert rehearsed_cut(lambda factor, updates: ends.get(factor, 1.02) if updates else 1.0, 0.5, CUT) == cut
-
-
-@pytest.mark.parametrize(("slow", "cut"), [(0.04, 0.125 / 256), (0.5, 0.125 / 64)])
-def test_batches_learned_by_heart_do_not_choose_a_large_rate(slow: float, cut: float) -> None:
-    """Where the best rate takes them to nothing, so does a far lower one within the same updates: that is taken."""
-    ends = {0.5: math.inf, 0.125: 0.0, 0.125 / 4: 1e-6, 0.125 / 16: 1e-3, 0.125 / 64: 0.01, 0.125 / 256: slow}
-    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.95) if updates else 1.0, 0.5, CUT) == cut
-
-
-def test_a_model_that_has_learned_is_not_said_to_learn_by_heart() -> None:
-    """Where the loss is next to nothing before any update, rates that bring nothing are as bad as ever."""
-    ends = {0.5: math.inf, 0.125: 0.001, 0.125 / 4: 0.0018}
-    assert rehearsed_cut(lambda factor, updates: ends.get(factor, 0.002) if updates else 0.002, 0.5, CUT) == 0.0625
 
 
 @pytest.mark.parametrize("after", [None, 2.4, math.inf, 2.3])

@@ -60,15 +60,13 @@ def test_if_no_rate_is_good_the_run_goes_back_to_that_of_the_restored_state(rate
     assert [done[1] for done in run.done] == [cut]
 
 
-@pytest.mark.parametrize(("batches", "began", "cut"), [(4, 2.3, 0.0625), (2, 2.3, 0.03125), (4, 0.5, 0.03125)])
-def test_how_much_of_the_best_gain_may_be_missing(batches: int, began: float, cut: float) -> None:
-    """Up to half; less where the loss came down by more than half, unless on two batches, soon known by heart."""
-    best = 0.3
-    ends = {0.5: math.inf, 0.125: best, 0.03125: best + 0.4 * (began - best)}
-    run = RunControl(loss=lambda factor, updates: ends.get(factor, began) if updates else began, batches=batches)
+@pytest.mark.parametrize(("gain", "cut"), [(0.75, 0.03125), (0.6, 0.0625)])
+def test_how_much_of_the_best_gain_may_be_missing(gain: float, cut: float) -> None:
+    """A lower rate is taken if it gains at least seven tenths of what the best one gains."""
+    ends = {0.5: math.inf, 0.125: 0.3, 0.03125: 2.3 - gain * 2.0}
+    run = RunControl(loss=lambda factor, updates: ends.get(factor, 2.3) if updates else 2.3)
     ReduceLR().apply(Scale(0.5), run)
-    [(_, factor, _)] = run.done
-    assert factor == cut
+    assert [done[1] for done in run.done] == [cut]
 
 
 @pytest.mark.parametrize(
@@ -107,15 +105,6 @@ def test_rehearsing_can_be_turned_off() -> None:
     run = RunControl(loss=lambda factor, updates: 0.1)
     ReduceLR(rehearse=False).apply(Scale(0.5), run)
     assert run.done == [("scale", 0.5, 0.0)]
-
-
-@pytest.mark.parametrize(("least", "cut"), [(0.1, 0.1), (0.5, 0.25), (0.01, 0.0625)])
-def test_a_rate_that_was_proven_is_not_cut_below(least: float, cut: float) -> None:
-    """Unless a trial says by far that it is too high by now."""
-    ends = {0.5: math.inf, 0.125: 0.3, 0.03125: 2.3}
-    run = RunControl(loss=lambda factor, updates: ends.get(factor, 2.3) if updates else 2.3)
-    ReduceLR().apply(Scale(0.5, least=least), run)
-    assert [done[1] for done in run.done] == [cut]
 
 
 def test_how_deep_a_cut_is_planned_is_a_threshold() -> None:

@@ -135,7 +135,6 @@ def check(plan: Plan, evidence: Evidence, world: World, event: str, *, may_resto
             assert evidence.levels or evidence.undo
         if isinstance(one, Scale):
             assert 0 < one.factor <= 1, "a fault never raises the rate"
-            assert 0 <= one.least <= 1
     if evidence.corrupt is not None and not any(isinstance(one, Stop) for one in plan):
         back = any(isinstance(one, Restore) for one in plan)
         part = evidence.alone == "averages" and any(isinstance(one, RestoreAverages) for one in plan)

@@ -112,7 +112,6 @@ def test_rates_are_tried_from_the_state_restored_only() -> None:
     assert learned is not None
     assert learned < actions.rehearse(1.0, 0)
     assert differences(copied(state(loop)), before) == []
-    assert actions.rehearsal_batches() == 1
 
 
 def test_rate_and_clipping_change_the_run() -> None:

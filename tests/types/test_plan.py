@@ -26,5 +26,5 @@ def test_steps_are_values() -> None:
 def test_a_cut_is_bounded_by_nothing_unless_it_says_so() -> None:
     """A plan that only gives a factor may cut to any rate, and a remedy may try others."""
     cut = Scale(0.25)
-    assert (cut.min_lr, cut.least, cut.most) == (0.0, 0.0, math.inf)
+    assert (cut.min_lr, cut.most) == (0.0, math.inf)
     assert (cut.limit, cut.firm, cut.tried, cut.clipped) == (False,) * 4

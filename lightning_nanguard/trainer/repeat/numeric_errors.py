@@ -14,8 +14,10 @@ from lightning_nanguard.measure.batches import mapped, nested_tensors
 from lightning_nanguard.measure.finite import batch_finite
 from lightning_nanguard.state.device import OutOfMemory
 
-# Messages of checks in the user's code or in packages, and of anomaly mode.
-_NOT_FINITE = re.compile(r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite)\b", re.IGNORECASE)
+# Messages of checks in the user's code or in packages, of their solvers, and of anomaly mode.
+_NUMERIC = re.compile(
+    r"\b(nans?|infs?|infinite|infinity|non-?finite|not finite|positive[- ]definite|singular)\b", re.IGNORECASE
+)
 # Errors of devices and of communication, which are RuntimeErrors, too.
 _OF_DEVICES = re.compile(r"\b(cuda|hip|xpu|mps|cublas|cudnn|nccl|gloo|device-side|out of memory)\b", re.IGNORECASE)
 _WITHOUT_GRADIENTS = frozenset(
@@ -29,18 +31,20 @@ def is_numeric(error: BaseException) -> bool:
     """Whether NaN or Inf can be the cause of an exception, by its type and message.
 
     Checks of values raise ValueError, ArithmeticError or AssertionError, and solvers LinAlgError. ``detect_anomaly``
-    raises a RuntimeError. Checks in the user's code raise this or a plain Exception with a message that names NaN or
-    Inf. Errors of memory, devices and communication do not match.
+    raises a RuntimeError. Checks and solvers in the user's code or in packages raise this, a type of their own that is
+    derived from it, or a plain Exception, with a message that names NaN, Inf or a matrix that cannot be solved. Errors
+    of memory, devices and communication do not match.
     """
     unsolved = torch.linalg.LinAlgError  # type: ignore[attr-defined]
     if isinstance(error, (ArithmeticError, AssertionError, unsolved, np.linalg.LinAlgError)):
         return True
     if isinstance(error, ValueError):
         return not isinstance(error, UnicodeError)
-    if type(error) not in (Exception, RuntimeError):
-        return False
+    derived = isinstance(error, RuntimeError) and not isinstance(error, (OutOfMemory, NotImplementedError))
     message = str(error)
-    return message.startswith(_NO_GRAPH) or _NOT_FINITE.search(message) is not None
+    if not (derived or type(error) is Exception) or _OF_DEVICES.search(message):
+        return False
+    return message.startswith(_NO_GRAPH) or _NUMERIC.search(message) is not None
 
 
 def may_be_numeric(error: BaseException, batch: Any) -> bool:

@@ -33,6 +33,10 @@ def anomaly() -> None:
 
 @pytest.mark.filterwarnings("ignore:Anomaly Detection")
 @pytest.mark.filterwarnings("ignore:Error detected in")
+class NanError(RuntimeError):
+    """A type of a package's own."""
+
+
 @pytest.mark.parametrize(
     ("run", "numeric"),
     [
@@ -50,6 +54,11 @@ def anomaly() -> None:
         (lambda: torch.zeros(1).backward(), True),
         (lambda: throw(Exception("Loss is NaN, training stopped.")), True),
         (lambda: throw(RuntimeError("the loss is not finite")), True),
+        (lambda: throw(NanError("cholesky_cpu: 1742 of 3600 elements of the input are NaN.")), True),
+        (lambda: throw(NanError("Matrix not positive definite after repeatedly adding jitter.")), True),
+        (lambda: throw(NanError("the disk is full")), False),
+        (lambda: throw(NotImplementedError("isnan is not implemented for NaN")), False),
+        (lambda: throw(RuntimeError("CUDA error: an assertion about nan failed")), False),
         (lambda: throw(RuntimeError("no information in the banana: a finite loss")), False),
         (lambda: throw(KeyError("nan")), False),
         (lambda: throw(OSError("nan.csv cannot be read")), False),
