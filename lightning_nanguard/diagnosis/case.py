@@ -319,7 +319,7 @@ class Curvature:
         bend: dᵀHd: the curvature along d.
         along: Name of d: ``"the gradient"``, ``"Adam's updates"``.
         steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` if it was not computed.
-        typical: Mean curvature along random directions.
+        typical: Curvature along a random direction.
         largest: Largest eigenvalue (sharpness); ``None`` if it was not computed.
         smallest: Smallest eigenvalue.
     """

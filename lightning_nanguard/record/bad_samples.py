@@ -1,4 +1,4 @@
-"""Counts the bad samples of a run, and records how they are stored and shown."""
+"""The bad samples of a run: how they are counted, stored and shown."""
 
 from __future__ import annotations
 

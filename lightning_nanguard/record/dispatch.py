@@ -90,7 +90,7 @@ class BackgroundSink(Sink):
         thresholds: How many records may wait.
     """
 
-    def __init__(self, sink: Sink, seconds: float, thresholds: RecordsThresholds = RECORDS) -> None:
+    def __init__(self, sink: Sink, seconds: float, thresholds: RecordsThresholds) -> None:
         # In a thread, SystemExit would also end the thread silently, so it is caught, too.
         self._sink = IsolatedSink(sink, catches=BaseException)
         self._seconds = seconds
@@ -133,13 +133,9 @@ class BackgroundSink(Sink):
 
 @final
 class RecordQueue:
-    """The queue of records from the training thread to the thread of a slow sink.
+    """The queue of records from the training thread to the thread of a slow sink."""
 
-    Args:
-        thresholds: How many records may wait.
-    """
-
-    def __init__(self, thresholds: RecordsThresholds = RECORDS) -> None:
+    def __init__(self, thresholds: RecordsThresholds) -> None:
         most = thresholds.records_waiting_in_background
         require(most >= 1, thresholds, "records_waiting_in_background", most, "at least 1")
         self._waiting: deque[Intervention] = deque(maxlen=most)

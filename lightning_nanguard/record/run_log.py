@@ -17,6 +17,9 @@ from lightning_nanguard.types import SCHEMA_VERSION, plain
 RUN_FILE = "run.jsonl"
 """Name of the file in a run's folder that says which run it is."""
 
+CHECKPOINT = "checkpoint"
+"""What the log of a run calls the checkpoint that a fit was resumed from, seen from the folder of the run."""
+
 
 def new_run_id() -> str:
     """An id for a run, such as ``"20261201-142530-5f3a9c"``: unique, and in the order of time.
@@ -112,10 +115,6 @@ def find_runs(where: Path) -> list[RunLog]:
     """The runs in a folder and below it, ordered by the time of their last begin or resume."""
     found = [run for path in where.rglob(RUN_FILE) if (run := read_run(path.parent)) is not None]
     return sorted(found, key=lambda run: (run.begun, run.run_id, str(run.folder)))
-
-
-CHECKPOINT = "checkpoint"
-"""What the log of a run calls the checkpoint that a fit was resumed from, seen from the folder of the run."""
 
 
 def seen_from(folder: Path, begin: Mapping[str, Any]) -> dict[str, Any]:
