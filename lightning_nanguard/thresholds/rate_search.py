@@ -34,7 +34,7 @@ class CutThresholds:
     updates: int = 8
     tries: int = 10
     ratio: float = 0.25
-    missing: float = 0.3
+    missing: float = 0.5
     harm: float = 0.1
     least_of_best: float = 1 / 16
     most_of_best: float = 1 / 2
