@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned, state_of_guard
-from lightning_nanguard.record.run_history import with_earlier_parts
-from lightning_nanguard.record.run_log import RunLog
+from lightning_nanguard.record.run_log import RunLog, with_earlier_parts
 
 _EXTREMES = frozenset({"min", "max", "minimum", "maximum", "lowest", "highest", "best"})
 
@@ -146,11 +145,7 @@ def checkpoint_files(folders: Iterable[Path]) -> list[Path]:
 
 
 def folders_of_run(log: RunLog) -> list[Path]:
-    """The folders with the checkpoints of a run, including those from before it was resumed.
-
-    Args:
-        log: The log of the run.
-    """
+    """The folders with the checkpoints of a run, including those from before it was resumed."""
     folders = [log.folder.parent / "checkpoints"]
     for part in with_earlier_parts([log]):
         saved = (Path(os.path.normpath(part.folder / path)).parent for path in part.saved)

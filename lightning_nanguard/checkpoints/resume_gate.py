@@ -21,8 +21,7 @@ from lightning_nanguard.checkpoints.inspection import (
 )
 from lightning_nanguard.checkpoints.poison import KnownWeights, poisoned
 from lightning_nanguard.errors import BadCheckpointError
-from lightning_nanguard.record.run_history import with_earlier_parts
-from lightning_nanguard.record.run_log import RUN_FILE, read_run
+from lightning_nanguard.record.run_log import RUN_FILE, read_run, with_earlier_parts
 from lightning_nanguard.state.finite import allowances, own_buffers
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.thresholds.checkpoints import CheckpointsThresholds
@@ -55,13 +54,13 @@ class ResumeGate:
         *,
         take: bool,
         observe: bool,
-        thresholds: CheckpointsThresholds | None = None,
+        thresholds: CheckpointsThresholds = CheckpointsThresholds(),
     ) -> None:
         self._module = module
         self._folders = tuple(folders)
         self._take = take
         self._observe = observe
-        self._named = (CheckpointsThresholds() if thresholds is None else thresholds).tensors_named
+        self._named = thresholds.tensors_named
         self.refused: str | None = None
         self.taken: Inspection | None = None
 

@@ -11,14 +11,12 @@ from pathlib import Path
 
 from lightning_nanguard.cli.output import say
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file, read_records
-from lightning_nanguard.record.messages import describe_advice, tell_again
+from lightning_nanguard.record.messages import Thinning, describe_advice, tell_again
 from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.run_log import RUN_FILE, read_run
 from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted
-from lightning_nanguard.record.thinning import Thinning
-from lightning_nanguard.report.data import RunData, read_run_data
-from lightning_nanguard.report.recorded import recorded_around
+from lightning_nanguard.report.data import RunData, read_run_data, recorded_around
 from lightning_nanguard.types import Advice, Intervention
 
 NAME = "explain"
@@ -78,11 +76,7 @@ def _begun(folder: Path) -> tuple[str, float, str]:
 
 
 def headline(data: RunData) -> str:
-    """Which run it is, and how it went, in one line.
-
-    Args:
-        data: The run.
-    """
+    """Which run it is, and how it went, in one line."""
     log = data.log
     if log is None:
         how = "with a damaged" if (data.folder / RUN_FILE).exists() else "without its"

@@ -14,9 +14,6 @@ from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 def load(name: str) -> Any:
     """Import the object that ``package.file:Name`` or ``folder/file.py:Name`` stands for.
 
-    Args:
-        name: Where it is defined, a colon, and its name there.
-
     Raises:
         ValueError: If the name has no colon, or if it is not defined there. The message lists what is.
         FileNotFoundError: If there is no such file.

@@ -25,8 +25,7 @@ def run(chosen: argparse.Namespace) -> int:
     """Print the path that ``resume="last-good"`` takes, too, and nothing else, on standard output."""
     from lightning_nanguard.checkpoints.inspection import folders_of_run, inspect, newest_good
     from lightning_nanguard.record.files import LAST_GOOD
-    from lightning_nanguard.record.run_history import with_earlier_parts
-    from lightning_nanguard.record.run_log import find_runs
+    from lightning_nanguard.record.run_log import find_runs, with_earlier_parts
 
     where: Path = chosen.run_folder
     logs = find_runs(where)

@@ -25,11 +25,7 @@ def say(text: str, file: TextIO | None = None) -> None:
 
 
 def say_table(lines: Sequence[Sequence[str]]) -> None:
-    """Print lines of cells in columns, on standard output.
-
-    Args:
-        lines: The lines, with as many cells each.
-    """
+    """Print lines of cells in columns, on standard output."""
     shown = [[printable(cell) for cell in line] for line in lines]
     widths = [max(map(len, column)) for column in zip(*shown, strict=True)]
     for line in shown:

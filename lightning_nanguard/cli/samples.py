@@ -16,8 +16,7 @@ from lightning_nanguard.record.bad_samples import (
     write_csv,
 )
 from lightning_nanguard.record.files import RECORDS_FILE, read_records
-from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import RUN_FILE, RunLog, find_runs
+from lightning_nanguard.record.run_log import RUN_FILE, RunLog, earlier_parts, find_runs
 from lightning_nanguard.record.text import counted
 from lightning_nanguard.types import Intervention
 

@@ -70,11 +70,7 @@ class NewLines:
         self._file: int | None = None
 
     def take(self, parse: Callable[[Mapping[str, Any]], _Record]) -> list[_Record]:
-        """The records that are new since the last call; one that is not whole yet is left for the next.
-
-        Args:
-            parse: Makes a record of its values.
-        """
+        """The records that are new since the last call; one that is not whole yet is left for the next."""
         older, path = put_aside(self._path), self._path
         try:
             lines = b""

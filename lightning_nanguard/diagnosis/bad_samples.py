@@ -17,7 +17,6 @@ from lightning_nanguard.thresholds.samples import SamplesThresholds
 NOT_FINITE, FAR = "not finite", "out of proportion"
 """Causes that a sample shows by itself."""
 
-_DEFAULTS = SamplesThresholds()
 _EXTREME = HealthyBatchesThresholds().extreme_factor
 
 
@@ -39,7 +38,9 @@ Found = dict[int, SampleFault]
 """Faults of samples by their index in the batch."""
 
 
-def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS, usual: Container[str] = ()) -> Found:
+def non_finite_samples(
+    batch: Any, thresholds: SamplesThresholds = SamplesThresholds(), usual: Container[str] = ()
+) -> Found:
     """Find the samples that hold NaN or Inf, in inputs or in targets.
 
     Args:
@@ -58,7 +59,10 @@ def non_finite_samples(batch: Any, thresholds: SamplesThresholds = _DEFAULTS, us
 
 
 def far_samples(
-    batch: Any, healthy: Sequence[Any] = (), thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME
+    batch: Any,
+    healthy: Sequence[Any] = (),
+    thresholds: SamplesThresholds = SamplesThresholds(),
+    extreme: float = _EXTREME,
 ) -> Found:
     """Find samples that are far larger than healthy batches, or else than the other samples of the batch.
 
@@ -106,7 +110,7 @@ Bad = Callable[[Sequence[int]], bool | None]
 
 
 def search(
-    indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = _DEFAULTS
+    indices: Sequence[int], bad: Bad, share: float = 1.0, thresholds: SamplesThresholds = SamplesThresholds()
 ) -> tuple[int, ...] | None:
     """Find bad samples by halving the batch; ``None`` if no samples explain the fault.
 
@@ -152,7 +156,7 @@ class SampleSearch:
         extreme: As in :func:`far_samples`.
     """
 
-    def __init__(self, thresholds: SamplesThresholds = _DEFAULTS, extreme: float = _EXTREME) -> None:
+    def __init__(self, thresholds: SamplesThresholds = SamplesThresholds(), extreme: float = _EXTREME) -> None:
         self._limits = thresholds
         self._extreme = extreme
         # Batches in a row in which no samples were found to explain the fault.

@@ -49,12 +49,7 @@ def batch_clues(
 
 
 def compared(clues: Sequence[Clues], healthy: Sequence[Any]) -> list[Clues]:
-    """Add to the ranges of some batches how large the same fields were in the healthy batches before.
-
-    Args:
-        clues: The clues of each batch.
-        healthy: The healthy batches.
-    """
+    """Add to the ranges of some batches how large the same fields were in the healthy batches before."""
     known = [dict(named_tensors(batch)) for batch in healthy]
 
     @cache

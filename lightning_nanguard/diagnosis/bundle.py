@@ -1,4 +1,4 @@
-"""Stores an incident in a folder, without pickle: the batch, the state before the step, random states and versions.
+"""Stores incidents, each in a folder, without pickle: the batch, the state before the step, random states and versions.
 
 ``tensors.safetensors`` holds every tensor by name. ``bundle.json`` holds the structure of the batch, the fault, its
 evidence, the finding and the versions. A bundle holds data of the run, so it is written only if the user asks for it.
@@ -7,15 +7,19 @@ evidence, the finding and the versions. A bundle holds data of the run, so it is
 from __future__ import annotations
 
 import json
+import logging
 import math
 import platform
+import shlex
+import shutil
 import sys
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, final
 
 import torch
 from torch import Tensor
@@ -24,6 +28,7 @@ from lightning_nanguard.diagnosis.bundle_batch import NON_FINITE, put_together, 
 from lightning_nanguard.errors import optional_module
 from lightning_nanguard.record.messages import describe_finding
 from lightning_nanguard.state.batch_history import MicroBatch
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, BundleThresholds
 from lightning_nanguard.types import Comparison, Evidence, Fault, Finding, Intervention, Trial
 
 _SCHEMA = 3
@@ -211,11 +216,7 @@ def describe(bundle: Bundle) -> str:
 
 
 def name_of_class(kind: type) -> str:
-    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, or ``file.py:Class`` of a script.
-
-    Args:
-        kind: The class.
-    """
+    """The name of a class for ``nanguard replay --module``: ``package.file:Class``, ``file.py:Class`` in a script."""
     home, main = kind.__module__, sys.modules.get("__main__")
     if home == "__main__":
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
@@ -262,3 +263,68 @@ def _number(value: Any) -> Any:
     if isinstance(value, Mapping):
         return NON_FINITE[value["number"]]
     return tuple(_number(item) for item in value) if isinstance(value, list) else value
+
+
+_logger = logging.getLogger("lightning_nanguard")
+
+
+@final
+class BundleStore:
+    """Writes a bounded number of incidents, each into its own folder. An error while writing does not end the run.
+
+    Args:
+        folder: The folder that holds the folders of the incidents.
+        thresholds: How many incidents are kept.
+
+    Raises:
+        ModuleNotFoundError: If safetensors is not installed.
+    """
+
+    def __init__(self, folder: Path, thresholds: BundleThresholds = DEFAULT.bundles) -> None:
+        safetensors()
+        self.folder = folder
+        self._thresholds = thresholds
+        self._kept: Counter[tuple[str, str]] = Counter()
+
+    def due(self, fault: Fault, finding: Finding | None) -> bool:
+        """Whether to keep another incident of this kind."""
+        limits, same = self._thresholds, self._kept[_kind(fault, finding)]
+        return same < limits.max_per_kind and self._kept.total() < limits.max_bundles
+
+    def keep(self, bundle: Bundle, global_step: int) -> Path | None:
+        """Write an incident; return its folder, or ``None`` if it could not be written."""
+        self._kept[_kind(bundle.fault, bundle.finding)] += 1
+        path = _unused(self.folder / f"step_{global_step:07d}_{bundle.fault.kind}")
+        partial = path.with_name(f".{path.name}")  # renamed when it is complete
+        try:
+            partial.mkdir(parents=True)
+            write(bundle, partial)
+            partial.rename(path)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            _logger.warning(
+                "NaNGuard: the incident of step %d could not be saved in %s: %s: %s. Training goes on.",
+                global_step,
+                self.folder,
+                type(error).__name__,
+                error,
+            )
+            return None
+        command = shlex.join(["nanguard", "replay", str(path), "--module", to_import(bundle.module)])
+        _logger.warning(
+            "NaNGuard: the batch and the state before the step are saved in %s. To run them again: %s", path, command
+        )
+        return path
+
+
+def _kind(fault: Fault, finding: Finding | None) -> tuple[str, str]:
+    return fault.kind, "" if finding is None else finding.cause
+
+
+def _unused(path: Path) -> Path:
+    number = 2
+    unused = path
+    while unused.exists():
+        unused = path.with_name(f"{path.name}_{number}")
+        number += 1
+    return unused

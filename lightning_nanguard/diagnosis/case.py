@@ -1,4 +1,4 @@
-"""What a rule gets: a :class:`Case`, in plain numbers and words, standard library only."""
+"""What a rule gets: a :class:`Case`, in plain numbers and words, without torch."""
 
 from __future__ import annotations
 
@@ -319,7 +319,7 @@ class Curvature:
         bend: dᵀHd: the curvature along d.
         along: Name of d: ``"the gradient"``, ``"Adam's updates"``.
         steepest: Lower bound of the largest eigenvalue in magnitude; ``None`` if it was not computed.
-        typical: Mean curvature along random directions.
+        typical: Curvature along a random direction.
         largest: Largest eigenvalue (sharpness); ``None`` if it was not computed.
         smallest: Smallest eigenvalue.
     """

@@ -1,10 +1,14 @@
-"""The course of a run: what its newest losses and gradients show, standard library only."""
+"""The course of a run: what its newest losses and gradients show, and whether its loss moves. Without torch."""
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass
+from statistics import median
+from typing import final
 
-from lightning_nanguard.thresholds.diagnosis import DEFAULT, PlateauThresholds
+from lightning_nanguard.detect.history import ReadingHistory
+from lightning_nanguard.thresholds.diagnosis import DEFAULT, ExaminationThresholds, PlateauThresholds
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,3 +64,79 @@ class Course:
         """Whether most of the untrained model's loss is still there, or the loss is at chance level."""
         untrained = self.now > self.first - thresholds.learned * max(abs(self.first), 1e-12)
         return untrained or (self.chance is not None and self.now > thresholds.near_chance * self.chance)
+
+
+@final
+class LossProgress:
+    """Takes the level of the loss several times in ``patience`` updates, and checks whether it moves.
+
+    Args:
+        patience: Number of updates within which the loss has to move.
+        thresholds: How many levels are taken, and from how many losses each is computed.
+        plateau: When a loss counts as not moving.
+    """
+
+    def __init__(
+        self,
+        patience: int,
+        thresholds: ExaminationThresholds = DEFAULT.examination,
+        plateau: PlateauThresholds = DEFAULT.plateau,
+    ) -> None:
+        self._patience = patience
+        self._thresholds = thresholds
+        self._plateau = plateau
+        self._every = -(-patience // thresholds.levels)
+        self._levels: deque[float] = deque(maxlen=thresholds.levels + 1)
+        self._first: float | None = None
+        self._next = thresholds.first_losses
+        self._quiet_until = 0
+        self._pause = patience
+
+    @classmethod
+    def of(cls, history: ReadingHistory, thresholds: ExaminationThresholds = DEFAULT.examination) -> LossProgress:
+        """The progress of the newest losses only, if no levels were taken during the run."""
+        losses = history.losses()
+        size = max(1, len(losses) // (thresholds.levels + 1))
+        made = cls(len(losses) or 1, thresholds)
+        made._levels.extend(median(losses[start : start + size]) for start in range(0, len(losses), size))
+        made._first = history.first
+        return made
+
+    def due(self, updates: int) -> bool:
+        """Whether it is time to take the next level."""
+        return updates >= self._next
+
+    def take_level(self, updates: int, history: ReadingHistory) -> None:
+        """Take the present level."""
+        self._next = updates + self._every
+        losses = history.losses()[-self._thresholds.level_losses :]
+        if losses:
+            level = median(losses)
+            self._levels.append(level)
+            # The first level is a median, because one loss of a small batch is too noisy.
+            self._first = level if self._first is None else self._first
+
+    def course(self, updates: int, history: ReadingHistory) -> Course | None:
+        """The course of the loss so far; ``None`` before the first reading."""
+        if not self._levels or self._first is None:
+            return None
+        levels = [*self._levels]
+        third = max(1, len(levels) // 3)
+        steps = [abs(one - other) for one, other in zip(levels[1:], levels, strict=False)]
+        return Course(
+            updates=min(updates, self._patience),
+            first=self._first,
+            before=median(levels[:third]),
+            now=median(levels[-third:]),
+            spread=median(steps) if steps else 0.0,
+            norm=history.usual_norm() or 0.0,
+        )
+
+    def stuck(self, updates: int, course: Course) -> bool:
+        """Whether the loss has not moved for ``patience`` updates. If it stays so, this is true less and less often."""
+        early = len(self._levels) <= self._thresholds.levels
+        if early or updates < self._quiet_until or course.moves(self._plateau):
+            return False
+        self._quiet_until = updates + self._pause
+        self._pause *= 2
+        return True

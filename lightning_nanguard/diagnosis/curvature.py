@@ -146,7 +146,7 @@ def curvature_along_update(
         found = replace(found, steepest=steep)
         # The other directions matter only if the steepest one does not allow the rate.
         if rate * steep >= 2:
-            found = replace(found, typical=typical(hessian, top, thresholds.probes))
+            found = replace(found, typical=typical(hessian, top))
     return found, layers
 
 
@@ -208,24 +208,17 @@ def steepest(hessian: Hessian, products: int = DEFAULT.curvature.power_iteration
     return value, vector
 
 
-def typical(hessian: Hessian, top: Vector, probes: int = DEFAULT.curvature.probes) -> float:
-    """Mean magnitude of the curvature along random directions that are orthogonal to ``top``."""
-    values = []
-    for seed in range(probes):
-        draw = torch.Generator().manual_seed(seed)  # leaves the random streams of the run unchanged
-        probe = [torch.randn(one.shape, generator=draw, device=draw.device).to(one.device, one.dtype) for one in top]
-        share = dot(probe, top)
-        probe = unit([p - share * t for p, t in zip(probe, top, strict=True)])
-        values.append(abs(dot(probe, hessian.times(probe))))
-    return sum(values) / len(values)
+def typical(hessian: Hessian, top: Vector) -> float:
+    """Magnitude of the curvature along a random direction that is orthogonal to ``top``."""
+    draw = torch.Generator().manual_seed(0)  # leaves the random streams of the run unchanged
+    probe = [torch.randn(one.shape, generator=draw, device=draw.device).to(one.device, one.dtype) for one in top]
+    share = dot(probe, top)
+    probe = unit([p - share * t for p, t in zip(probe, top, strict=True)])
+    return abs(dot(probe, hessian.times(probe)))
 
 
 def extreme_eigenvalues(hessian: Hessian, thresholds: CurvatureThresholds = DEFAULT.curvature) -> tuple[float, float]:
     """Smallest and largest eigenvalue, by SciPy's Lanczos method (``eigsh``).
-
-    Args:
-        hessian: The Hessian.
-        thresholds: The accuracy, and the limits on time.
 
     Raises:
         ModuleNotFoundError: If SciPy is not installed. It comes with the extra ``curvature``.

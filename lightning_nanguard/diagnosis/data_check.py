@@ -18,7 +18,6 @@ from lightning_nanguard.measure.sample_parts import hash_of
 from lightning_nanguard.record.bad_samples import BadSample
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 
-_DEFAULTS = SamplesThresholds()
 Shapes = tuple[tuple[str, str], ...]
 """Each field of a sample with its shape and dtype in words."""
 
@@ -67,7 +66,7 @@ class DataCheck:
         [(3, 'not finite')]
     """
 
-    def __init__(self, factor: float | None = None, thresholds: SamplesThresholds = _DEFAULTS) -> None:
+    def __init__(self, factor: float | None = None, thresholds: SamplesThresholds = SamplesThresholds()) -> None:
         self._factor = thresholds.checked_factor if factor is None else factor
         self._limits = thresholds
         self._bad: list[BadSample] = []

@@ -15,7 +15,7 @@ from torch import Tensor
 from lightning_nanguard.detect.history import ReadingHistory
 from lightning_nanguard.diagnosis.batch import batch_clues, samples
 from lightning_nanguard.diagnosis.case import Case, Curvature, Layer, Model, Objective
-from lightning_nanguard.diagnosis.course import Course
+from lightning_nanguard.diagnosis.course import Course, LossProgress
 from lightning_nanguard.diagnosis.curvature import (
     Hessian,
     Vector,
@@ -30,7 +30,6 @@ from lightning_nanguard.diagnosis.curvature import (
 from lightning_nanguard.diagnosis.isolation import Untraced, errors_logged, isolated
 from lightning_nanguard.diagnosis.label_relation import label_relation
 from lightning_nanguard.diagnosis.layers import measure_layers
-from lightning_nanguard.diagnosis.loss_progress import LossProgress
 from lightning_nanguard.diagnosis.module_state import trained_parameters
 from lightning_nanguard.diagnosis.rule_set import RuleSet
 from lightning_nanguard.state.batch_history import MicroBatch
@@ -76,13 +75,7 @@ class Examination:
         self._scipy_missed = False
 
     def due(self, updates: int, history: ReadingHistory, *, asked: bool = False) -> Course | None:
-        """The course of the loss if an examination is due now; ``None`` otherwise.
-
-        Args:
-            updates: Updates so far.
-            history: History of the losses.
-            asked: Whether the user asked for it.
-        """
+        """The course of the loss if an examination is due now; ``None`` otherwise."""
         progress = self._progress
         if progress is not None and progress.due(updates):
             progress.take_level(updates, history)

@@ -20,9 +20,6 @@ class FirstBatches:
     It first reads a few numbers of one field of each batch. If these repeat, or cannot be read without waiting for a
     device, it compares batches by checksums of all numbers, because most numbers of a batch may be zero.
 
-    Args:
-        thresholds: How many batches are compared, and by how much of each.
-
     Example:
         >>> batches = FirstBatches(MistakeThresholds())
         >>> [batches.see(Tensor([1.0, 2.0]), first=index == 0) for index in range(4)]

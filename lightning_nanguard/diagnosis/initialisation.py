@@ -21,11 +21,6 @@ def looks_untrained(weight: Tensor, owner: nn.Module, thresholds: MistakeThresho
     Several equal numbers, such as all zeros or all ones, look untrained. Other weights look untrained if they fill
     exactly the bounds of a uniform initialisation, or have the mean, spread and kurtosis of a normal one. A few updates
     change both.
-
-    Args:
-        weight: The parameter.
-        owner: The module that has the parameter.
-        thresholds: The largest deviation.
     """
     values = weight.detach()
     if not values.is_floating_point() or values.layout != torch.strided or not values.numel():

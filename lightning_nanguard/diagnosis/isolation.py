@@ -18,11 +18,7 @@ values, attributes."""
 
 @contextmanager
 def errors_logged(failed: str) -> Iterator[None]:
-    """Log an exception of the block instead of raising it, because a failed diagnosis must not end the run.
-
-    Args:
-        failed: What failed, in words for the log.
-    """
+    """Log an exception of the block instead of raising it, because a failed diagnosis must not end the run."""
     try:
         yield
     except Exception as error:
@@ -31,11 +27,7 @@ def errors_logged(failed: str) -> Iterator[None]:
 
 @contextmanager
 def isolated(untraced: Untraced) -> Iterator[None]:
-    """Run the block uncompiled, and undo what it changes.
-
-    Args:
-        untraced: The caller's context, which undoes what a run changes.
-    """
+    """Run the block uncompiled, and undo what it changes."""
     with untraced(), uncompiled(), without_anomaly_checks():
         yield
 

@@ -129,10 +129,6 @@ def sample_rows(loader: Any, thresholds: PreflightThresholds = DEFAULT.preflight
     It reads all rows of a :class:`~torch.utils.data.TensorDataset`, and some rows spread over any other data set. It
     returns ``None`` if reading could change the run: for a stream, or with the user's own sampler. The caller has to
     restore random streams.
-
-    Args:
-        loader: The loader of the batches.
-        thresholds: How much of the data is checked.
     """
     if not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or loader.batch_size is None:
         return None

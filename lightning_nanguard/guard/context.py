@@ -17,9 +17,9 @@ from lightning_nanguard.distributed.ranks import Ranks, SingleProcess, first_ove
 from lightning_nanguard.guard.loop import BatchReplay
 from lightning_nanguard.guard.state import GuardState
 from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.bad_samples import KnownSamples
 from lightning_nanguard.record.curve import CurveFile
 from lightning_nanguard.record.fit_log import FitLog
-from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.record.receipts import Receipt
 from lightning_nanguard.record.trials import HeldTrial
 from lightning_nanguard.state.finite import FiniteCheck

@@ -9,7 +9,7 @@ from typing import Any, NoReturn, final
 from lightning_nanguard.errors import TrainingDivergedError
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.guard.loop import Clock, TrainingLoop
-from lightning_nanguard.record.stop_message import stop_message
+from lightning_nanguard.record.summary import stop_message
 from lightning_nanguard.state.snapshot import Snapshot
 from lightning_nanguard.thresholds.fixed import NUMBERS_PER_MESSAGE
 from lightning_nanguard.types import Fault, Finding, Intervention

@@ -1,4 +1,4 @@
-"""Records of bad samples: how they are stored and shown."""
+"""The bad samples of a run: how they are counted, stored and shown."""
 
 from __future__ import annotations
 
@@ -10,9 +10,77 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TextIO, final
 
 from lightning_nanguard.record.files import read_file
-from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.record.text import printable
 from lightning_nanguard.types import Record, Row, from_plain
+
+_HASH = "hash "
+
+
+def hash_key(name: str) -> str:
+    """The key of a sample without a row."""
+    return f"{_HASH}{name}"
+
+
+@final
+class KnownSamples:
+    """Counts how often each bad sample was found, in all fits of a run.
+
+    Args:
+        quarantine: Whether rows that are known to be bad are left out of later batches.
+
+    Attributes:
+        quarantine: Whether rows are left out.
+        left_out: Rows that are left out of every batch drawn from now on.
+        hashes: Hashes of samples without rows that are left out.
+
+    Example:
+        >>> known = KnownSamples(quarantine=True)
+        >>> known.met(100), known.met(100), known.left_out
+        (1, 2, {100})
+    """
+
+    def __init__(self, *, quarantine: bool = False) -> None:
+        self.quarantine = quarantine
+        self._times: dict[Row, int] = {}
+        self.left_out: set[Row] = set()
+        self.hashes: set[str] = set()
+
+    def met(self, key: Row) -> int:
+        """Count a sample; return how often it was found so far.
+
+        Args:
+            key: Its row, or the result of :func:`hash_key`.
+        """
+        times = self._times[key] = self._times.get(key, 0) + 1
+        if self.quarantine:
+            self._leave_out(key)
+        return times
+
+    def __len__(self) -> int:
+        """Number of different samples found so far."""
+        return len(self._times)
+
+    def times(self, key: Row) -> int:
+        """How often a sample was found so far."""
+        return self._times.get(key, 0)
+
+    def _leave_out(self, key: Row) -> None:
+        if isinstance(key, str) and key.startswith(_HASH):
+            self.hashes.add(key.removeprefix(_HASH))
+        else:
+            self.left_out.add(key)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Plain containers."""
+        return {"times": [[key, times] for key, times in self._times.items()]}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """The inverse of :meth:`state_dict`. Checkpoints of earlier versions lack this state."""
+        for key, times in state.get("times", ()):
+            self._times[key] = int(times)
+            if self.quarantine:
+                self._leave_out(key)
+
 
 BAD_SAMPLES_FILE = "bad_samples.jsonl"
 """Name of the file in a run's folder of records."""
@@ -98,9 +166,6 @@ def read_bad_samples(path: str | os.PathLike[str]) -> list[BadSample]:
     """Read the bad samples of a file, the oldest first. Lines that are not records are left out
     with one logged warning.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: If there is no such file. A run without bad samples writes none.
     """
@@ -140,12 +205,7 @@ def _columns(columns: tuple[int, ...]) -> str:
 
 
 def write_csv(samples: Iterable[BadSample], file: TextIO) -> None:
-    """Write samples as CSV with a header.
-
-    Args:
-        samples: The samples.
-        file: The file to write to.
-    """
+    """Write samples as CSV with a header."""
     names = [one.name for one in fields(BadSample)]
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)

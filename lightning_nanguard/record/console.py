@@ -7,7 +7,7 @@ from typing import final
 
 from lightning_nanguard.errors import require
 from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.thinning import Thinning
+from lightning_nanguard.record.messages import Thinning
 from lightning_nanguard.thresholds.records import RECORDS, RecordsThresholds
 from lightning_nanguard.types import Intervention
 

@@ -146,9 +146,6 @@ def read_curve(path: Path) -> list[CurvePoint]:
 
     A resumed run begins again at an earlier step: its rows come later.
 
-    Args:
-        path: The file.
-
     Raises:
         FileNotFoundError: If there is no such file.
     """
@@ -207,9 +204,6 @@ def trained_again(points: Sequence[CurvePoint]) -> list[bool]:
 
 def final_points(points: Sequence[CurvePoint]) -> list[CurvePoint]:
     """The points of the final run: all except those whose steps a resumed run has trained again.
-
-    Args:
-        points: Points of one optimizer, in the order they were written.
 
     Example:
         >>> points = [CurvePoint(step, 1, 0, 1.0, 1.0, None, None, None, None) for step in (1, 2, 3, 2, 3, 4)]

@@ -28,24 +28,14 @@ def lines_of(intervention: Intervention) -> list[tuple[str, str]]:
 
 
 def table(head: Sequence[object], rows: Iterable[Sequence[object]]) -> str:
-    """A table; every cell is escaped.
-
-    Args:
-        head: Titles of the columns.
-        rows: The cells of each row.
-    """
+    """A table; every cell is escaped."""
     titles = "".join(f"<th>{escaped(cell)}</th>" for cell in head)
     body = "".join("<tr>" + "".join(f"<td>{escaped(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
 def interventions_table(interventions: Sequence[Intervention], total: int) -> str:
-    """A table of the newest interventions, with their messages.
-
-    Args:
-        interventions: The interventions in memory.
-        total: Number of all interventions.
-    """
+    """A table of the newest of ``total`` interventions, with their messages."""
     if not total:
         return "<p>No interventions.</p>"
     shown = interventions[-REPORT.interventions_in_table :]

@@ -72,12 +72,7 @@ class Memory(Sink, Sequence[Intervention]):
             self._original.take_run(run)
 
     def begin_fit(self, run: Mapping[str, Any], updates: int) -> None:
-        """A fit begins: from now on, its counts are also kept separately.
-
-        Args:
-            run: Facts about the fit.
-            updates: Number of updates of the run so far.
-        """
+        """A fit begins after ``updates`` updates of the run: from now on, its counts are also kept separately."""
         self.take_run({**run, "before": (updates, dict(self.faults), dict(self.remedies))})
 
     def of_fit(self) -> tuple[int, Counter[str], Counter[str]]:

@@ -1,4 +1,4 @@
-"""Describes interventions, findings and advice in text that is safe to show.
+"""Describes interventions, findings and advice in text that is safe to show, and chooses which interventions are shown.
 
 Only this module and ``summary`` translate the words of remedies. An unknown word, such as that of the user's own
 remedy, is shown unchanged.
@@ -7,16 +7,15 @@ remedy, is shown unchanged.
 from __future__ import annotations
 
 import re
+from collections import Counter
+from typing import final
 
 from lightning_nanguard.record.text import counted, in_words, listed_numbers, printable
-from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention
+from lightning_nanguard.types import SUSPICION, Advice, Finding, Intervention, Kind
 
 
 def tell(intervention: Intervention) -> str:
     """Say in a few lines what happened, why, what was done, and what to do.
-
-    Args:
-        intervention: The intervention.
 
     Example:
         >>> finding = Finding("dead_relu", 0.9, place="net.1", suggestion="no unit is active. Lower the learning rate.")
@@ -70,9 +69,6 @@ def _rate_to_use(intervention: Intervention) -> str:
 
 def tell_again(intervention: Intervention) -> str:
     """Say in one short line that a fault has come again.
-
-    Args:
-        intervention: The intervention.
 
     Example:
         >>> tell_again(Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1))
@@ -180,9 +176,6 @@ def describe_finding(finding: Finding, *, confidence: bool = False) -> str:
 def describe_advice(advice: Advice) -> str:
     """Say in one line what was noticed, and when.
 
-    Args:
-        advice: The advice.
-
     Example:
         >>> describe_advice(Advice(0, 0, "preflight", Finding("dead_relu", 0.9, place="net.1 (ReLU)")))
         'step 0 (epoch 0), advice (preflight): dead relu in net.1 (ReLU)'
@@ -203,9 +196,6 @@ def _where(finding: Finding) -> str:
 
 def origin_in_words(finding: Finding) -> str:
     """The rows of a finding's samples, how often they were found, and on which rank; empty if not known.
-
-    Args:
-        finding: The finding.
 
     Example:
         >>> origin_in_words(Finding("bad_label", 1.0, {"times_met": 3.0, "rank": 1.0}, samples=(4,), rows=(100,)))
@@ -228,11 +218,7 @@ def origin_in_words(finding: Finding) -> str:
 
 
 def samples_in_words(finding: Finding) -> str:
-    """The samples of a finding: their rows if these are known, else their places in the batch.
-
-    Args:
-        finding: The finding.
-    """
+    """The samples of a finding: their rows if these are known, else their places in the batch."""
     places = listed_numbers("sample", finding.samples) if finding.samples else ""
     if finding.rows:
         return origin_in_words(finding)
@@ -241,3 +227,45 @@ def samples_in_words(finding: Finding) -> str:
 
 def _number(value: float | str) -> str:
     return f"{value:,.0f}" if isinstance(value, float) and value - value == 0.0 else str(value)
+
+
+@final
+class Thinning:
+    """Chooses which interventions are shown, and how. It depends on counts only, never on time.
+
+    Interventions with the same fault, cause and remedies are one kind. An intervention that stops the run is always
+    shown in full. With ``observe=True`` no stop ends the run, so only the first one is shown.
+
+    Args:
+        show_first: How many of a kind are all shown. After these, the count doubles from one to the next.
+        everything: Whether all are shown, the first of a kind in full.
+
+    Example:
+        >>> thinning, skip = Thinning(), Intervention(7, 0, 7, "non_finite_loss", "loss", ("skip",), 0.1, 0.1)
+        >>> [len(thinning.shown(skip).splitlines()) for _ in range(8)]
+        [2, 1, 0, 1, 0, 0, 0, 1]
+    """
+
+    def __init__(self, show_first: int = 1, *, everything: bool = False) -> None:
+        self._show_first = show_first
+        self._everything = everything
+        self._seen: Counter[Kind] = Counter()
+        self.would_have_stopped = False
+        """Whether a stop of an observed run was shown."""
+
+    def shown(self, intervention: Intervention) -> str:
+        """The text of the next intervention; empty if it is not shown."""
+        if "stop" in intervention.remedies and not intervention.applied:
+            if self.would_have_stopped and not self._everything:
+                return ""
+            self.would_have_stopped = True
+        self._seen[intervention.kind] += 1
+        seen = self._seen[intervention.kind]
+        doublings, rest = divmod(seen, self._show_first)
+        if seen == 1 or intervention.ends_run:
+            return tell(intervention)
+        if self._everything:
+            return tell_again(intervention)
+        if seen <= self._show_first or (rest == 0 and doublings & (doublings - 1) == 0):
+            return f"{tell_again(intervention)} ({seen:,} so far)"
+        return ""

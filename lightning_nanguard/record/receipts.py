@@ -78,12 +78,7 @@ class Receipt(Record):
 
 
 def receipt_of(intervention: Intervention, receipts: Sequence[Receipt]) -> Receipt | None:
-    """The receipt of an intervention; ``None`` if there is none.
-
-    Args:
-        intervention: The intervention.
-        receipts: The receipts of its run, or of several runs.
-    """
+    """The receipt of an intervention; ``None`` if there is none."""
     key = intervention.global_step, intervention.run
     changed = bool({"restore", "scale", "clip", "skip"} & set(intervention.remedies))
     return next((one for one in receipts if (one.intervention_step, one.run) == key), None) if changed else None

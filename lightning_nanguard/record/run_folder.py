@@ -10,8 +10,7 @@ from pathlib import Path
 from typing import Any, final
 
 from lightning_nanguard.record.files import ADVICE_FILE, LAST_GOOD, RECORDS_FILE
-from lightning_nanguard.record.run_history import relative_path, seen_from
-from lightning_nanguard.record.run_log import append_event, new_run_id, read_run
+from lightning_nanguard.record.run_log import append_event, new_run_id, read_run, relative_path, seen_from
 
 try:
     import fcntl
@@ -108,11 +107,7 @@ def open_run_folder(base: Path, run_id: str | None, *, shared: bool, begin: Mapp
 
 
 def is_alive(folder: Path) -> bool:
-    """Whether the run of a folder is alive in any process. Without locks: whether its log has no end.
-
-    Args:
-        folder: The folder of the run.
-    """
+    """Whether the run of a folder is alive in any process. Without locks: whether its log has no end."""
     run = read_run(folder)
     if run is None or run.ended is not None:
         return False

@@ -76,9 +76,6 @@ class HeldTrial(Record):
 def trials_in_words(trials: Sequence[HeldTrial]) -> str:
     """The number of trials, and how many of them had which outcome; ``""`` without a trial.
 
-    Args:
-        trials: The trials.
-
     Example:
         >>> trials_in_words([HeldTrial(40, 104, "stuck_loss", "not confirmed")])
         '1 trial held (steps 40 to 104), which confirmed nothing and changed nothing'

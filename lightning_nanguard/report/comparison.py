@@ -38,9 +38,6 @@ _NONE = "–"
 def names_of(folders: Sequence[Path]) -> list[str]:
     """The shortest names that distinguish the folders of runs.
 
-    Args:
-        folders: The folders, all different.
-
     Example:
         >>> names_of([Path("logs/version_0/nanguard"), Path("logs/version_1/nanguard")])
         ['version_0', 'version_1']
@@ -53,11 +50,7 @@ def names_of(folders: Sequence[Path]) -> list[str]:
 
 
 def compare(runs: Sequence[RunData]) -> list[Row]:
-    """The rows of a comparison: outcome, loss, rates, interventions, and the settings that differ.
-
-    Args:
-        runs: The runs.
-    """
+    """The rows of a comparison: outcome, loss, rates, interventions, and the settings that differ."""
     curves = [[one for one in run.curve if one.optimizer == 0] for run in runs]
     kept = [[one for one in run.kept if one.optimizer == 0] for run in runs]
     last = [max((one.step for one in curve), default=0) for curve in curves]
@@ -96,10 +89,6 @@ def _interventions(run: RunData) -> str:
 def comparison_page(names: Sequence[str], runs: Sequence[RunData]) -> str:
     """A page with the rows as a table, and the curves of all runs in one figure.
 
-    Args:
-        names: Names of the runs.
-        runs: The runs.
-
     Returns:
         HTML without external files.
 
@@ -116,10 +105,6 @@ def comparison_page(names: Sequence[str], runs: Sequence[RunData]) -> str:
 
 def draw_comparison(names: Sequence[str], runs: Sequence[RunData]) -> Any:
     """Draw loss, gradient norm and learning rate of several runs over the steps, with one colour for each run.
-
-    Args:
-        names: Names of the runs.
-        runs: The runs.
 
     Returns:
         A ``matplotlib.figure.Figure``.

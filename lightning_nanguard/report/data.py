@@ -1,4 +1,4 @@
-"""Reads the files in the folder of a run."""
+"""Reads the files in the folder of a run, and describes in words what was measured around an intervention."""
 
 from __future__ import annotations
 
@@ -16,8 +16,7 @@ from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE, read_file
 from lightning_nanguard.record.layer_norms import LAYER_NORMS_FILE, LayerNorms, read_layer_norms
 from lightning_nanguard.record.receipts import RECEIPTS_FILE, Receipt
 from lightning_nanguard.record.run_folder import is_alive
-from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import RunLog, find_runs, read_run
+from lightning_nanguard.record.run_log import RunLog, earlier_parts, find_runs, read_run
 from lightning_nanguard.record.summary import mostly_skipped
 from lightning_nanguard.record.trials import TRIALS_FILE, HeldTrial
 from lightning_nanguard.thresholds.report import REPORT
@@ -141,8 +140,6 @@ class RunData:
         """Median loss of the first optimizer at the beginning and at the end of the curves; ``None`` without a loss.
 
         The losses of updates that the guard skipped or undid do not count.
-
-        Args:
         """
         known = [one.loss for one in self.kept if one.optimizer == 0 and one.loss is not None]
         finite = [loss for loss in known if math.isfinite(loss)]
@@ -152,20 +149,12 @@ class RunData:
         return median(finite[:rows]), median(finite[-rows:]) if math.isfinite(known[-1]) else known[-1]
 
     def norms_at(self, intervention: Intervention) -> LayerNorms | None:
-        """The norms of the layers at an intervention; ``None`` if none were written.
-
-        Args:
-            intervention: The intervention.
-        """
+        """The norms of the layers at an intervention; ``None`` if none were written."""
         key = (intervention.run, intervention.global_step, intervention.fault)
         return next((one for one in self.layer_norms if (one.run, one.global_step, one.fault) == key), None)
 
     def losses_around(self, intervention: Intervention) -> tuple[float | None, float | None]:
-        """Median loss before and after an intervention; ``None`` if there is no finite loss.
-
-        Args:
-            intervention: The intervention.
-        """
+        """Median loss before and after an intervention; ``None`` if there is no finite loss."""
         step, rows = intervention.global_step, REPORT.rows_around
         known = [(one.step, one.loss) for one in self.kept if one.loss is not None and math.isfinite(one.loss)]
         before = [loss for at, loss in known if at <= step][-rows:]
@@ -174,11 +163,7 @@ class RunData:
 
 
 def read_run_data(folder: Path) -> RunData:
-    """Read the files in the folder of a run and in its earlier folders. The data of missing files is empty.
-
-    Args:
-        folder: The folder of the run.
-    """
+    """Read the files in the folder of a run and in its earlier folders. The data of missing files is empty."""
     log = read_run(folder)
     earlier = [] if log is None else earlier_parts(log)
     folders = [*(part.folder for part in earlier), folder]
@@ -201,14 +186,35 @@ def _all(folders: Sequence[Path], name: str, read: Callable[[Path], Sequence[_It
 
 
 def find_run(where: Path) -> Path | None:
-    """The folder of a run: the given one, or that of the newest run below it; ``None`` if there is no run.
-
-    Args:
-        where: The folder of the run, or a folder above several runs.
-    """
+    """The folder of a run: the given one, or that of the newest run below it; ``None`` if there is no run."""
     if read_run(where) is not None or (where / RECORDS_FILE).is_file():
         return where
     runs = find_runs(where)
     if runs:
         return runs[-1].folder
     return max((path.parent for path in where.rglob(RECORDS_FILE)), default=None)
+
+
+def loss_around(intervention: Intervention, data: RunData) -> list[str]:
+    """The loss before and after an intervention in words; empty if one of them is not known."""
+    before, after = data.losses_around(intervention)
+    if before is None or after is None:
+        return []
+    return [f"loss {before:.4g} before, {after:.4g} after (medians of up to {REPORT.rows_around} recorded losses)"]
+
+
+def recorded_around(intervention: Intervention, data: RunData) -> list[str]:
+    """The loss around an intervention, and the layers whose gradient norms changed most before it, one line each."""
+    lines = loss_around(intervention, data)
+    norms = data.norms_at(intervention)
+    if norms is not None and len(norms.updates) > 1:
+        known = {name: [one for one in values if one is not None] for name, values in norms.layers.items()}
+        # What was not finite before says nothing about the change.
+        changed = {name: one for name, one in known.items() if len(one) > 1 and math.isfinite(one[0])}
+        told = [f"{name} {one[0]:.3g} → {one[-1]:.3g}" for name, one in changed.items()]
+        if told:
+            more = len(told) - REPORT.layers_in_text
+            rest = f", and {more:,} more" if more > 0 else ""
+            shown = ", ".join(told[: REPORT.layers_in_text])
+            lines.append(f"gradient norms in the last {len(norms.updates)} updates: {shown}{rest}")
+    return lines

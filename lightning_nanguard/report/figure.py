@@ -50,9 +50,6 @@ AGAIN = "trained again after a resume"
 def matplotlib(name: str = "matplotlib") -> ModuleType:
     """Import a module of matplotlib.
 
-    Args:
-        name: The module.
-
     Raises:
         ModuleNotFoundError: If matplotlib is not installed. The message names the extra.
     """
@@ -145,12 +142,7 @@ def to_svg(figure: Any, title: str = "The curves of the run and its intervention
 
 
 def spread(interventions: Sequence[Intervention], most: int) -> Iterator[Intervention]:
-    """Choose some of the interventions, spread over the run. Rollbacks and stops are preferred.
-
-    Args:
-        interventions: All of them.
-        most: Largest number of them.
-    """
+    """Choose some of the interventions, spread over the run. Rollbacks and stops are preferred."""
     rare = [one for one in interventions if one.snapshot_step is not None or "stop" in one.remedies]
     common = [one for one in interventions if one.snapshot_step is None and "stop" not in one.remedies]
     rare = _every(rare, most)
@@ -200,11 +192,7 @@ def add_curve(axes: Any, rows: Sequence[CurvePoint], field: str, colour: str, na
 def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | None], **style: Any) -> None:
     """Add a line with gaps where a resumed run begins at an earlier step, and where no value is finite.
 
-    Args:
-        axes: The axes.
-        rows: The points.
-        values: Their values.
-        style: Arguments of matplotlib's ``plot``.
+    ``style`` is for matplotlib's ``plot``.
     """
     xs: list[float] = []
     ys: list[float] = []
@@ -222,11 +210,7 @@ def add_line(axes: Any, rows: Sequence[CurvePoint], values: Sequence[float | Non
 
 
 def legend(axes: Any) -> None:
-    """Put the legend above the axes at the left, where it hides no curve and is visible on a phone.
-
-    Args:
-        axes: The axes, with their curves.
-    """
+    """Put the legend above the axes at the left, where it hides no curve and is visible on a phone."""
     labels = axes.get_legend_handles_labels()[1]
     if labels:
         columns = max(1, min(len(labels), REPORT.characters_of_legend // max(map(len, labels))))
@@ -234,11 +218,7 @@ def legend(axes: Any) -> None:
 
 
 def scale(axes: Any) -> None:
-    """Choose the scale and the upper end of a vertical axis. Values far above the others are cut off.
-
-    Args:
-        axes: The axes, with their curves.
-    """
+    """Choose the scale and the upper end of a vertical axis. Values far above the others are cut off."""
     lines = [line for line in axes.get_lines() if line.get_linestyle() != "None"]
     values = sorted(y for line in lines for y in line.get_ydata() if math.isfinite(y))
     if not values:

@@ -15,9 +15,8 @@ from lightning_nanguard.record.receipts import receipt_of
 from lightning_nanguard.record.summary import TO_DO
 from lightning_nanguard.record.text import STEPS, counted, in_words, listed_numbers
 from lightning_nanguard.record.trials import trials_in_words
-from lightning_nanguard.report.data import RunData
+from lightning_nanguard.report.data import RunData, loss_around
 from lightning_nanguard.report.figure import draw, to_svg
-from lightning_nanguard.report.recorded import loss_around
 from lightning_nanguard.thresholds.report import REPORT
 from lightning_nanguard.types import SUSPICION, Advice, Intervention, Kind
 
@@ -51,9 +50,6 @@ _POLICY = "default-src 'none'; style-src 'unsafe-inline'"
 def page(data: RunData) -> str:
     """Make the page of a run.
 
-    Args:
-        data: The run.
-
     Returns:
         HTML without external files.
 
@@ -75,12 +71,7 @@ def page(data: RunData) -> str:
 
 
 def document(title: str, parts: Sequence[str]) -> str:
-    """Make a whole page without external files from its parts.
-
-    Args:
-        title: Title of the page.
-        parts: The parts of its body, as HTML.
-    """
+    """Make a whole page without external files from its title and the HTML of its parts."""
     body = "\n".join(part for part in parts if part)
     return (
         f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -92,11 +83,7 @@ def document(title: str, parts: Sequence[str]) -> str:
 
 
 def verdict(data: RunData) -> tuple[str, bool | None]:
-    """The outcome of the run in one sentence, and whether it is good; ``None`` if this is not known.
-
-    Args:
-        data: The run.
-    """
+    """The outcome of the run in one sentence, and whether it is good; ``None`` if this is not known."""
     count = counted(len(data.interventions), "intervention")
     losses = [one.loss for one in data.kept if one.loss is not None]
     if data.stopped:
@@ -135,12 +122,7 @@ def _is_open(advice: Advice, data: RunData) -> bool:
 
 
 def heading(sentence: str, good: bool | None) -> str:
-    """The heading of a page, in the colour of the outcome.
-
-    Args:
-        sentence: The text.
-        good: Whether the outcome is good; ``None`` if it is not known.
-    """
+    """The heading of a page, in the colour of the outcome."""
     colour = {None: "unsure", True: "good", False: "bad"}[good]
     return f'<h1 class="{colour}">{escaped(sentence)}</h1>'
 

@@ -258,7 +258,7 @@ class PlausibilityCheck:
         if far is None:
             return None
         message = f"this batch made {far} over {usual:g} times as large"
-        return Fault("implausible_statistics", "batch", far, None, message, conclusive=True)
+        return Fault("implausible_statistics", "batch", far, None, message)
 
     def _in_proportion(self, leaves: Mapping[StateKey, Any], keys: Collection[StateKey]) -> set[StateKey]:
         """Moments whose size fits the newest gradients. They may be large because the unit of the loss has changed."""

@@ -128,8 +128,6 @@ class LearnerThresholds:
             runs stay near the allowed rate.
         uneven_curvature: Factor on the usual curvature. If the curvature in the steepest direction reaches it, the loss
             is ill-conditioned.
-        rate_likely: Confidence in the rate at which a rate above its limit raises the confidence. With less confidence,
-            a single steep batch may be the reason.
         lowered_in_vain: Factor by which the guard has lowered the rate since the same fault, at which the rate is not
             the cause if no weight grew.
         usual_sgd: A usual learning rate and weight decay of SGD (those of ResNets on ImageNet, to a factor of five). If
@@ -147,7 +145,6 @@ class LearnerThresholds:
     suggested_cut: float = 10.0
     rate_far_above: float = 4.0
     uneven_curvature: float = 100.0
-    rate_likely: float = 0.7
     lowered_in_vain: float = 100.0
     usual_sgd: tuple[float, float] = (0.1, 5e-4)
     usual_adamw: tuple[float, float] = (1e-3, 1e-2)
@@ -290,7 +287,6 @@ class CurvatureThresholds:
         low_rate: Largest rate of plain gradient descent that looks low. If a run diverges at such a rate, the loss may
             be ill-conditioned.
         power_iterations: Products with the Hessian that are used to find the steepest direction.
-        probes: Number of random directions. The usual curvature is the mean over them.
         tolerance: Relative accuracy of the extreme eigenvalues.
         restarts: Restarts of Lanczos' method for each extreme eigenvalue. Each takes about twenty products.
         dense_size: Number of parameters up to which the whole Hessian is computed, because they are too few for
@@ -300,7 +296,6 @@ class CurvatureThresholds:
     difference: float = 5e-3
     low_rate: float = 0.01
     power_iterations: int = 2
-    probes: int = 1
     tolerance: float = 1e-2
     restarts: int = 5
     dense_size: int = 24

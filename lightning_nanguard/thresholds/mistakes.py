@@ -15,11 +15,10 @@ class MistakeThresholds:
             not meet a cyclic schedule at the same place each time.
         least_updates: Fewest updates of a shorter run that is judged at its end.
         most_modules: Calls of modules that are observed in one batch.
-        batches: Batches that are compared with each other.
+        batches: Batches of one epoch that are compared with each other. With fewer, repetitions are not reported.
         numbers_per_batch: Numbers of its first field by which a batch is recognised, unless they repeat.
         spread: Share of a field over which these numbers are spread. With the golden ratio they are at different places
             of the samples. At the same place, such as a corner, all images may be black.
-        least_batches: Fewest batches of one epoch with which repetitions are reported.
         repeated: Share of the batches of one epoch that are repetitions, at which they are reported.
         looks_at_gradients: Updates of one optimizer in which its gradients are compared with those before the backward
             pass, until they are seen to be cleared.
@@ -45,7 +44,6 @@ class MistakeThresholds:
     batches: int = 8
     numbers_per_batch: int = 32
     spread: float = 0.618
-    least_batches: int = 8
     repeated: float = 0.4
     looks_at_gradients: int = 8
     added: int = 4

@@ -16,8 +16,7 @@ from lightning_nanguard.detect.defaults import default_detectors
 from lightning_nanguard.diagnosis.bundle import safetensors
 from lightning_nanguard.diagnosis.rule_set import Rule, check_rules
 from lightning_nanguard.errors import require
-from lightning_nanguard.record.base import Sink
-from lightning_nanguard.record.callable_sink import CallableSink, as_sinks
+from lightning_nanguard.record.base import CallableSink, Sink, as_sinks
 from lightning_nanguard.thresholds import Thresholds
 from lightning_nanguard.trainer.private.packages import rank_zero_info
 from lightning_nanguard.types import ActOn

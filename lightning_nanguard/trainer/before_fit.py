@@ -7,7 +7,7 @@ from typing import Any, final
 
 from lightning_nanguard.act.patches import call_nothing
 from lightning_nanguard.checkpoints.resume_gate import ResumeGate
-from lightning_nanguard.record.known_samples import KnownSamples
+from lightning_nanguard.record.bad_samples import KnownSamples
 from lightning_nanguard.trainer.arguments import Arguments
 from lightning_nanguard.trainer.private.callbacks import put_first
 from lightning_nanguard.trainer.private.data_order import DataOrder

@@ -15,9 +15,9 @@ from lightning_nanguard.distributed.ranks import Ranks, SingleProcess
 from lightning_nanguard.guard.context import GuardContext, Settings
 from lightning_nanguard.guard.readback import MAX_DELAY
 from lightning_nanguard.measure.norm_history import NormHistory
+from lightning_nanguard.record.bad_samples import KnownSamples
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.curve import CurveFile
-from lightning_nanguard.record.known_samples import KnownSamples
 from lightning_nanguard.state.learner import Learner
 from lightning_nanguard.state.ring import Ring
 from lightning_nanguard.trainer.arguments import Arguments

@@ -9,8 +9,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, final
 
-from lightning_nanguard.diagnosis.bundle import Bundle, name_of_class
-from lightning_nanguard.diagnosis.bundle_store import BundleStore
+from lightning_nanguard.diagnosis.bundle import Bundle, BundleStore, name_of_class
 from lightning_nanguard.diagnosis.case import Look
 from lightning_nanguard.diagnosis.diagnostician import Diagnostician
 from lightning_nanguard.diagnosis.examination import Examination

@@ -351,7 +351,7 @@ def _draws(trainer: Trainer, limits: MistakeThresholds) -> bool:
     loader = trainer.train_dataloader
     # In a list of ready batches, or with overfit_batches, repeated batches are intended.
     draws = isinstance(loader, DataLoader) and loader.batch_size is not None
-    whole = trainer.num_training_batches >= limits.least_batches
+    whole = trainer.num_training_batches >= limits.batches
     return draws and whole and not getattr(trainer, "overfit_batches", False)
 
 

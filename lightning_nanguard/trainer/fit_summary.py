@@ -7,8 +7,7 @@ from pathlib import Path
 from lightning_nanguard.guard.context import Settings
 from lightning_nanguard.record.files import ADVICE_FILE, RECORDS_FILE
 from lightning_nanguard.record.memory import Memory
-from lightning_nanguard.record.run_history import interventions_of_resumed
-from lightning_nanguard.record.run_log import RUN_FILE
+from lightning_nanguard.record.run_log import RUN_FILE, interventions_of_resumed
 from lightning_nanguard.record.summary import summary
 from lightning_nanguard.record.trials import trials_in_words
 from lightning_nanguard.trainer.arguments import Arguments

@@ -10,8 +10,7 @@ from typing import Any
 from lightning_nanguard import __version__
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.run_folder import RunFolder, open_run_folder
-from lightning_nanguard.record.run_history import CHECKPOINT
-from lightning_nanguard.record.run_log import new_run_id
+from lightning_nanguard.record.run_log import CHECKPOINT, new_run_id
 from lightning_nanguard.trainer.private.packages import Trainer
 
 _logger = logging.getLogger("lightning_nanguard")

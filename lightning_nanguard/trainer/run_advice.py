@@ -10,7 +10,7 @@ from torch.amp import GradScaler
 from torch.optim import Optimizer
 
 from lightning_nanguard.diagnosis.mistakes.observation import Observation, RateSeen
-from lightning_nanguard.diagnosis.mistakes.rates import schedule_ended
+from lightning_nanguard.diagnosis.mistakes.steps import schedule_ended
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.thresholds.samples import SamplesThresholds
 from lightning_nanguard.types import Finding, Intervention

@@ -24,17 +24,16 @@ from lightning_nanguard.diagnosis.bad_samples import (
 )
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.diagnosis.isolation import errors_logged
-from lightning_nanguard.diagnosis.other_weights import other_signs
+from lightning_nanguard.diagnosis.module_state import other_signs
 from lightning_nanguard.diagnosis.replay import loss_and_gradient_norm
 from lightning_nanguard.diagnosis.rules.phrases import DRAWN, listed
 from lightning_nanguard.diagnosis.rules.signs import in_gradient
 from lightning_nanguard.diagnosis.state_comparison import state_of_snapshot
 from lightning_nanguard.guard.context import GuardContext
 from lightning_nanguard.measure.sample_parts import among, hash_of, is_separable, select_samples
-from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
+from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample, hash_key
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.known_samples import hash_key
 from lightning_nanguard.state.attributes import attributes_kept
 from lightning_nanguard.state.batch_history import BatchOrigin, MicroBatch, row_of
 from lightning_nanguard.state.snapshot import Snapshot

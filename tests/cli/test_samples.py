@@ -13,8 +13,7 @@ from lightning_nanguard.cli import main
 from lightning_nanguard.record.bad_samples import BAD_SAMPLES_FILE, BadSample
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.run_history import seen_from
-from lightning_nanguard.record.run_log import RUN_FILE, append_event
+from lightning_nanguard.record.run_log import RUN_FILE, append_event, seen_from
 from lightning_nanguard.types import Finding, Intervention
 
 ONE = BadSample("not finite", 100, "ab12", {"0": (2,)}, batch=6, index=4)

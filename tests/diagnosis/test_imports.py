@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[2]
 HEAVY = "{'torch', 'numpy', 'pytorch_lightning', 'lightning', 'lightning_fabric'}"
 PARTS = ", ".join(
     f"lightning_nanguard.diagnosis.{name}"
-    for name in ("bundle_store", "diagnostician", "examination", "gradients", "module_state", "preflight")
+    for name in ("bundle", "diagnostician", "examination", "gradients", "module_state", "preflight")
 )
 
 

@@ -1,4 +1,4 @@
-"""Bad samples are written, read, counted once each, and told."""
+"""Bad samples are counted, written, read and told."""
 
 from __future__ import annotations
 
@@ -10,9 +10,40 @@ from pathlib import Path
 
 import pytest
 
-from lightning_nanguard.record.bad_samples import BadSample, describe_sample, merged, read_bad_samples, write_csv
+from lightning_nanguard.record.bad_samples import (
+    BadSample,
+    KnownSamples,
+    describe_sample,
+    merged,
+    read_bad_samples,
+    write_csv,
+)
 from lightning_nanguard.record.jsonl import JsonLines
 from lightning_nanguard.thresholds.records import RecordsThresholds
+
+
+def test_counts_and_leaves_out() -> None:
+    """Each sample is counted by its row or hash; with quarantine it is left out from then on."""
+    known = KnownSamples(quarantine=True)
+    assert [known.met(7), known.met("hash ab"), known.met(7), known.times(7), known.times(8)] == [1, 1, 2, 2, 0]
+    assert (known.left_out, known.hashes) == ({7}, {"ab"})
+    assert KnownSamples().met(7) == 1
+
+
+def test_state_goes_on() -> None:
+    """A resumed run counts on, and leaves out what its first part met where it is asked to."""
+    known = KnownSamples()
+    known.met(7)
+    known.met("cat.png")
+    resumed, plain = KnownSamples(quarantine=True), KnownSamples()
+    for one in (resumed, plain):
+        one.load_state_dict(known.state_dict())
+        assert one.met(7) == 2
+    assert resumed.left_out == {7, "cat.png"}
+    assert plain.left_out == set()
+    resumed.load_state_dict({})
+    assert resumed.times(7) == 2
+
 
 ONE = BadSample("not finite", 100, "ab12", {"x": (1, 2), "y": ()}, 1, 6, 4, 0, 30, run="r")
 

@@ -7,9 +7,16 @@ from dataclasses import replace
 import pytest
 from hypothesis import given
 
-from lightning_nanguard.record.messages import describe_finding, origin_in_words, samples_in_words, tell, tell_again
+from lightning_nanguard.record.messages import (
+    Thinning,
+    describe_finding,
+    origin_in_words,
+    samples_in_words,
+    tell,
+    tell_again,
+)
 from lightning_nanguard.types import Finding, Intervention
-from tests.record.data import ROLLBACK, SKIP, interventions
+from tests.record.data import ROLLBACK, SKIP, interventions, step
 
 ROWS = Finding("non_finite_input", 1.0, {"times_met": 2.0}, "field 0", (4, 6), "Clean the data.", "batch", (100, "a"))
 STREAM = replace(ROWS, samples=(4,), rows=(), evidence={"position": 12.0, "hash": "ab12", "rank": 1.0})
@@ -177,3 +184,19 @@ def test_messages_name_the_rows() -> None:
     assert "\n  samples: rows 100, a of the data set, seen up to 2 times\n" in tell(told)
     assert "again (rows 100, a of the data set, seen up to 2 times); skipped" in tell_again(told)
     assert "(rows 100, a of the data set, seen up to 2 times)" in describe_finding(ROWS)
+
+
+def test_all_of_them() -> None:
+    """The first of a kind in full, each other one in one line, also stops of an observed run."""
+    thinning = Thinning(everything=True)
+    stops = [step(number, remedies=("stop",), applied=False) for number in range(3)]
+    assert [thinning.shown(one) for one in stops] == [tell(stops[0]), *map(tell_again, stops[1:])]
+    assert thinning.would_have_stopped
+
+
+def test_few_of_many() -> None:
+    """The count doubles from one that is shown to the next, for each kind apart."""
+    thinning = Thinning(3)
+    shown = [bool(thinning.shown(step(number))) for number in range(1, 13)]
+    assert [number for number, one in enumerate(shown, start=1) if one] == [1, 2, 3, 6, 12]
+    assert thinning.shown(step(13, fault="another")).count("\n") == 1

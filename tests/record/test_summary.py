@@ -1,4 +1,4 @@
-"""The line at the end of a fit."""
+"""The line at the end of a fit, and the message of the error that ends a run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from lightning_nanguard.record.summary import mostly_skipped, summary
+from lightning_nanguard import Fault, Finding
+from lightning_nanguard.record.summary import mostly_skipped, stop_message, summary
 
 
 @pytest.mark.parametrize(
@@ -100,3 +101,33 @@ def test_the_causes_of_advice_are_named_once() -> None:
 def test_the_share_of_skipped_updates(skipped: int, updates: int, told: str) -> None:
     """It is told from a half on, and after enough updates; steps that were trained twice make it no more than all."""
     assert mostly_skipped(skipped, updates) == told
+
+
+FAULT = Fault("non_finite_loss", "batch", "loss", message="the loss\nis \x1b[2Jnan")
+
+
+def test_equal_actions_are_counted() -> None:
+    """What was done many times in a row is told once, with its count; what is not known is said."""
+    tried = ["a: skip", "a: skip", "b: restore", "a: skip"]
+    lines = stop_message("it is bad", FAULT, (9, 1, 2), tried=tried, snapshot_step=4).split("\n  ")
+    assert lines == [
+        "Training cannot go on: it is bad.",
+        "where: step 9 (epoch 1, batch 2): the loss is \\x1b[2Jnan (non_finite_loss, loss)",
+        "why: no cause was found. Try a lower learning rate, and look at the batch.",
+        "tried before: a: skip (2 times); b: restore; a: skip",
+        "weights: the module holds the weights of step 4",
+    ]
+    assert "tried before: nothing" in stop_message("it is bad", FAULT, (9, 1, 2))
+
+
+def test_a_limit_is_named_if_it_ended_the_run() -> None:
+    """No limit of the budget is proposed for a stop that no limit causes; the lines about files come last."""
+    finding = Finding("log_of_zero", 0.9, place="training_step", suggestion="log was given zero. Add an epsilon.")
+    told = stop_message(
+        "too many", FAULT, (9, 1, 2), finding, limit="max_skip_share", on_disk="next: nanguard explain x"
+    )
+    assert "why: log_of_zero in training_step: log was given zero. Add an epsilon." in told
+    assert told.endswith(
+        "\n  limit: if the run should have gone on, raise Budget(max_skip_share=…)\n  next: nanguard explain x"
+    )
+    assert "Budget" not in stop_message("too many", FAULT, (9, 1, 2), finding)

@@ -1,9 +1,10 @@
-"""What a run has left in its folder is read whole."""
+"""What the files in the folder of a run say."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import replace
+from math import inf, nan
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,9 @@ from lightning_nanguard import Advice, Finding, Intervention, Reading
 from lightning_nanguard.record.curve import CURVE_FILE, CurveFile, CurvePoint, trained_again
 from lightning_nanguard.record.files import RECORDS_FILE
 from lightning_nanguard.record.jsonl import JsonLines
-from lightning_nanguard.record.run_history import seen_from
-from lightning_nanguard.record.run_log import append_event
+from lightning_nanguard.record.run_log import append_event, seen_from
 from lightning_nanguard.record.trials import HeldTrial
-from lightning_nanguard.report.data import RunData, find_run, read_run_data
+from lightning_nanguard.report.data import RunData, find_run, read_run_data, recorded_around
 from lightning_nanguard.report.figure import draw
 from lightning_nanguard.report.page import page, verdict
 from tests.report.runs import write_run
@@ -120,3 +120,28 @@ def test_the_newest_run_below_a_folder_is_found(tmp_path: Path) -> None:
     assert find_run(tmp_path) == find_run(old) == old
     new = write_run(tmp_path / "new")
     assert find_run(tmp_path) == find_run(new) == new
+
+
+def test_the_loss_and_the_layers(tmp_path: Path) -> None:
+    """The loss before and after it, and the first and last norm of the layers that changed most; without curves and
+    norms there is nothing to say."""
+    data = read_run_data(write_run(tmp_path))
+    first, second = data.interventions
+    loss, norms = recorded_around(first, data)
+    assert loss.startswith("loss 0.5")
+    assert loss.endswith(" after (medians of up to 10 recorded losses)")
+    assert norms == "gradient norms in the last 2 updates: net.0 0.5 → nan"
+    assert len(recorded_around(second, data)) == 1  # no norms were kept there
+    assert recorded_around(first, RunData(tmp_path)) == []
+    layers = {"a": (nan, nan), "b": (inf, nan), "c": (1.0, inf)}
+    lost = replace(data, layer_norms=[replace(data.layer_norms[0], layers=layers)])
+    assert recorded_around(first, lost)[1].endswith(": c 1 → inf")  # the others were lost before
+
+
+def test_many_layers_are_counted(tmp_path: Path) -> None:
+    """Those that changed most are named, and the others counted."""
+    data = read_run_data(write_run(tmp_path))
+    layers = {f"layer.{number}": (1.0, 2.0) for number in range(9)}
+    many = replace(data, layer_norms=[replace(data.layer_norms[0], layers=layers)])
+    words = recorded_around(data.interventions[0], many)[1]
+    assert words.endswith(": layer.0 1 → 2, layer.1 1 → 2, layer.2 1 → 2, and 6 more")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,32 @@ def test_a_row_that_makes_statistics_infinite_costs_one_rollback(act_on: Any, tm
     assert {one.fault for one in guard.interventions} == {"corrupted_state", "implausible_statistics"}
     assert all(bool(buffer.isfinite().all()) for buffer in run.module.buffers())
     assert guard.lr_multiplier == 1.0
+
+
+def test_weights_that_make_statistics_huge_are_slowed(tmp_path: Path) -> None:
+    """At a thousand times a good rate each batch makes the running statistics huge. The batches are not to blame, and
+    none is skipped: the rate is cut, and the model learns."""
+    rows = torch.Generator().manual_seed(3)
+    classes = torch.randint(0, 4, (128,), generator=rows)
+    inputs = torch.randn(128, 8, generator=rows) + 2 * nn.functional.one_hot(classes, 8)
+    sizes = [8, 16, 16, 16, 16]
+    torch.manual_seed(0)
+    layers = [[nn.Linear(n, m, bias=False), nn.BatchNorm1d(m), nn.ReLU()] for n, m in pairwise(sizes)]
+    net = nn.Sequential(*(layer for block in layers for layer in block), nn.Linear(16, 4))
+
+    class Classifier(Task):
+        def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+            return nn.functional.cross_entropy(self.net(batch[0]), batch[1])
+
+    guard = NaNGuard(snapshot_every_n_steps=8)
+    module = Classifier(net, optimizer=lambda parameters: optim.SGD(parameters, 1000.0, momentum=0.9))
+    fit(module, list(zip(inputs.split(8), classes.split(8), strict=True)), guard, folder=tmp_path, max_epochs=8)
+    assert "skip" not in {word for one in words(guard) for word in one}
+    assert ("implausible_statistics", ("restore", "scale")) in [
+        (one.fault, one.remedies) for one in guard.interventions
+    ]
+    with torch.no_grad():
+        assert nn.functional.cross_entropy(module.eval().net(inputs), classes) < 0.7
 
 
 def test_steps_of_several_evaluations_are_counted_once(tmp_path: Path) -> None:

@@ -149,7 +149,7 @@ def test_a_batch_that_spoils_statistics_is_at_fault() -> None:
     fault = run.check.strange_buffers(before, SETTLED)
     assert fault is not None
     assert (fault.kind, fault.scope, fault.place) == ("implausible_statistics", "batch", "buffer norm.running_var")
-    assert fault.conclusive
+    assert not fault.conclusive  # the weights may have made them so
     assert fault.message == "this batch made buffer norm.running_var over 10000 times as large"
 
 

@@ -18,8 +18,7 @@ from lightning_nanguard.checkpoints.inspection import run_of_file
 from lightning_nanguard.record.base import RunInfo
 from lightning_nanguard.record.curve import CURVE_FILE
 from lightning_nanguard.record.files import LAST_GOOD, RECORDS_FILE, read_records
-from lightning_nanguard.record.run_history import earlier_parts
-from lightning_nanguard.record.run_log import RUN_FILE, read_run
+from lightning_nanguard.record.run_log import RUN_FILE, earlier_parts, read_run
 from lightning_nanguard.trainer.run import open_run
 from tests.checkpoints.training import cut, poison
 from tests.helpers import MemoryLogger, batches, fit, folder_of, task, trainer_for, with_bad

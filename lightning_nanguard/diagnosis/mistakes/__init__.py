@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lightning_nanguard.diagnosis.mistakes import modes, parts, rates, steps
+from lightning_nanguard.diagnosis.mistakes import parts, steps
 from lightning_nanguard.diagnosis.mistakes.observation import Observation
 from lightning_nanguard.thresholds.diagnosis import DEFAULT, DiagnosisThresholds
 from lightning_nanguard.types import Finding
@@ -20,12 +20,12 @@ MISTAKES: tuple[Callable[[Observation, DiagnosisThresholds], Finding | None], ..
     parts.parameter_without_gradient,
     parts.frozen_part,
     steps.gradient_not_zeroed,
-    modes.eval_mode,
-    modes.dropout_off,
-    rates.learning_rate_zero,
+    parts.eval_mode,
+    parts.dropout_off,
+    steps.learning_rate_zero,
     steps.data_repeats,
 )
-"""Every mistake that the first updates show. Whether a schedule has ended (`rates`), only later updates show."""
+"""Every mistake that the first updates show. Whether a schedule has ended (`steps`), only later updates show."""
 
 
 def mistakes(seen: Observation, thresholds: DiagnosisThresholds = DEFAULT) -> tuple[Finding, ...]:

@@ -35,7 +35,6 @@ from lightning_nanguard.diagnosis.rules import (
     plateau,
     state,
     unexplained,
-    updates,
 )
 from lightning_nanguard.thresholds.diagnosis import DiagnosisThresholds
 from lightning_nanguard.types import Finding
@@ -53,8 +52,8 @@ RULES: tuple[Callable[[Case, DiagnosisThresholds], Finding | None], ...] = (
     arithmetic.low_precision_overflow,
     arithmetic.random_draw,
     arithmetic.non_finite_from_start,
-    updates.optimizer_update,
-    updates.forward_writes_buffer,
+    state.optimizer_update,
+    state.forward_writes_buffer,
     state.corrupted_state,
     learner.exploding_gradient,
     learner.unstable_hyperparameter,

@@ -156,7 +156,13 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     fault, clues, confidence = case.fault, case.clues, thresholds.confidence
     origin = clues.origin
     if clues.gradient_fits is not None:
-        return _gradient_overflow(case, confidence.low_precision_proven) if clues.gradient_fits else None
+        # A gradient too large for weights in float16. No sample is at fault for the number format.
+        text = (
+            "the loss is finite, and its gradient overflows in float16, whose largest number is 65,504. It fits in "
+            "float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise targets)."
+        )
+        found = _low_precision(case, confidence.low_precision_proven, "float16", text)
+        return replace(found, samples=(), scope=None) if clues.gradient_fits else None
     if clues.finite_in_float32 is True:
         sure = confidence.low_precision_proven
     elif number_format_exhausted(fault) and clues.finite_in_float32 is None:
@@ -175,28 +181,14 @@ def low_precision_overflow(case: Case, thresholds: DiagnosisThresholds = DEFAULT
             f"{proven} float16, whose largest number is 65,504. Train with precision='bf16-mixed', or run this part "
             "under torch.autocast(enabled=False)."
         )
-    return Finding(
-        "low_precision_overflow",
-        sure,
-        evidence={"precision": dtype, **(origin_evidence(origin) if origin is not None else {})},
-        place=origin.place if origin is not None else fault.place,
-        samples=origin.samples if origin is not None else (),
-        suggestion=text,
-        scope="batch" if fault.scope == "batch" else None,
-    )
+    return _low_precision(case, sure, dtype, text)
 
 
-def _gradient_overflow(case: Case, sure: float) -> Finding:
-    """A gradient too large for weights in float16. No sample is at fault for the number format."""
-    origin = case.clues.origin
-    return Finding(
-        "low_precision_overflow",
-        sure,
-        evidence={"precision": "float16", **(origin_evidence(origin) if origin is not None else {})},
-        place=origin.place if origin is not None else case.fault.place,
-        suggestion="the loss is finite, and its gradient overflows in float16, whose largest number is 65,504. It fits "
-        "in float32. Train with precision='bf16-mixed', or make the loss smaller (divide it, or normalise targets).",
-    )
+def _low_precision(case: Case, sure: float, dtype: str, text: str) -> Finding:
+    origin, scope = case.clues.origin, case.fault.scope
+    known = {"precision": dtype} | ({} if origin is None else origin_evidence(origin))
+    place, samples = (case.fault.place, ()) if origin is None else (origin.place, origin.samples)
+    return Finding("low_precision_overflow", sure, known, place, samples, text, "batch" if scope == "batch" else None)
 
 
 def random_draw(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

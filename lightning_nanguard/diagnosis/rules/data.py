@@ -13,7 +13,6 @@ from lightning_nanguard.diagnosis.rules.phrases import (
     finding_at,
     listed,
     of_samples,
-    other_units_finding,
     outlier_finding,
     range_evidence,
     target_span,
@@ -91,11 +90,8 @@ def _unlike_others(
     confidence = thresholds.confidence.outliers
     if found is None or case.fault.scope != "batch":
         return None
-    if found.outliers:
-        return outlier_finding(cause, confidence, found, remedy)
-    if found.largest > thresholds.data.other_units * found.before > 0:
-        return other_units_finding(cause, confidence, found, remedy)
-    return None
+    far = found.outliers or found.largest > thresholds.data.other_units * found.before > 0
+    return outlier_finding(cause, confidence, found, remedy) if far else None
 
 
 def no_valid_target(case: Case, thresholds: DiagnosisThresholds = DEFAULT) -> Finding | None:

@@ -78,7 +78,8 @@ def learning_rate_too_high(case: Case, thresholds: DiagnosisThresholds = DEFAULT
     above = rate is not None and allowed is not None and rate > allowed
     if allowed is not None and not above and not _rate_is_shown(case, limits):
         return None  # the loss allows a higher rate than the one in use
-    if above and confidence >= limits.rate_likely:
+    # With the comparison alone a single steep batch may be the reason.
+    if above and confidence > thresholds.confidence.rate_worse:
         confidence = max(confidence, thresholds.confidence.rate_above_limit)
     numbers, parts = _rate_evidence(case, thresholds)
     found = "; ".join(parts) or "the loss diverged"

@@ -46,39 +46,21 @@ def range_evidence(found: Range) -> dict[str, float | str]:
 
 
 def outlier_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
-    """A finding about samples that are far larger than the others."""
-    return Finding(
-        cause,
-        confidence,
-        evidence=range_evidence(found),
-        place=f"field {found.field} of the batch",
-        samples=found.outliers,
-        scope="batch",
-        suggestion=(
-            f"field {found.field} reaches {_furthest(found):.4g} in {listed('sample', found.outliers)} of this batch, "
-            f"and no more than {found.usual:.4g} in magnitude in half of its samples. {remedy}"
-        ),
-    )
-
-
-def other_units_finding(cause: str, confidence: float, found: Range, remedy: str) -> Finding:
-    """A finding about a batch whose numbers are far larger than those of the batches before."""
-    return Finding(
-        cause,
-        confidence,
-        evidence={**range_evidence(found), "before": found.before},
-        place=f"field {found.field} of the batch",
-        scope="batch",
-        suggestion=(
-            f"field {found.field} reaches {_furthest(found):.4g} in this batch, and at most {found.before:.4g} in "
-            f"magnitude in the batches before: it may be in other units. {remedy}"
-        ),
-    )
-
-
-def _furthest(found: Range) -> float:
-    """The number of the largest magnitude, with its sign."""
-    return max(found.highest, found.lowest, key=abs)
+    """A finding about numbers that are far larger than in the other samples, or else in the batches before."""
+    evidence = range_evidence(found)
+    if found.outliers:
+        where = (
+            f"{listed('sample', found.outliers)} of this batch, and no more than {found.usual:.4g} in magnitude in "
+            "half of its samples."
+        )
+    else:
+        evidence["before"] = found.before
+        where = (
+            f"this batch, and at most {found.before:.4g} in magnitude in the batches before: it may be in other units."
+        )
+    field, furthest = f"field {found.field}", max(found.highest, found.lowest, key=abs)
+    text = f"{field} reaches {furthest:.4g} in {where} {remedy}"
+    return Finding(cause, confidence, evidence, f"{field} of the batch", found.outliers, text, scope="batch")
 
 
 def target_span(target: Range | None, origin: Origin) -> str:

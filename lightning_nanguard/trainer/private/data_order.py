@@ -12,7 +12,7 @@ from torch.utils.data.dataloader import _DatasetKind
 from lightning_nanguard.act.patches import undo_all, wrap_method
 from lightning_nanguard.diagnosis.batch import samples
 from lightning_nanguard.measure.sample_parts import found_again, is_separable, select_samples
-from lightning_nanguard.record.known_samples import KnownSamples
+from lightning_nanguard.record.bad_samples import KnownSamples
 from lightning_nanguard.state.batch_history import BatchOrigin, without
 from lightning_nanguard.types import Row
 
