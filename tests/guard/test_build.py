@@ -57,7 +57,7 @@ class Once(Detector):
         return fault if reading.step == self.step else None
 
 
-@pytest.mark.parametrize(("tries", "cut"), [(0, 0.5), (10, 0.25)])
+@pytest.mark.parametrize(("tries", "cut"), [(0, 0.5), (10, 0.125)])
 def test_thresholds_reach_the_default_remedies(tries: int, cut: float) -> None:
     """Where a user lists no remedies, the cut is the planned one if no rate may be tried, and else the one found."""
     limits = replace(DEFAULTS.rate_search, cut=replace(DEFAULTS.rate_search.cut, tries=tries))
