@@ -29,11 +29,12 @@ class Overshooting(Task):
 
 def test_a_solver_that_fails_at_weights_that_are_only_tried(tmp_path: Path) -> None:
     """The weights of the run are fine with each batch, and the step leads away from them. So after a few skipped
-    batches the learner is at fault, and the rate is lowered. The operation is found at the weights that were tried."""
+    batches the learner is at fault, and the rate is lowered. Part of it comes back later. The operation is found at the
+    weights that were tried."""
     guard = NaNGuard(snapshot_every_n_steps=4)
     made = fit(Overshooting(), batches(count=96), guard, folder=tmp_path)
-    assert words(guard) == [("skip",)] * 3 + [("restore", "scale")]
-    for record in guard.interventions:
+    assert words(guard) == [("skip",)] * 3 + [("restore", "scale"), ("give back",)]
+    for record in guard.interventions[:4]:
         assert record.message.startswith("training_step raised _LinAlgError: linalg.cholesky")
         assert record.finding is not None
         assert record.finding.place.startswith("training_step (linalg_cholesky_ex, test_line_search.py:")
