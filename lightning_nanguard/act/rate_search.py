@@ -14,9 +14,9 @@ Rehearse = Callable[[float, int], float | None]
 def rehearsed_cut(rehearse: Rehearse, largest: float, limits: CutThresholds) -> float | None:
     """Search the cut at which the loss of the newest batches falls.
 
-    Rates are tried from ``largest`` down, until one gains clearly less than a larger one did. Rates at the edge of
+    Rates are tried from ``largest`` down, until one gains less than half of what a larger one did. Rates at the edge of
     stability look best for a few updates and fail later. So the result is a lower rate than the best one: the lowest of
-    the next rates that gain nearly as much, within a limited range.
+    the next rates that gain at least half as much, within a limited range.
 
     Args:
         rehearse: Tries a rate.
