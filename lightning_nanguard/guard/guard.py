@@ -213,6 +213,7 @@ class Guard:
             self.look(anyway=True)  # the last check may be older than the last change of a weight or an average
         self._judge.suspicions.at_end()
         self._parts.outliers.finish()
+        self._parts.beside.close()  # a trial that has not ended is part of the summary
 
     def excuses(self, optimizer: Optimizer, *, numeric: bool) -> bool:
         """Whether an exception in an optimizer's step can be ignored, because the update is skipped anyway.

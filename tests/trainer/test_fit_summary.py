@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning import LightningModule
+from pytorch_lightning import Callback, LightningModule, Trainer
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_nanguard import NaNGuard
@@ -92,3 +92,18 @@ def test_a_trial_that_confirms_nothing_is_told(tmp_path: Path, capsys: pytest.Ca
     assert int(told[2]) == trial.begun_step
     assert main(["explain", str(tmp_path)]) == 0
     assert trial.told() in capsys.readouterr().out.splitlines()
+
+
+def test_a_trial_that_the_end_of_the_run_cuts_short_is_in_the_summary(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It begins after 40 updates, and another callback stops the run after 60."""
+
+    class StopsEarly(Callback):
+        def on_train_batch_end(self, trainer: Trainer, *_: Any) -> None:
+            trainer.should_stop = trainer.global_step == 60
+
+    caplog.set_level("INFO")
+    fit(task(), batches(count=200), NaNGuard(act_on="evidence"), StopsEarly(), folder=tmp_path)
+    assert "1 trial held" in summary_in(caplog.text)
+    assert "which ended without a result (the run ended first)" in summary_in(caplog.text)
