@@ -104,6 +104,6 @@ def test_a_trial_that_the_end_of_the_run_cuts_short_is_in_the_summary(
             trainer.should_stop = trainer.global_step == 60
 
     caplog.set_level("INFO")
-    fit(task(), batches(count=200), NaNGuard(act_on="evidence"), StopsEarly(), folder=tmp_path)
+    fit(task(), batches(count=200), NaNGuard(act_on="evidence"), folder=tmp_path, callbacks=[StopsEarly()])
     assert "1 trial held" in summary_in(caplog.text)
     assert "which ended without a result (the run ended first)" in summary_in(caplog.text)
