@@ -86,7 +86,7 @@ def target_fields(batch: Any, fields: Mapping[str, Tensor]) -> list[str]:
     return [name for name in fields if name.rsplit(".", 1)[-1].lower() in _TARGETS]
 
 
-def _bad_field(name: str, tensor: Tensor, fields: Iterable[str], count: int | None) -> BadField | None:
+def _bad_field(name: str, tensor: Tensor, fields: Mapping[str, Tensor], count: int | None) -> BadField | None:
     if not (tensor.is_floating_point() or tensor.is_complex()) or all_finite(tensor):
         return None
     values = local(tensor).detach()
@@ -97,9 +97,23 @@ def _bad_field(name: str, tensor: Tensor, fields: Iterable[str], count: int | No
         return BadField(name, () if has_rows else (sample,))  # three images of three channels are ambiguous
     if has_rows:
         return BadField(name, *_bad_places(values))
+    owners = _sample_of_each_row(fields, values.shape[:1], count)
+    if owners is not None:
+        rows, columns = _bad_places(values)
+        return BadField(name, tuple(sorted(set(owners[list(rows)].tolist()))), columns)
     if values.shape[1:2] == (count,):  # time is the first axis
         return BadField(name, *_bad_places(values.transpose(0, 1)))
     return BadField(name, ())
+
+
+def _sample_of_each_row(fields: Mapping[str, Tensor], rows: Sequence[int], count: int) -> Tensor | None:
+    """The sample of each row, if a field holds the samples in ascending order, as ``batch`` of torch_geometric does."""
+    for tensor in fields.values():
+        if is_plain(tensor) and tensor.dtype == torch.long and list(tensor.shape) == list(rows) and len(tensor):
+            ascending = bool((tensor[1:] >= tensor[:-1]).all())
+            if ascending and (int(tensor[0]), int(tensor[-1])) == (0, count - 1):
+                return tensor
+    return None
 
 
 def _place_among(name: str, fields: Iterable[str], count: int) -> int | None:

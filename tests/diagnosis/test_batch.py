@@ -94,6 +94,16 @@ def test_samples_lie_along_the_axis_that_counts_them() -> None:
         assert batch_clues(batch, net, count=4).bad_fields == (field,)
 
 
+@pytest.mark.parametrize("features", [3, 2])
+def test_a_field_may_hold_the_sample_of_each_row(features: int) -> None:
+    """As in batches of torch_geometric, whose rows are the nodes of all graphs. That there are as many features as
+    graphs misleads nobody."""
+    x = torch.zeros(5, features)
+    x[4, 0] = math.nan
+    graphs = {"x": x, "y": torch.zeros(2), "batch": torch.tensor([0, 0, 0, 1, 1])}
+    assert batch_clues(graphs, nn.Linear(1, 1), count=2).bad_fields == (BadField("x", (1,), (0,)),)
+
+
 def test_ranges_are_compared_with_the_batches_before() -> None:
     """Each field with the same field, by its largest number; a field that they do not have is not compared."""
     before = [(torch.full((4, 2), value), torch.tensor([1.0, -5.0])) for value in (2.0, 3.0)]
