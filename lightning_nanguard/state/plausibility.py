@@ -179,8 +179,8 @@ class PlausibilityCheck:
         statistics = set(self._learner.statistics(leaves))
         others = {*statistics, *(key for key in leaves if key[0] == "optimizer")}
         sure = self._growth(healthy_steps, self._weight_growth)
-        # Early statistics and moments still come from their initial values, and say nothing about later ones.
-        usual = self._growth(min(healthy_steps, 2 * newest.step), self._state_growth)
+        # Before the first update, statistics and moments have initial values, which say nothing about later ones.
+        usual = self._growth(healthy_steps if newest.step > 0 else 0, self._state_growth)
         for keys, factor in ((weights, self._weight_growth), (untrained, self._weight_growth), (others, usual)):
             most = {key: self._limits.early_growth * size for key, size in self._of_gradients(keys).items()}
             far = self._first_jump(leaves, then, keys, factor, most=most)

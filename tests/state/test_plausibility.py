@@ -25,7 +25,7 @@ class Trained:
         self.net, self.optimizer, self.learner = made("adam")
         train(self.net, self.optimizer, 1, seed=1)
         self.ring = Ring()
-        self.ring.certified = [capture(self.learner, step=SETTLED // 2 + 1, global_step=1)]
+        self.ring.certified = [capture(self.learner, step=1, global_step=1)]
         self.trials: list[tuple[Snapshot, Snapshot]] = []
         self.worse = worse
         self.check = PlausibilityCheck(self.learner, self.ring, self._is_worse, thresholds or PlausibilityThresholds())
@@ -92,18 +92,6 @@ def test_what_grew_too_far_is_found(place: str, value: float, found: bool) -> No
     tensor.data.view(-1)[0] = value
     assert run.fault() == (name if found else None)
     assert run.check.watches_statistics is (found and place == "statistic")
-
-
-def test_an_early_snapshot_is_no_yardstick_for_statistics() -> None:
-    """A busy machine takes few snapshots. If the newest is from the first updates, statistics and moments have grown
-    far since then in healthy runs, too; weights have not."""
-    run = Trained()
-    run.net.norm.running_mean[0] = 1e5
-    run.ring.certified = [capture(run.learner, step=SETTLED // 2 - 1, global_step=1)]
-    run.net.norm.running_mean[0] = 1e10
-    assert run.fault() is None
-    run.net.last.weight.data[0, 0] = 1e9
-    assert run.fault() == "parameter last.weight"
 
 
 def test_snapshots_that_ranks_share_are_compared_by_their_sizes() -> None:
